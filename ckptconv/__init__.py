@@ -1,0 +1,1 @@
+"""Moves a training run between frameworks: weights, optimizer state and progress."""

@@ -1,0 +1,1 @@
+"""Live objects: the only files that import a framework, inside functions."""

@@ -1,0 +1,1 @@
+"""What a state means in each framework: data tables and the few functions that interpret them."""

@@ -1,0 +1,1 @@
+"""Raw trees <-> checkpoints, one file each."""

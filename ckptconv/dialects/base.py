@@ -1,0 +1,65 @@
+"""What a dialect is: it knows who chose the keys of a container, and where each counter stands.
+
+`lift` leaves a residue: the raw tree in which every leaf that became part of the document is replaced by a
+`Lifted` address. `lower` fills such a residue from a document again, so `lower(lift(x))` equals `x`, an
+edited document wins, and a *template* (a file of the target's framework) is nothing but a document whose
+residue is filled with another run's values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptconv.document import Checkpoint
+from ckptconv.rawtree import RawTree
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detection:
+    """Why a raw tree is taken for a dialect."""
+
+    score: int
+    """Higher wins; 100 is proof, 50 typical keys, 10 a last resort."""
+    evidence: str
+    """For people: the keys that decided it."""
+
+
+class Dialect(Protocol):
+    """One convention for what is where in a container."""
+
+    name: str
+    """As on the command line, after the colon: `plain`, `state-dict`, `keras3`, ..."""
+    format: str
+    """Name of the format it lives in."""
+    framework: str | None
+    """Column of the optimizer and layer catalogs; None for containers without a framework."""
+    summary: str
+    """One line for `ckptconv formats`."""
+
+    def detect(self, raw: RawTree) -> Detection | None:
+        """Whether this convention made the tree."""
+
+    def lift(self, raw: RawTree) -> Checkpoint:
+        """The document, with its residue. No tensor byte is read; counters are.
+
+        Raises: order-ambiguous, progress-conflict, reference-broken, ...
+        """
+
+    def lower(self, checkpoint: Checkpoint) -> RawTree:
+        """The tree to write: the residue (own or the template's) filled from the document.
+
+        A dialect that can be written without a residue builds the tree from the document alone.
+
+        Raises: template-required, template-unbuilt, progress-unknown, progress-range, residue-stale,
+        reference-broken.
+        """
+
+
+DIALECTS: dict[tuple[str, str], Dialect] = {}
+
+
+def register(dialect: Dialect) -> Dialect:
+    """Make a dialect known under (format, name)."""
+    DIALECTS[dialect.format, dialect.name] = dialect
+    return dialect

@@ -1,0 +1,127 @@
+"""Taking leaves out of a raw tree, and putting them back: the one mechanism below every dialect."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ckptconv import dtypes
+from ckptconv.document import Checkpoint, Value
+from ckptconv.errors import CkptError, LossError, MappingError
+from ckptconv.rawtree import Lifted, Node, Path, transform
+from ckptconv.tensor import StoredTensor, TensorRef
+
+
+class Lifter:
+    """Collects which leaf was lifted to which address while a dialect walks a tree."""
+
+    def __init__(self, root: Node) -> None:
+        self._root = root
+        self._taken: dict[Path, Lifted] = {}
+
+    def take(self, path: Path, to: Path, **encoding: str | int | float | bool | None) -> None:
+        """The node at `path` now stands at `to` in the document."""
+        self._taken[path] = Lifted(to=to, encoding=encoding)
+
+    def residue(self) -> Node:
+        """The tree with every taken node replaced by its address."""
+        return transform(self._root, lambda path, node: self._taken.get(path, node))
+
+
+def scalar_tensor(value: Value, dtype: str, shape: tuple[int, ...] = ()) -> TensorRef:
+    """A counter as the tensor that a file holds it in.
+
+    Raises: progress-range where the dtype cannot hold the number exactly.
+    """
+    row = dtypes.BY_NAME[dtype]
+    array = np.full(shape, np.array(value).astype(row.numpy), row.numpy)
+    if isinstance(value, int) and not isinstance(value, bool) and array.size and int(array.flat[0]) != value:
+        raise LossError.of(
+            "progress-range",
+            f"{value} cannot be held exactly in {dtype} (it becomes {array.flat[0]})",
+            "Use a target that counts in a wider type.",
+        )
+    return StoredTensor.of_array(array)
+
+
+def encode(value: TensorRef | Value, lifted: Lifted) -> Node:
+    """A document value in the encoding that the file has for it.
+
+    Encodings: none or `{"as": "value"}` the plain number; `{"as": "tensor", "dtype": ..}` a 0-d tensor of
+    that dtype (`"shape"` for others); `{"as": "int" | "float"}` a number of that type; `{"plus": n}` is
+    added first, where a producer counts from elsewhere.
+    """
+    if isinstance(value, TensorRef):
+        return value
+    encoding = lifted.encoding
+    plus = encoding.get("plus", 0)
+    if plus and isinstance(value, (int, float)) and isinstance(plus, (int, float)):
+        value = value + plus
+    how = encoding.get("as", "value")
+    if how == "tensor":
+        shape = encoding.get("shape", ())
+        assert isinstance(shape, tuple)
+        return scalar_tensor(value, str(encoding["dtype"]), shape)
+    if how == "int" and isinstance(value, (int, float)):
+        return int(value)
+    if how == "float" and isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, tuple):
+        raise TypeError(f"a tuple has no single place: {lifted.to}")
+    return value
+
+
+def fill(root: Node, checkpoint: Checkpoint) -> Node:
+    """A residue with every address replaced by what the document holds there.
+
+    Raises: progress-unknown for a counter that the document does not know; reference-broken for an
+    address that the document does not have; all of them at once.
+    """
+    problems: list[CkptError] = []
+
+    def put(path: Path, node: Node) -> Node:
+        if not isinstance(node, Lifted):
+            return node
+        where = "/".join(str(step) for step in path)
+        try:
+            value = checkpoint.lookup(node.to)
+        except (KeyError, IndexError):
+            problems.append(
+                MappingError.of(
+                    "reference-broken",
+                    f"'{where}' is filled from {'.'.join(map(str, node.to))}, which the document does not have",
+                    "The document was edited or the template is of another model: pass the matching one.",
+                    loc=path,
+                )
+            )
+            return node
+        if value is None and node.encoding.get("nullable") is not True:
+            problems.append(
+                MappingError.of(
+                    "progress-unknown",
+                    f"the target holds a value at '{where}' ({'.'.join(map(str, node.to))}) that is not known",
+                    _how_to_supply(node.to),
+                    loc=path,
+                )
+            )
+            return node
+        try:
+            return encode(value, node)
+        except CkptError as error:
+            problems.append(error)
+            return node
+
+    filled = transform(root, put)
+    if problems:
+        raise MappingError(*(problem for error in problems for problem in error.problems))
+    return filled
+
+
+def _how_to_supply(address: Path) -> str:
+    match address:
+        case ("step", *_) | ("param_step", *_):
+            return "Pass --set step=N."
+        case ("progress", name):
+            return f"Pass --set {name}=N."
+        case ("hyperparameter", _, _, name):
+            return f"Pass --set {name}=VALUE."
+    return "Supply it with --set or a --source-spec."

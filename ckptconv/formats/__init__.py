@@ -1,0 +1,1 @@
+"""Bytes <-> raw trees, one file each."""

@@ -1,0 +1,192 @@
+"""What a format yields: nested containers whose kind is kept, lazy tensors, plain values, inert descriptions.
+
+Nothing here knows what a key means. A tree is immutable; `replace` gives a changed copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from ckptconv.tensor import TensorRef
+
+Scalar = None | bool | int | float | complex | str | bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DictNode:
+    """A mapping in the file's order; keys may be of any kind and a key may stand twice."""
+
+    items: tuple[tuple[Node, Node], ...] = ()
+    kind: str = "dict"
+    """`dict`, or the global that made it, e.g. `collections.OrderedDict`."""
+    args: tuple[Node, ...] = ()
+    """Constructor arguments other than the items (a defaultdict's factory)."""
+    state: Node = None
+    """Attributes set on the object itself (a state_dict's `_metadata`)."""
+
+    def get(self, key: Node) -> Node:
+        """Value of a key, the last one where it stands twice; None where it does not stand."""
+        found: Node = None
+        for name, value in self.items:
+            if type(name) is type(key) and name == key:
+                found = value
+        return found
+
+    def __contains__(self, key: Node) -> bool:
+        return any(type(name) is type(key) and name == key for name, _ in self.items)
+
+    @property
+    def keys(self) -> tuple[Node, ...]:
+        return tuple(name for name, _ in self.items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListNode:
+    """A sequence or a set."""
+
+    items: tuple[Node, ...] = ()
+    kind: str = "list"
+    """`list`, `tuple`, `set`, `frozenset`, `torch.Size`, or the global of a named tuple."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opaque:
+    """An object that is described, not built."""
+
+    kind: str
+    """What it is: `global` (a class or function, `name`), `call` (`name(*args)` and then `state`/`items`),
+    `object` (an instance of `name`), or a decoded kind of its format such as `torch.parameter`, `numpy.ndarray`."""
+    name: str = ""
+    """`module.qualname` of the global that is meant."""
+    args: tuple[Node, ...] = ()
+    state: Node = None
+    items: tuple[Node, ...] = ()
+    pairs: tuple[tuple[Node, Node], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifted:
+    """Stands in a residue for a leaf that was lifted: where it went, and how it is written there."""
+
+    to: tuple[str | int, ...]
+    """Address in the document, see `ckptconv.document.Checkpoint.lookup`."""
+    encoding: Mapping[str, str | int | float | bool | None | tuple[int, ...]] = field(default_factory=dict)
+    """What the address alone does not tell, e.g. `{"as": "tensor", "dtype": "float32", "plus": 1}`."""
+
+
+Node = Scalar | TensorRef | DictNode | ListNode | Opaque | Lifted
+Path = tuple[str | int, ...]
+"""Keys from the root; positions in lists; `"@state"`, `"@args"`, `"@key"`, ... for parts that have no key."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawTree:
+    """One container as read, or as it is to be written."""
+
+    format: str
+    """Name of the format."""
+    root: Node
+    attributes: Mapping[str, Scalar | tuple[str, ...]] = field(default_factory=dict)
+    """Facts of the container that are no content: archive name, pickle protocol, shard names, header metadata."""
+    note: str | None = None
+    """The JSON text of the embedded note, if the container carries one."""
+    location: str = ""
+    """Where it was read from, for messages."""
+
+
+def is_tensor(node: Node) -> bool:
+    return isinstance(node, TensorRef)
+
+
+def children(node: Node) -> Iterator[tuple[str | int, Node]]:
+    """The parts of a node with the path step that leads to each."""
+    if isinstance(node, DictNode):
+        for position, (key, value) in enumerate(node.items):
+            if isinstance(key, (str, int)) and not isinstance(key, bool):
+                yield key, value
+            else:
+                yield f"@key{position}", key
+                yield f"@value{position}", value
+        yield from ((f"@args{i}", arg) for i, arg in enumerate(node.args))
+        if node.state is not None:
+            yield "@state", node.state
+    elif isinstance(node, ListNode):
+        yield from enumerate(node.items)
+    elif isinstance(node, Opaque):
+        yield from ((f"@args{i}", arg) for i, arg in enumerate(node.args))
+        if node.state is not None:
+            yield "@state", node.state
+        yield from ((f"@item{i}", item) for i, item in enumerate(node.items))
+        for i, (key, value) in enumerate(node.pairs):
+            yield f"@key{i}", key
+            yield f"@value{i}", value
+
+
+def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
+    """Every leaf (tensor, scalar, empty container, global) with its path, in the file's order."""
+    parts = list(children(node))
+    if not parts:
+        yield path, node
+    for step, part in parts:
+        yield from walk(part, (*path, step))
+
+
+def at(node: Node, path: Path) -> Node:
+    """The node at a path; KeyError where there is none."""
+    for step in path:
+        for name, part in children(node):
+            if type(name) is type(step) and name == step:
+                node = part
+                break
+        else:
+            raise KeyError(path)
+    return node
+
+
+def transform(node: Node, leaf: Callable[[Path, Node], Node], path: Path = ()) -> Node:
+    """A copy in which `leaf(path, node)` replaces each node that it answers with another one.
+
+    It is asked for every node, containers first; what it replaces is not descended into.
+    """
+    changed = leaf(path, node)
+    if changed is not node:
+        return changed
+    if isinstance(node, DictNode):
+        items = []
+        for position, (key, value) in enumerate(node.items):
+            if isinstance(key, (str, int)) and not isinstance(key, bool):
+                items.append((key, transform(value, leaf, (*path, key))))
+            else:
+                items.append(
+                    (
+                        transform(key, leaf, (*path, f"@key{position}")),
+                        transform(value, leaf, (*path, f"@value{position}")),
+                    )
+                )
+        return replace(
+            node,
+            items=tuple(items),
+            args=tuple(transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)),
+            state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
+        )
+    if isinstance(node, ListNode):
+        return replace(node, items=tuple(transform(x, leaf, (*path, i)) for i, x in enumerate(node.items)))
+    if isinstance(node, Opaque):
+        return replace(
+            node,
+            args=tuple(transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)),
+            state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
+            items=tuple(transform(x, leaf, (*path, f"@item{i}")) for i, x in enumerate(node.items)),
+            pairs=tuple(
+                (transform(k, leaf, (*path, f"@key{i}")), transform(v, leaf, (*path, f"@value{i}")))
+                for i, (k, v) in enumerate(node.pairs)
+            ),
+        )
+    return node
+
+
+def dict_of(items: Mapping[str, Node] | list[tuple[Node, Node]], kind: str = "dict") -> DictNode:
+    """A DictNode from a mapping or pairs."""
+    pairs = list(items.items()) if isinstance(items, Mapping) else items
+    return DictNode(items=tuple(pairs), kind=kind)

@@ -1,0 +1,80 @@
+"""The report of a conversion: what became of every item of the source, and what the target's code must say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ckptconv.document import Value
+from ckptconv.errors import Problem
+from ckptconv.rawtree import Path
+
+REPORT_VERSION = "1.0.0"
+
+Fate = Literal["copied", "transformed", "supplied", "created", "kept-from-template", "noted", "aliased", "left"]
+"""`copied` bit for bit; `transformed` by the ops listed; `supplied` by the caller or a skeleton; `created` from a catalog
+row because the source has none; `kept-from-template` because only the target's framework has it; `noted` in the embedded
+note; `aliased` with another item; `left` behind, by the target's nature or an allowed code."""
+
+Verdict = Literal["exact", "exact-at-constant-learning-rate", "approximate", "lossy", "refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One line of the ledger."""
+
+    item: Path
+    """Address in the source document (see `Checkpoint.lookup`), or `("residue", ...)`."""
+    fate: Fate
+    target: str = ""
+    """Name in the target, where it has one."""
+    ops: tuple[Mapping[str, object], ...] = ()
+    """What was done to it, in order."""
+    evidence: str = ""
+    """Why it belongs there: how names and axes were matched."""
+    detail: str = ""
+    """For people."""
+    allowed_by: str = ""
+    """The code that the caller allowed, where the fate is a loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerVerdict:
+    """How exactly an optimizer's state crossed."""
+
+    optimizer: str
+    source: str
+    """`algorithm (framework)` of the source."""
+    target: str
+    verdict: Verdict
+    residuals: tuple[str, ...] = ()
+    """Each difference of the update rules that remains, with its size on this state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a conversion did, or would do."""
+
+    source: str
+    target: str
+    source_dialect: str = ""
+    target_dialect: str = ""
+    dry_run: bool = False
+    progress: Mapping[str, Value] = field(default_factory=dict)
+    """Known progress fields of the target."""
+    ledger: tuple[Entry, ...] = ()
+    verdicts: tuple[OptimizerVerdict, ...] = ()
+    target_requires: tuple[str, ...] = ()
+    """Lines that the target's code must say because its file cannot."""
+    restore: str = ""
+    """Code that restores the result."""
+    problems: tuple[Problem, ...] = ()
+    """Of a dry run: what would stop the conversion."""
+    allowed: tuple[str, ...] = ()
+    files: tuple[tuple[str, int], ...] = ()
+    """(name, bytes) of what was written."""
+    bytes_read: int = 0
+    bytes_written: int = 0
+    seconds: float = 0.0
+    verified: bool = False
