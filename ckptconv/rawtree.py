@@ -153,7 +153,7 @@ def transform(node: Node, leaf: Callable[[Path, Node], Node], path: Path = ()) -
     if changed is not node:
         return changed
     if isinstance(node, DictNode):
-        items = []
+        items: list[tuple[Node, Node]] = []
         for position, (key, value) in enumerate(node.items):
             if isinstance(key, (str, int)) and not isinstance(key, bool):
                 items.append((key, transform(value, leaf, (*path, key))))

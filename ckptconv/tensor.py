@@ -262,7 +262,7 @@ class StoredTensor(TensorRef):
         little = dense.astype(dense.dtype.newbyteorder("<"), copy=False)
         spec = TensorSpec(dtype=dtypes.of_array(little), shape=array.shape)
         data = as_bytes(little)
-        source = BufferSource(memoryview(data), name)
+        source = BufferSource(data.data, name)
         return cls.dense(spec, Extent(source=source, offset=0, nbytes=data.nbytes))
 
     @property
@@ -289,7 +289,7 @@ class StoredTensor(TensorRef):
         step = max(nbytes - nbytes % item, item)
         for done in range(0, total, step):
             piece = np.empty(min(step, total - done), np.uint8)
-            self.extent.read_into(start + done, memoryview(piece))
+            self.extent.read_into(start + done, piece.data)
             yield self._little(piece)
 
     def block(self, start: Index, stop: Index) -> Array:
@@ -313,13 +313,13 @@ class StoredTensor(TensorRef):
         span = 1 + sum((n - 1) * s for n, s in zip(out.shape, strides, strict=True))
         if span == out.size and _same_layout(out.shape, strides, dense_strides(out.shape)) and out.flags.c_contiguous:
             raw = as_bytes(out)
-            self.extent.read_into(first * item, memoryview(raw))
+            self.extent.read_into(first * item, raw.data)
             if self.extent.big_endian:
                 raw[:] = self._little(raw)
             return
         if span * item <= max(_SPARSE_SPAN_NBYTES, 2 * out.nbytes):
             raw = np.empty(span * item, np.uint8)
-            self.extent.read_into(first * item, memoryview(raw))
+            self.extent.read_into(first * item, raw.data)
             strides_nbytes = tuple(step * item for step in strides)
             out[...] = np.ndarray(out.shape, out.dtype, self._little(raw).data, 0, strides_nbytes)
             return

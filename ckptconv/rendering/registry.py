@@ -1,0 +1,49 @@
+"""Raw listings and the list of formats for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ckptconv.rendering.text import clean, clip, count, fields, shape_text
+
+
+def raw_view(format_: str, dialect: str | None, rows: Iterable[Mapping[str, object]]) -> list[RenderableType]:
+    """Every leaf under the file's own key: dtype and shape, or the value."""
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    lines.add_column(overflow="fold", style="cyan")
+    lines.add_column(overflow="fold")
+    total = 0
+    for row in rows:
+        total += 1
+        lines.add_row(Text(clean(row["key"])), Text(_raw_cell(row)))
+    known = f"dialect {clean(dialect)}" if dialect else "no known dialect"
+    return [Text(f"{clean(format_)}, {known}, {count(total, 'leaf', 'leaves')}"), Text(), lines]
+
+
+def _raw_cell(row: Mapping[str, object]) -> str:
+    if "dtype" not in row:
+        value = row["value"]
+        return clip(repr(value) if isinstance(value, str) else value)
+    shape = row["shape"]
+    assert isinstance(shape, list)
+    digest = f"  sha256 {row['sha256']}" if "sha256" in row else ""
+    return f"{row['dtype']} {shape_text(shape)}{digest}"
+
+
+def formats_view(formats: Sequence[Mapping[str, object]]) -> list[RenderableType]:
+    """The registered containers and, below each, its dialects."""
+    views: list[RenderableType] = []
+    for entry in formats:
+        suffixes, dialects = entry["suffixes"], entry["dialects"]
+        assert isinstance(suffixes, list)
+        assert isinstance(dialects, list)
+        ends = f"  ({', '.join(suffixes)})" if suffixes else ""
+        views.append(Text.assemble((str(entry["name"]), "bold"), f": {entry['summary']}{ends}"))
+        if dialects:
+            views.append(fields([(f"{entry['name']}:{d['name']}", str(d["summary"])) for d in dialects]))
+        views.append(Text())
+    return views[:-1]

@@ -1,0 +1,103 @@
+"""A conversion's report for people: a summary, and the ledger on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ckptconv.rendering.text import clean, fields, heading, listed, size, table, value_text
+from ckptconv.report import Entry, Report
+
+_FATES: Mapping[str, str] = {
+    "copied": "copied bit for bit",
+    "transformed": "transformed",
+    "supplied": "supplied by you or a skeleton",
+    "created": "created, the source has none",
+    "kept-from-template": "kept from the template",
+    "noted": "kept in the embedded note",
+    "aliased": "share memory with another item",
+    "left": "left behind",
+}
+
+_NAMED_FATES = ("supplied", "created", "kept-from-template", "noted", "left")
+"""Fates of which a summary names the items."""
+
+
+def report_view(report: Report, *, verbose: bool = False) -> list[RenderableType]:
+    """What a conversion did or would do; the ledger line by line only if `verbose`."""
+    arrow = Text.assemble(
+        (clean(report.source), "bold"), _dialect(report.source_dialect),
+        " -> ",
+        (clean(report.target), "bold"), _dialect(report.target_dialect),
+    )  # fmt: skip
+    views: list[RenderableType] = [arrow, fields(_outcome(report))]
+    if verbose and report.ledger:
+        views += [Text(), heading("Ledger"), _ledger(report.ledger)]
+    if report.target_requires:
+        views += [Text(), heading("The target's file cannot hold this, so your code must say it:")]
+        views += [Text(clean(line)) for line in report.target_requires]
+    if report.restore:
+        views += [Text(), heading("To go on from it:")]
+        views += [Text(clean(line)) for line in report.restore.rstrip("\n").split("\n")]
+    return views
+
+
+def _dialect(name: str) -> str:
+    return f" ({clean(name)})" if name else ""
+
+
+def _outcome(report: Report) -> list[tuple[str, str | Text]]:
+    rows: list[tuple[str, str | Text]] = []
+    if report.dry_run:
+        rows.append(("nothing written", "this is the plan"))
+    else:
+        checked = "read back and equal" if report.verified else "not read back (--no-verify)"
+        for name, nbytes in report.files:
+            rows.append(("wrote", f"{clean(name)}  {size(nbytes)}"))
+        rows.append(("verified" if report.verified else "not verified", f"{checked}; {report.seconds:.1f} s"))
+    progress = ", ".join(f"{name} {value_text(value)}" for name, value in report.progress.items())
+    rows.append(("progress", progress or "none known"))
+    for verdict in report.verdicts:
+        style = {"exact": "green", "refused": "red"}.get(verdict.verdict, "yellow")
+        line = f"{clean(verdict.optimizer)}: {clean(verdict.source)} -> {clean(verdict.target)}, "
+        rows.append(("optimizer", Text.assemble(line, (verdict.verdict, style))))
+        rows += [("", clean(residual)) for residual in verdict.residuals]
+    by_fate: dict[str, list[Entry]] = {}
+    for entry in report.ledger:
+        by_fate.setdefault(entry.fate, []).append(entry)
+    for fate, gloss in _FATES.items():
+        if entries := by_fate.get(fate):
+            rows.append((f"{len(entries):,} items", gloss + _named(fate, entries)))
+    if report.allowed:
+        rows.append(("allowed", ", ".join(report.allowed)))
+    return rows
+
+
+def _named(fate: str, entries: Sequence[Entry]) -> str:
+    if fate not in _NAMED_FATES:
+        return ""
+    names = list(dict.fromkeys(entry.target or _address(entry) for entry in entries))
+    return f": {listed(names)}"
+
+
+def _address(entry: Entry) -> str:
+    return ".".join(str(step) for step in entry.item)
+
+
+def _ledger(entries: Iterable[Entry]) -> Table:
+    rows = table("source item", "fate", "target", "how and why")
+    for entry in entries:
+        how = [*(_op(op) for op in entry.ops), *filter(None, (entry.evidence, entry.detail))]
+        if entry.allowed_by:
+            how.append(f"allowed by {entry.allowed_by}")
+        cells = (_address(entry), entry.fate, entry.target, "; ".join(how))
+        rows.add_row(*(Text(clean(cell)) for cell in cells))
+    return rows
+
+
+def _op(op: Mapping[str, object]) -> str:
+    arguments = " ".join(f"{key}={value}" for key, value in op.items() if key != "op")
+    return f"{op.get('op', '?')} {arguments}".strip()
