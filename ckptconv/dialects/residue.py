@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ckptconv import dtypes
-from ckptconv.document import Checkpoint, Value
+from ckptconv.document import Checkpoint, Unknown, Value
 from ckptconv.errors import CkptError, LossError, MappingError
 from ckptconv.rawtree import Lifted, Node, Path, transform
 from ckptconv.tensor import StoredTensor, TensorRef
@@ -18,9 +18,15 @@ class Lifter:
         self._root = root
         self._taken: dict[Path, Lifted] = {}
 
-    def take(self, path: Path, to: Path, **encoding: str | int | float | bool | None) -> None:
+    def take(
+        self, path: Path, to: Path, **encoding: str | int | float | bool | None | tuple[int, ...]
+    ) -> None:
         """The node at `path` now stands at `to` in the document."""
         self._taken[path] = Lifted(to=to, encoding=encoding)
+
+    def has(self, path: Path) -> bool:
+        """Whether the node at `path` was taken already."""
+        return path in self._taken
 
     def residue(self) -> Node:
         """The tree with every taken node replaced by its address."""
@@ -48,7 +54,7 @@ def encode(value: TensorRef | Value, lifted: Lifted) -> Node:
 
     Encodings: none or `{"as": "value"}` the plain number; `{"as": "tensor", "dtype": ..}` a 0-d tensor of
     that dtype (`"shape"` for others); `{"as": "int" | "float"}` a number of that type; `{"plus": n}` is
-    added first, where a producer counts from elsewhere.
+    added first, where a producer counts from elsewhere. `{"raw": n}`: see `_settle`.
     """
     if isinstance(value, TensorRef):
         return value
@@ -94,6 +100,12 @@ def fill(root: Node, checkpoint: Checkpoint) -> Node:
                 )
             )
             return node
+        if "raw" in node.encoding:
+            try:
+                return _settle(value, node, checkpoint, path)
+            except CkptError as error:
+                problems.append(error)
+                return node
         if value is None and node.encoding.get("nullable") is not True:
             problems.append(
                 MappingError.of(
@@ -114,6 +126,36 @@ def fill(root: Node, checkpoint: Checkpoint) -> Node:
     if problems:
         raise MappingError(*(problem for error in problems for problem in error.problems))
     return filled
+
+
+def _settle(value: TensorRef | Value, lifted: Lifted, checkpoint: Checkpoint, path: Path) -> Node:
+    """What a place holds whose counting convention the file does not tell (`{"raw": n}`).
+
+    The document's value is one of the readings `n` and `n + 1`, or still unknown between them: the place
+    keeps what it has. Raises: progress-unknown where the document is of another run and knows nothing;
+    residue-stale where a new value cannot be written without the convention.
+    """
+    raw = lifted.encoding["raw"]
+    where = "/".join(str(step) for step in path)
+    name = str(lifted.to[-1])
+    fact = getattr(checkpoint.progress, name, None) if lifted.to[0] == "progress" else None
+    readings = {c.value for c in fact.candidates} if isinstance(fact, Unknown) else set()
+    if isinstance(raw, (int, float)) and (value in (raw, raw + 1) or (value is None and raw in readings)):
+        return encode(raw, Lifted(to=lifted.to, encoding={**lifted.encoding, "plus": 0}))
+    if value is None:
+        raise MappingError.of(
+            "progress-unknown",
+            f"the target holds {raw} at '{where}', and '{name}' is not known",
+            _how_to_supply(lifted.to),
+            loc=path,
+        )
+    raise MappingError.of(
+        "residue-stale",
+        f"'{where}' holds {raw} and '{name}' is now {value}: whether the place counts what is finished or names "
+        "the last one is not recorded",
+        f"Keep {name} at {raw} or {raw} + 1, or write to a target without that key.",
+        loc=path,
+    )
 
 
 def _how_to_supply(address: Path) -> str:
