@@ -1,0 +1,354 @@
+"""The command line: arguments in, one library call, text or JSON out.
+
+Exit codes: 0 done, 1 problems found, 2 usage, 130 interrupted. What was asked for goes to stdout, problems
+and progress to stderr; with `--json` problems are JSON on stdout too: `{"problems": [...]}`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ckptconv.console import (
+    DONE,
+    PROBLEMS,
+    outcome,
+    prepare_streams,
+    print_json,
+    progress_bar,
+    show,
+    show_problems,
+    stop,
+    write,
+)
+from ckptconv.errors import CkptError, TargetError
+from ckptconv.options import (
+    Allow,
+    AsJson,
+    Digest,
+    DryRun,
+    DType,
+    Exclude,
+    Force,
+    From,
+    Jobs,
+    Keep,
+    Mapping,
+    NoVerify,
+    Only,
+    Raw,
+    Readable,
+    ReportFile,
+    Require,
+    Select,
+    Set,
+    Source,
+    SourceSpec,
+    Target,
+    Template,
+    Tensors,
+    To,
+    Verbose,
+    Version,
+    parse_settings,
+    registries,
+    split_container,
+    split_names,
+)
+
+if TYPE_CHECKING:
+    from ckptconv.report import Report
+
+app = typer.Typer(
+    name="ckptconv",
+    help="Moves a training run between frameworks: weights, optimizer state and progress.\n\n"
+    "Start with: ckptconv inspect PATH",
+    epilog="Exit codes: 0 done, 1 problems found, 2 wrong usage, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The console script."""
+    prepare_streams()
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Version = False) -> None:
+    if version:
+        from importlib import metadata
+
+        write(f"ckptconv {metadata.version('ckptconv')}\n")
+        raise typer.Exit(DONE)
+
+
+@app.command(short_help="Show what a checkpoint is, progress first.")
+def inspect(
+    path: Readable,
+    as_json: AsJson = False,
+    tensors: Tensors = False,
+    raw: Raw = False,
+    digest: Digest = False,
+    from_: From = None,
+) -> None:
+    """Show what a checkpoint is: progress, optimizers, schedules, parameters.
+
+    With --json it is the neutral document. Nothing is written, nothing in the file is run.
+
+    Example: ckptconv inspect run.pt
+    """
+    if digest and not raw:
+        raise typer.BadParameter("it goes with --raw.", param_hint="--digest")
+    format_, dialect = split_container(from_)
+    with outcome(as_json=as_json):
+        if raw:
+            _inspect_raw(path, format_, dialect, as_json=as_json, digest=digest)
+            return
+        from ckptconv import convert as library
+
+        checkpoint = library.open(path, format=format_, dialect=dialect)
+        if as_json:
+            from ckptconv import schema
+
+            print_json(schema.to_json(checkpoint))
+            return
+        from ckptconv.rendering import inspect_view
+
+        show(inspect_view(checkpoint, path=str(path), all_params=tensors))
+
+
+def _inspect_raw(
+    path: Path, format_: str | None, dialect: str | None, *, as_json: bool, digest: bool
+) -> None:
+    from ckptconv import convert as library
+    from ckptconv import listing
+    from ckptconv.rendering import raw_view
+
+    raw = library.read_raw(path, format_)
+    try:
+        name = library.detect_dialect(raw, dialect)[0].name
+    except CkptError as error:
+        # The keys are listed also where nobody knows what they mean: that is what --raw is for.
+        if any(problem.code != "unknown-dialect" for problem in error.problems):
+            raise
+        name = None
+    if as_json:
+        print_json(listing.to_json(raw, name, digests=digest))
+    else:
+        show(raw_view(raw.format, name, listing.rows(raw, digests=digest)))
+
+
+@app.command(short_help="Convert a checkpoint, training state included.")
+def convert(
+    source: Source,
+    target: Target,
+    from_: From = None,
+    to: To = None,
+    template: Template = None,
+    source_spec: SourceSpec = None,
+    mapping: Mapping = None,
+    set_: Set = None,
+    select: Select = None,
+    only: Only = None,
+    exclude: Exclude = None,
+    dtype: DType = None,
+    allow: Allow = None,
+    keep: Keep = False,
+    report: ReportFile = None,
+    jobs: Jobs = None,
+    dry_run: DryRun = False,
+    no_verify: NoVerify = False,
+    force: Force = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint: weights, optimizer state and progress.
+
+    SRC is only read. DST appears whole and verified, or not at all. What cannot be carried is an error
+    that names its code, never a silent loss.
+
+    Example, from PyTorch to Keras with a fresh checkpoint of the Keras model:
+    ckptconv convert run.pt out/ckpt-1 --template fresh/ckpt-1
+
+    Example, the weights alone: ckptconv convert run.pt weights.safetensors
+    """
+    settings = parse_settings(set_)
+    with outcome(as_json=as_json):
+        from ckptconv import convert as library
+
+        if report is not None:
+            _check_report_file(report, force=force)
+        with progress_bar(f"converting {source.name}") as progress:
+            result = library.convert(
+                source,
+                target,
+                from_=from_,
+                to=to,
+                template=template,
+                source_spec=source_spec,
+                mapping=mapping,
+                set_=settings,
+                select=select,
+                only=only or (),
+                exclude=exclude or (),
+                dtype=dtype,
+                allow=allow or (),
+                keep=keep,
+                jobs=jobs,
+                dry_run=dry_run,
+                verify=not no_verify,
+                force=force,
+                progress=progress,
+            )
+        _deliver(result, report, verbose=verbose, as_json=as_json)
+
+
+def _check_report_file(path: Path, *, force: bool) -> None:
+    """Before anything is done: a report must not replace a checkpoint by a slip of the pen."""
+    if path.exists() and not force:
+        raise TargetError.of(
+            "target-exists",
+            f"the report file '{path}' is there already",
+            "Choose another name, or pass --force to replace it.",
+            loc=("--report",),
+        )
+    if not path.parent.is_dir():
+        raise TargetError.of(
+            "target-unwritable",
+            f"the report's directory '{path.parent}' does not exist",
+            "Create it first; nothing was written.",
+            loc=("--report",),
+        )
+
+
+def _deliver(result: Report, path: Path | None, *, verbose: bool, as_json: bool) -> None:
+    """Shows a report, writes it if asked to, and leaves with 1 where a dry run found problems."""
+    from ckptconv import schema
+
+    if path is not None:
+        try:
+            path.write_text(json.dumps(schema.report_to_json(result), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise TargetError.of(
+                "target-unwritable",
+                f"the report cannot be written to '{path}': {error.strerror}",
+                "The conversion itself is done." if not result.dry_run else "Choose another name.",
+                loc=("--report",),
+            ) from error
+    if as_json:
+        print_json(schema.report_to_json(result))
+    else:
+        from ckptconv.rendering import report_view
+
+        show(report_view(result, verbose=verbose))
+        show_problems(result.problems, as_json=False)
+    if result.problems:
+        raise typer.Exit(PROBLEMS)
+
+
+@app.command(short_help="Show what convert would do; write nothing.")
+def plan(
+    source: Source,
+    target: Target,
+    from_: From = None,
+    to: To = None,
+    template: Template = None,
+    source_spec: SourceSpec = None,
+    mapping: Mapping = None,
+    set_: Set = None,
+    select: Select = None,
+    only: Only = None,
+    exclude: Exclude = None,
+    dtype: DType = None,
+    allow: Allow = None,
+    keep: Keep = False,
+    report: ReportFile = None,
+    force: Force = False,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what convert would do, and write nothing: the same as convert --dry-run.
+
+    Example: ckptconv plan run.pt out/ckpt-1 --template fresh/ckpt-1
+    """
+    convert(
+        source,
+        target,
+        from_=from_,
+        to=to,
+        template=template,
+        source_spec=source_spec,
+        mapping=mapping,
+        set_=set_,
+        select=select,
+        only=only,
+        exclude=exclude,
+        dtype=dtype,
+        allow=allow,
+        keep=keep,
+        report=report,
+        dry_run=True,
+        force=force,
+        verbose=verbose,
+        as_json=as_json,
+    )
+
+
+@app.command(short_help="Check a checkpoint, or require fields of it.")
+def validate(
+    path: Readable,
+    require: Require = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a checkpoint: schema, digests, cross-references, and what the container itself records.
+
+    With --require it is a gate for pipelines: a field that is not known is a problem.
+
+    Example: ckptconv validate run.pt --require step,learning_rate
+    """
+    with outcome(as_json=as_json):
+        from ckptconv import convert as library
+
+        problems = library.validate(path, require=split_names(require))
+        if problems:
+            stop(problems, as_json=as_json)
+        if as_json:
+            print_json({"problems": []})
+        else:
+            show([f"{path}: no problems"])
+
+
+@app.command(short_help="List what is read and written.")
+def formats(as_json: AsJson = False) -> None:
+    """List what is read and written: containers, and the dialects of each.
+
+    Example: ckptconv formats
+    """
+    with outcome(as_json=as_json):
+        known, dialects = registries()
+        listing = [
+            {
+                "name": format_.name,
+                "summary": format_.summary,
+                "suffixes": list(format_.suffixes),
+                "dialects": [
+                    {"name": d.name, "framework": d.framework, "summary": d.summary}
+                    for d in dialects[format_.name]
+                ],
+            }
+            for format_ in known.values()
+        ]
+        if as_json:
+            print_json({"formats": listing})
+            return
+        from ckptconv.rendering import formats_view
+
+        show(formats_view(listing))

@@ -1,0 +1,116 @@
+"""Where the command line's output goes: results to stdout, problems and progress to stderr, exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from ckptconv.errors import CkptError, Problem
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+DONE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def prepare_streams() -> None:
+    """A name that the terminal's encoding lacks is shown escaped; it must not stop the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def write(text: str) -> None:
+    """Text to stdout. A reader that went away (`| head`) is no failure of ours."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_json(value: object) -> None:
+    write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def show(views: Iterable[RenderableType]) -> None:
+    from rich.console import Console
+
+    from ckptconv.rendering import plain
+
+    if not sys.stdout.isatty():
+        write(plain(views))
+        return
+    console = Console(highlight=False, emoji=False, markup=False)
+    with contextlib.suppress(BrokenPipeError):
+        for view in views:
+            console.print(view)
+
+
+def show_problems(problems: Sequence[Problem], *, as_json: bool) -> None:
+    if as_json:
+        print_json({"problems": [_problem_json(problem) for problem in problems]})
+        return
+    from rich.console import Console
+
+    from ckptconv.rendering import plain, problems_view
+
+    views = problems_view(problems)
+    if not sys.stderr.isatty():
+        sys.stderr.write(plain(views))
+        return
+    console = Console(stderr=True, highlight=False, emoji=False, markup=False)
+    for view in views:
+        console.print(view)
+
+
+def _problem_json(problem: Problem) -> dict[str, object]:
+    return {
+        "code": problem.code,
+        "loc": list(problem.loc),
+        "message": problem.message,
+        "hint": problem.hint,
+    }
+
+
+def stop(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:
+    """Shows the problems and leaves with the exit code that they mean."""
+    show_problems(problems, as_json=as_json)
+    raise typer.Exit(USAGE if all(problem.code == "usage" for problem in problems) else PROBLEMS)
+
+
+@contextlib.contextmanager
+def outcome(*, as_json: bool) -> Iterator[None]:
+    """Turns what the library raises into text and an exit code."""
+    try:
+        yield
+    except CkptError as error:
+        stop(error.problems, as_json=as_json)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; nothing was written\n")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (bytes done, bytes in all) that draws a bar; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield update

@@ -1,0 +1,218 @@
+"""What each argument and option of the command line is called, accepts and explains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ckptconv.errors import CODES
+
+if TYPE_CHECKING:
+    from ckptconv.dialects.base import Dialect
+    from ckptconv.formats.base import Format
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    """`Did you mean ...?` where a known name is near, else the list of all."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
+
+
+def _codes(values: list[str] | None) -> list[str]:
+    for code in values or ():
+        if code not in CODES:
+            raise typer.BadParameter(f"there is no code '{code}'. {_closest(code, CODES)}")
+    return values or []
+
+
+def registries() -> tuple[dict[str, Format], dict[str, dict[str, Dialect]]]:
+    """Every format by name, and its dialects by name."""
+    import ckptconv.convert  # noqa: F401  (loads every format and dialect)
+    from ckptconv.dialects.base import DIALECTS
+    from ckptconv.formats.base import FORMATS
+
+    dialects = {name: {d: one for (f, d), one in DIALECTS.items() if f == name} for name in FORMATS}
+    return FORMATS, dialects
+
+
+def _container(value: str | None) -> str | None:
+    """Checks `FORMAT` or `FORMAT:DIALECT` against the registries."""
+    if value is None:
+        return None
+    formats, dialects = registries()
+    name, _, dialect = value.partition(":")
+    if name not in formats:
+        raise typer.BadParameter(f"there is no format '{name}'. {_closest(name, formats)}")
+    if dialect and dialect not in dialects[name]:
+        raise typer.BadParameter(
+            f"format '{name}' has no dialect '{dialect}'. {_closest(dialect, dialects[name])}"
+        )
+    return value
+
+
+def parse_settings(values: list[str] | None) -> dict[str, str]:
+    """`FIELD=VALUE` items as a mapping; the library judges fields and values."""
+    result: dict[str, str] = {}
+    for item in values or ():
+        field, equals, value = item.partition("=")
+        if not equals or not field or not value:
+            raise typer.BadParameter(f"'{item}' is not FIELD=VALUE, as in step=9.", param_hint="--set")
+        if field in result:
+            raise typer.BadParameter(f"'{field}' is set twice.", param_hint="--set")
+        result[field] = value
+    return result
+
+
+def split_container(value: str | None) -> tuple[str | None, str | None]:
+    """`FORMAT:DIALECT` as (format, dialect)."""
+    format_, _, dialect = (value or "").partition(":")
+    return format_ or None, dialect or None
+
+
+def split_names(value: str | None) -> list[str]:
+    """A comma-separated list."""
+    return [name.strip() for name in (value or "").split(",") if name.strip()]
+
+
+Source = Annotated[
+    Path, typer.Argument(metavar="SRC", help="The checkpoint to read, e.g. run.pt or ckpts/ckpt-9.")
+]
+Target = Annotated[
+    Path, typer.Argument(metavar="DST", help="What to write, e.g. out/ckpt-9 or out.safetensors.")
+]
+Readable = Annotated[
+    Path,
+    typer.Argument(
+        metavar="PATH", help="A checkpoint file, prefix or directory, e.g. run.pt or ckpts/ckpt-9."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, problems too, e.g. for jq.")]
+From = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FORMAT[:DIALECT]",
+        callback=_container,
+        help="Read SRC as this instead of recognising it, e.g. --from pytorch:plain.",
+    ),
+]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to",
+        metavar="FORMAT[:DIALECT]",
+        callback=_container,
+        help="Write this, e.g. --to tensorflow. Needed where neither DST's suffix nor the template tells.",
+    ),
+]
+Template = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="A fresh checkpoint of the target model, saved by the target's own code: gives names, layouts "
+        "and optimizer settings, e.g. --template fresh/ckpt-1.",
+    ),
+]
+SourceSpec = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="A checkpoint or manifest that supplies what SRC does not record, such as layer kinds and "
+        "parameter order, e.g. --source-spec described.json.",
+    ),
+]
+Mapping = Annotated[
+    Path | None,
+    typer.Option(
+        "--mapping",
+        metavar="PATH",
+        help="Rules that say which parameter becomes which, where names and shapes do not, "
+        "e.g. --mapping rules.json.",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="Supply what the source does not record, e.g. --set step=9 --set epochs=2. May be repeated.",
+    ),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHAT",
+        help="Which of several states to convert: ema, model or an optimizer, e.g. --select optimizer:0.",
+    ),
+]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", help="Convert only parameters that match, e.g. --only 'encoder.*'. May be repeated."
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB", help="Leave matching parameters out, e.g. --exclude 'head.*'. May be repeated."
+    ),
+]
+DType = Annotated[
+    str | None,
+    typer.Option(metavar="DTYPE", help="Cast floating-point parameters, e.g. --dtype bfloat16."),
+]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="CODE",
+        callback=_codes,
+        help="Accept one loss by the code that an error named, e.g. --allow precision-loss. May be repeated.",
+    ),
+]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        "--keep", help="Also write a neutral directory beside DST, so that the way back is exact: --keep."
+    ),
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE", help="Write the full report as JSON, e.g. --report report.json."
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", min=1, help="Threads that copy tensors, e.g. --jobs 4. Default: chosen by the machine."
+    ),
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", help="Do not read the result back to compare it, e.g. on slow storage: --no-verify."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace DST (and FILE) if it exists: --force.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show what became of every single item: --verbose.")
+]
+Require = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FIELD,...",
+        help="Fields that must be known, of progress or of optimizers, e.g. --require step,learning_rate.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, write nothing: --dry-run.")]
+Tensors = Annotated[bool, typer.Option("--tensors", help="Show every parameter, however many: --tensors.")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Show every leaf under the file's own keys, without meaning: --raw.")
+]
+Digest = Annotated[bool, typer.Option("--digest", help="Also the sha256 of every tensor: --raw --digest.")]
+Version = Annotated[bool, typer.Option("--version", help="Print the version: ckptconv --version.")]
