@@ -161,15 +161,14 @@ def _progress(checkpoint: Checkpoint) -> list[RenderableType]:
             silent.append(name)
             continue
         rows.add_row("", name, *_fact(name, fact, _GLOSS[name]))
-    views: list[RenderableType] = [heading("Progress"), rows]
     if silent:
-        views.append(fields([("not recorded", ", ".join(silent))]))
-    return views
+        rows.add_row("", "the rest", "not recorded", ", ".join(silent))
+    return [heading("Progress"), rows]
 
 
 def _optimizer(optimizer: Optimizer, param_count: int, *, all_groups: bool) -> list[RenderableType]:
     name = "" if optimizer.name == "optimizer" else f" '{clean(optimizer.name)}'"
-    title = f"Optimizer{name}: {clean(optimizer.algorithm)}, as {clean(optimizer.framework)} means it"
+    title = f"Optimizer{name}: {clean(optimizer.algorithm)} (as in {clean(optimizer.framework)})"
     rows: list[tuple[str, str | Text]] = []
     if optimizer.algorithm_candidates:
         rows.append(("may be", ", ".join(clean(c) for c in optimizer.algorithm_candidates)))
