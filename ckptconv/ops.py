@@ -3,23 +3,75 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
 from ckptconv import dtypes
-from ckptconv.errors import CkptError, MappingError
-from ckptconv.tensor import Array, Index, StoredTensor, TensorRef, TensorSpec, dense_strides
+from ckptconv.errors import LossError, MappingError, Problem
+from ckptconv.strided import box_shape, dense, flat_boxes
+from ckptconv.tensor import (
+    Array,
+    Bytes,
+    DerivedTensor,
+    Index,
+    StoredTensor,
+    TensorRef,
+    TensorSpec,
+    as_bytes,
+    dense_strides,
+)
+
+_BATCH_NBYTES = 4 << 20
 
 
-def _misfit(op: object, spec: TensorSpec) -> CkptError:
-    return MappingError.of(
-        "shape-mismatch", f"{op} does not fit shape {list(spec.shape)}", "Check the mapping or the template."
+def _misfit(op: object, spec: TensorSpec, hint: str = "Check the mapping or the template.") -> MappingError:
+    what = f"{spec.dtype.name} of shape {list(spec.shape)}"
+    return MappingError(
+        Problem(code="shape-mismatch", loc=(), message=f"{op} does not fit {what}", hint=hint)
     )
 
 
+def _fixed(op: object, spec: TensorSpec) -> TensorSpec:
+    """The spec, if its elements are of one length, so that they can be taken apart."""
+    if spec.encoded_nbytes is not None:
+        raise _misfit(op, spec, "Strings and variants can only be copied whole.")
+    return spec
+
+
+def _within(op: Scale | Cast, before: Array, after: Array) -> Array:
+    """`after`, if no finite value of `before` has left the range of its dtype."""
+    lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
+    if lost:
+        raise LossError(
+            Problem(
+                code="precision-loss",
+                loc=(),
+                message=f"{lost} of {before.size} values leave the range of {after.dtype.name} by {op}",
+                hint="Choose a wider dtype.",
+            )
+        )
+    return after
+
+
+class _Op:
+    """What holds for an op unless it says otherwise."""
+
+    __slots__ = ()
+
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        return None
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
-class Permute:
+class Permute(_Op):
     """Reorder axes: axis `i` of the result is axis `order[i]` of the input."""
 
     order: tuple[int, ...]
@@ -31,6 +83,7 @@ class Permute:
         (spec,) = inputs
         if sorted(self.order) != list(range(len(spec.shape))):
             raise _misfit(self, spec)
+        _fixed(self, spec)
         return TensorSpec(dtype=spec.dtype, shape=tuple(spec.shape[i] for i in self.order))
 
     def view(self, tensor: StoredTensor) -> StoredTensor:
@@ -41,17 +94,24 @@ class Permute:
             strides=tuple(tensor.strides[i] for i in self.order),
         )
 
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        if isinstance(tensor.op, Concat):
+            op = Concat(self.order.index(tensor.op.axis))
+            first, *others = (part.apply(self) for part in tensor.parts)
+            return first.apply(op, *others)
+        return _below_elementwise(self, tensor)
+
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
         back = self.inverse().order
         part = inputs[0].block(tuple(start[i] for i in back), tuple(stop[i] for i in back))
-        return np.ascontiguousarray(part.transpose(self.order))
+        return dense(part.transpose(self.order))
 
     def to_json(self) -> dict[str, object]:
         return {"op": "permute", "order": list(self.order)}
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape:
+class Reshape(_Op):
     """The same elements in C order under another shape; `before` is the input's shape."""
 
     before: tuple[int, ...]
@@ -64,7 +124,7 @@ class Reshape:
         (spec,) = inputs
         if spec.shape != self.before or math.prod(self.before) != math.prod(self.after):
             raise _misfit(self, spec)
-        return TensorSpec(dtype=spec.dtype, shape=self.after)
+        return replace(spec, shape=self.after)
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         spec = self.spec((tensor.spec,))
@@ -75,24 +135,45 @@ class Reshape:
             return None
         return StoredTensor(spec=spec, extent=tensor.extent, offset=tensor.offset, strides=strides)
 
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        return _below_elementwise(self, tensor)
+
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        """Reads the whole rows of the input's first axis that hold the elements."""
-        shape = tuple(hi - lo for lo, hi in zip(start, stop, strict=True))
-        if 0 in shape:
-            return np.empty(shape, inputs[0].dtype.numpy)
+        """Takes the runs of the flattened tensor that make up the box, several with the gaps between them."""
+        shape, item = box_shape(start, stop), inputs[0].dtype.itemsize
+        out = np.empty(shape, inputs[0].dtype.numpy)
+        if not out.size:
+            return out
         strides = dense_strides(self.after)
-        low = sum(i * s for i, s in zip(start, strides, strict=True))
-        high = 1 + sum((i - 1) * s for i, s in zip(stop, strides, strict=True))
-        row = max(math.prod(self.before[1:]), 1)
-        first, last = low // row, -(-high // row)
-        rank = len(self.before)
-        part = inputs[0].block((first, *(0,) * (rank - 1))[:rank], (last, *self.before[1:])[:rank])
-        flat = part.reshape(-1)[low - first * row :]
-        item = flat.itemsize
-        view = np.lib.stride_tricks.as_strided(
-            flat.view(np.dtype(("V", item))), shape, tuple(s * item for s in strides)
-        )
-        return np.ascontiguousarray(view).view(flat.dtype).reshape(shape)
+        # The box is `len(lows)` runs of `run` elements: all axes after the first that is taken whole.
+        axis = len(shape)
+        while axis > 0 and shape[axis - 1] == self.after[axis - 1]:
+            axis -= 1
+        axis = max(axis - 1, 0)
+        run = math.prod(shape[axis:])
+        tail = sum(i * s for i, s in zip(start[axis:], strides[axis:], strict=True))
+        lead = [range(lo, hi) for lo, hi in zip(start[:axis], stop[:axis], strict=True)]
+        rows = out.reshape(-1, run)
+        limit = max(_BATCH_NBYTES // item, run)
+        lows = np.zeros(1, np.int64)
+        for indices, step in zip(lead, strides, strict=False):
+            lows = (lows[:, None] + np.asarray(indices, np.int64) * step).reshape(-1)
+        lows += tail
+        done = 0
+        while done < len(lows):
+            low = int(lows[done])
+            end = int(np.searchsorted(lows, low + limit - run, side="right"))
+            flat = _flat(inputs[0], low, int(lows[end - 1]) + run)
+            for row in range(done, end):
+                at = int(lows[row]) - low
+                rows[row] = flat[at : at + run]
+            done = end
+        return out
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return inputs[0].windows(nbytes, panel_nbytes)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "reshape", "before": list(self.before), "after": list(self.after)}
@@ -132,7 +213,7 @@ def _reshaped_strides(
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(_Op):
     """Elements `start` to `stop` (exclusive) of one axis: one part of a split."""
 
     axis: int
@@ -141,6 +222,7 @@ class Slice:
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         (spec,) = inputs
+        _fixed(self, spec)
         if self.axis >= len(spec.shape) or not 0 <= self.start <= self.stop <= spec.shape[self.axis]:
             raise _misfit(self, spec)
         shape = list(spec.shape)
@@ -155,6 +237,9 @@ class Slice:
             strides=tensor.strides,
         )
 
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        return _below_elementwise(self, tensor)
+
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
         def shifted(index: Index) -> Index:
             return tuple(i + self.start if a == self.axis else i for a, i in enumerate(index))
@@ -166,18 +251,18 @@ class Slice:
 
 
 @dataclass(frozen=True, slots=True)
-class Concat:
+class Concat(_Op):
     """Join tensors along one axis; `Slice` of each part's range is the inverse."""
 
     axis: int
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         first = inputs[0]
+        if self.axis >= len(_fixed(self, first).shape):
+            raise _misfit(self, first)
         for other in inputs[1:]:
             same = [n for a, n in enumerate(other.shape) if a != self.axis]
-            if other.dtype != first.dtype or same != [
-                n for a, n in enumerate(first.shape) if a != self.axis
-            ]:
+            if other.dtype != first.dtype or same != [n for a, n in enumerate(first.shape) if a != self.axis]:
                 raise _misfit(self, other)
         shape = list(first.shape)
         shape[self.axis] = sum(spec.shape[self.axis] for spec in inputs)
@@ -201,12 +286,19 @@ class Concat:
             return np.empty(shape, inputs[0].dtype.numpy)
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
 
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        if math.prod(inputs[0].shape[: self.axis]) != 1:
+            return None
+        return chain.from_iterable(tensor.windows(nbytes, panel_nbytes) for tensor in inputs)
+
     def to_json(self) -> dict[str, object]:
         return {"op": "concat", "axis": self.axis}
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(_Op):
     """Multiply by a number; the product is rounded once, to the tensor's dtype."""
 
     factor: float
@@ -215,22 +307,38 @@ class Scale:
         return Scale(1.0 / self.factor)
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-        return inputs[0]
+        (spec,) = inputs
+        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+            raise _misfit(self, spec, "Only floating-point numbers are scaled.")
+        return spec
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         return tensor if self.factor == 1.0 else None
 
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        part = inputs[0].block(start, stop)
-        wide = np.complex128 if inputs[0].dtype.kind == "complex" else np.float64
-        return np.asarray(part.astype(wide) * self.factor).astype(part.dtype)
+        return self.of(inputs[0].block(start, stop))
+
+    def of(self, part: Array) -> Array:
+        """The product of each element.
+
+        Raises: precision-loss where a finite value would become infinite.
+        """
+        wide = np.complex128 if part.dtype.kind == "c" else np.float64
+        with np.errstate(all="ignore"):
+            product = np.asarray(part.astype(wide) * self.factor).astype(part.dtype)
+        return _within(self, part, product)
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "scale", "factor": self.factor}
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(_Op):
     """Convert to another dtype; exact where the target holds every value of the source."""
 
     dtype: str
@@ -241,18 +349,87 @@ class Cast:
 
     def is_exact(self, source: dtypes.DType) -> bool:
         """Whether every value of the source dtype survives."""
-        if source.kind in ("quantized", "packed", "bytes") or self.target.kind in ("quantized", "packed", "bytes"):
+        if source.kind in ("quantized", "packed", "bytes") or self.target.kind in (
+            "quantized",
+            "packed",
+            "bytes",
+        ):
             return source == self.target
         return bool(np.can_cast(source.numpy, self.target.numpy, "safe"))
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-        return TensorSpec(dtype=self.target, shape=inputs[0].shape)
+        (spec,) = inputs
+        if spec.dtype != self.target:
+            for row in (_fixed(self, spec).dtype, self.target):
+                if row.kind in ("quantized", "packed", "bytes") or row.name == "complex32":
+                    raise _misfit(self, spec, "Such elements are not numbers; they can only be copied.")
+            if spec.dtype.kind == "complex" and self.target.kind != "complex":
+                raise _misfit(self, spec, "An imaginary part cannot be dropped.")
+        return replace(spec, dtype=self.target)
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         return tensor if tensor.dtype == self.target else None
 
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return inputs[0].block(start, stop).astype(self.target.numpy)
+        return self.of(inputs[0].block(start, stop))
+
+    def of(self, part: Array) -> Array:
+        """Each element in the target's dtype; floats are rounded to nearest even.
+
+        Raises: precision-loss where a value leaves the range, or where an integer would not come back equal.
+        """
+        if part.dtype == self.target.numpy:
+            return part
+        with np.errstate(all="ignore"):
+            result = part.astype(self.target.numpy)
+            if self.is_exact(dtypes.of_array(part)):
+                return result
+            if self.target.kind in ("float", "complex") and dtypes.of_array(part).kind in (
+                "float",
+                "complex",
+            ):
+                return _within(self, part, result)
+            back = result.astype(part.dtype)
+            # The signs too: -1 comes back equal from the largest unsigned integer.
+            changed = int(np.count_nonzero((back != part) | ((result < 0) != (part < 0))))
+        if changed:
+            raise LossError(
+                Problem(
+                    code="precision-loss",
+                    loc=(),
+                    message=f"{changed} values of {part.dtype.name} have no equal in {self.dtype}",
+                    hint="Choose a dtype that holds them.",
+                )
+            )
+        return result
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "cast", "dtype": self.dtype}
+
+
+def _below_elementwise(op: Permute | Reshape | Slice, tensor: DerivedTensor) -> TensorRef | None:
+    """Move `op` below an op that treats every element alike: there it can become a view of stored bytes."""
+    if not isinstance(tensor.op, (Scale, Cast)):
+        return None
+    (part,) = tensor.parts
+    return part.apply(op).apply(tensor.op)
+
+
+def _elementwise_windows(
+    op: Scale | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
+) -> Iterator[Bytes]:
+    after = op.spec((tensor.spec,)).dtype.itemsize
+    room = max(min(nbytes, nbytes * tensor.dtype.itemsize // max(after, 1)), 1)
+    for window in tensor.windows(room, panel_nbytes):
+        yield as_bytes(op.of(window.view(tensor.dtype.numpy)))
+
+
+def _flat(tensor: TensorRef, low: int, high: int) -> Array:
+    """Elements `low` to `high` of the tensor in C order."""
+    parts = [tensor.block(start, stop).reshape(-1) for start, stop in flat_boxes(tensor.shape, low, high)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -3,33 +3,69 @@
 A `TensorRef` is a value. It can be sliced, permuted, scaled and concatenated without reading a byte;
 `read()` gives the array, `windows()` streams it in pieces of bounded size. Whatever the source's byte
 order and strides, what comes out is C-order and little-endian.
+
+A tensor whose axes lie in another order than in the file is streamed in panels: as much of it as
+`panel_nbytes` holds is read in the file's order, in runs as long as the panel allows, and is turned in
+memory. Runs of bytes too short to be worth a read each are read together with the gaps between them.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import weakref
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ckptconv import dtypes
 from ckptconv.dtypes import DType
-from ckptconv.errors import FormatError
+from ckptconv.errors import FormatError, Problem
+from ckptconv.source import BufferSource, ByteSource, FileSource, ends_early
+from ckptconv.strided import (
+    Array,
+    Bytes,
+    Index,
+    as_bytes,
+    blocks,
+    box_shape,
+    box_slices,
+    dense,
+    dense_strides,
+    same_layout,
+    word_of,
+)
 
-Array = npt.NDArray[np.generic]
-Bytes = npt.NDArray[np.uint8]
-Index = tuple[int, ...]
+__all__ = [
+    "WINDOW_NBYTES",
+    "Array",
+    "BufferSource",
+    "ByteSource",
+    "Bytes",
+    "Checksum",
+    "DerivedTensor",
+    "Extent",
+    "FileSource",
+    "FilledTensor",
+    "Index",
+    "MissingTensor",
+    "Op",
+    "StoredTensor",
+    "TensorRef",
+    "TensorSpec",
+    "as_bytes",
+    "blocks",
+    "dense_strides",
+]
 
-WINDOW_NBYTES = 8 << 20
+WINDOW_NBYTES = 4 << 20
 """Default size of a streamed piece, in bytes."""
+PANEL_NBYTES = 32 << 20
+"""Default size of what is read at once of a tensor whose axes do not lie in the file's order."""
 
-_SPARSE_SPAN_NBYTES = 1 << 20
-"""A strided read up to this many bytes is one read, however much of it is not wanted."""
+_SCRATCH_NBYTES = 1 << 20
+_GAP_NBYTES = 8 << 10
+"""What a read of its own costs about as much as: gaps up to this are read along, into scratch memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,86 +88,6 @@ class TensorSpec:
         if self.encoded_nbytes is not None:
             return self.encoded_nbytes
         return self.numel * self.dtype.itemsize
-
-
-@runtime_checkable
-class ByteSource(Protocol):
-    """Where raw bytes come from: a file, a buffer, a remote object. Safe to read from several threads."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in messages."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are there."""
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` (bytes, writable) from `offset` on.
-
-        Raises: truncated-tensor where the source ends before `out` is full.
-        """
-
-
-class FileSource:
-    """A local file, opened read-only at the first read and closed when nothing refers to it any more."""
-
-    __slots__ = ("__weakref__", "_fd", "_nbytes", "name", "path")
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self.name = os.path.basename(self.path)
-        self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._nbytes = os.fstat(self._fd).st_size
-        weakref.finalize(self, os.close, self._fd)
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        done = 0
-        while done < len(out):
-            got = os.preadv(self._fd, [out[done:]], offset + done)
-            if got == 0:
-                raise _ends_early(self.name, offset, len(out), offset + done)
-            done += got
-
-    def __repr__(self) -> str:
-        return f"FileSource({self.name!r})"
-
-
-class BufferSource:
-    """Bytes that are in memory already."""
-
-    __slots__ = ("_view", "name")
-
-    def __init__(self, data: bytes | bytearray | memoryview, name: str = "<memory>") -> None:
-        self._view = memoryview(data).cast("B")
-        self.name = name
-
-    @property
-    def nbytes(self) -> int:
-        return len(self._view)
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        if offset + len(out) > len(self._view):
-            raise _ends_early(self.name, offset, len(out), len(self._view))
-        out[:] = self._view[offset : offset + len(out)]
-
-    def __repr__(self) -> str:
-        return f"BufferSource({self.name!r}, {len(self._view)} bytes)"
-
-
-def _ends_early(name: str, offset: int, wanted: int, end: int) -> FormatError:
-    error = FormatError.of(
-        "truncated-tensor",
-        f"bytes {offset}..{offset + wanted} are needed, the file ends at {end} [{name}]",
-        "Copy the file again; nothing was written.",
-        loc=(name,),
-    )
-    assert isinstance(error, FormatError)
-    return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,8 +118,13 @@ class Extent:
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` from `offset` bytes into the extent on."""
         if offset < 0 or offset + len(out) > self.nbytes:
-            raise _ends_early(self.source.name, offset, len(out), self.nbytes)
+            raise ends_early(self.source.name, offset, len(out), self.nbytes)
         self.source.read_into(self.offset + offset, out)
+
+    def prefetch(self) -> None:
+        """Announce that the whole extent will be read, in no order."""
+        if isinstance(self.source, FileSource):
+            self.source.prefetch(self.offset, self.nbytes)
 
 
 class Op(Protocol):
@@ -175,8 +136,16 @@ class Op(Protocol):
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         """The result as another view of the same bytes, where strides can express it."""
 
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        """The result with this op moved below `tensor`'s own, nearer to the bytes, where the two commute."""
+
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
         """Elements `start` to `stop` (exclusive, per axis) of the result."""
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        """The result's bytes in order, where they follow from the inputs' bytes in order; else None."""
 
     def to_json(self) -> dict[str, object]:
         """For reports and plans: `{"op": name, ...}`."""
@@ -224,8 +193,11 @@ class TensorRef:
             return np.concatenate([np.zeros(0, np.uint8), *self.windows()])
         return self.block((0,) * len(self.shape), self.shape)
 
-    def windows(self, nbytes: int = WINDOW_NBYTES) -> Iterator[Bytes]:
-        """The tensor's C-order little-endian bytes in consecutive pieces of at most about `nbytes`."""
+    def windows(self, nbytes: int = WINDOW_NBYTES, panel_nbytes: int = PANEL_NBYTES) -> Iterator[Bytes]:
+        """The tensor's C-order little-endian bytes in consecutive pieces of at most `nbytes`.
+
+        Holds about `panel_nbytes` more where the bytes have to be rearranged.
+        """
         for start, stop in blocks(self.shape, self.dtype.itemsize, nbytes):
             yield as_bytes(self.block(start, stop))
 
@@ -235,6 +207,10 @@ class TensorRef:
             viewed = op.view(self)
             if viewed is not None:
                 return viewed
+        if not others and isinstance(self, DerivedTensor):
+            moved = op.inward(self)
+            if moved is not None:
+                return moved
         inputs = (self, *others)
         return DerivedTensor(op=op, parts=inputs, spec=op.spec(tuple(t.spec for t in inputs)))
 
@@ -276,64 +252,92 @@ class StoredTensor(TensorRef):
     @property
     def is_dense(self) -> bool:
         """Whether the bytes lie in C order without gaps."""
-        return self.spec.encoded_nbytes is not None or _same_layout(
+        return self.spec.encoded_nbytes is not None or same_layout(
             self.shape, self.strides, dense_strides(self.shape)
         )
 
-    def windows(self, nbytes: int = WINDOW_NBYTES) -> Iterator[Bytes]:
-        if self.spec.encoded_nbytes is None and not self.is_dense:
-            yield from TensorRef.windows(self, nbytes)
-            return
+    def windows(self, nbytes: int = WINDOW_NBYTES, panel_nbytes: int = PANEL_NBYTES) -> Iterator[Bytes]:
         item = max(self.dtype.itemsize, 1)
+        if not self.is_dense:
+            yield from self._panels(nbytes, panel_nbytes)
+            return
         start, total = self.offset * item, self.spec.nbytes
         step = max(nbytes - nbytes % item, item)
         for done in range(0, total, step):
             piece = np.empty(min(step, total - done), np.uint8)
             self.extent.read_into(start + done, piece.data)
-            yield self._little(piece)
+            self._to_little(piece)
+            yield piece
+
+    def _panels(self, nbytes: int, panel_nbytes: int) -> Iterator[Bytes]:
+        item = self.dtype.itemsize
+        if self.spec.nbytes > panel_nbytes:
+            self.extent.prefetch()
+        for start, stop in blocks(self.shape, item, panel_nbytes):
+            panel = self._view(start, stop)
+            for low, high in blocks(panel.shape, item, nbytes):
+                yield as_bytes(dense(panel[box_slices(low, high)]))
+            del panel  # before the next one is read, not after
 
     def block(self, start: Index, stop: Index) -> Array:
-        shape = tuple(hi - lo for lo, hi in zip(start, stop, strict=True))
-        out = np.empty(shape, self.dtype.numpy)
-        if out.size:
-            first = self.offset + sum(i * s for i, s in zip(start, self.strides, strict=True))
-            self._fill(out, first, self.strides)
-        return out
+        return dense(self._view(start, stop))
 
-    def _fill(self, out: Array, first: int, strides: tuple[int, ...]) -> None:
-        """Read the strided elements into `out`, in as few and as dense reads as its layout allows."""
+    def _view(self, start: Index, stop: Index) -> Array:
+        """The elements `start` to `stop` as a view of memory in which they lie as they do in the file."""
+        shape = box_shape(start, stop)
+        if 0 in shape:
+            return np.empty(shape, self.dtype.numpy)
         item = self.dtype.itemsize
-        repeated = [axis for axis, step in enumerate(strides) if step == 0 and out.shape[axis] > 1]
-        if repeated:
-            once = out[tuple(slice(0, 1) if a in repeated else slice(None) for a in range(out.ndim))]
-            unique = np.empty(once.shape, out.dtype)
-            self._fill(unique, first, strides)
-            out[...] = unique
-            return
-        span = 1 + sum((n - 1) * s for n, s in zip(out.shape, strides, strict=True))
-        if span == out.size and _same_layout(out.shape, strides, dense_strides(out.shape)) and out.flags.c_contiguous:
-            raw = as_bytes(out)
-            self.extent.read_into(first * item, raw.data)
-            if self.extent.big_endian:
-                raw[:] = self._little(raw)
-            return
-        if span * item <= max(_SPARSE_SPAN_NBYTES, 2 * out.nbytes):
-            raw = np.empty(span * item, np.uint8)
-            self.extent.read_into(first * item, raw.data)
-            strides_nbytes = tuple(step * item for step in strides)
-            out[...] = np.ndarray(out.shape, out.dtype, self._little(raw).data, 0, strides_nbytes)
-            return
-        axis = max(range(out.ndim), key=lambda a: strides[a] if out.shape[a] > 1 else -1)
-        row = np.delete(np.array(out.shape), axis), tuple(s for a, s in enumerate(strides) if a != axis)
-        for position in range(out.shape[axis]):
-            piece = np.empty(tuple(int(n) for n in row[0]), out.dtype)
-            self._fill(piece, first + position * strides[axis], row[1])
-            out[(slice(None),) * axis + (position,)] = piece
+        first = sum(i * s for i, s in zip(start, self.strides, strict=True)) + self.offset
+        order = [axis for axis, step in enumerate(self.strides) if step and shape[axis] > 1]
+        order.sort(key=lambda axis: -self.strides[axis])
+        sizes, steps = [shape[a] for a in order], [self.strides[a] for a in order]
+        raw = np.empty(math.prod(sizes) * item, np.uint8)
+        self._gather(raw, first, sizes, steps)
+        self._to_little(raw)
+        strides = [0] * len(shape)
+        for axis, step in zip(order, dense_strides(tuple(sizes)), strict=True):
+            strides[axis] = step * item
+        return np.ndarray(shape, self.dtype.numpy, raw.data, 0, strides)
 
-    def _little(self, raw: Bytes) -> Bytes:
-        if not self.extent.big_endian or self.dtype.swap <= 1:
-            return raw
-        return raw.reshape(-1, self.dtype.swap)[:, ::-1].reshape(-1)
+    def _gather(self, out: Bytes, first: int, sizes: list[int], steps: list[int]) -> None:
+        """Read elements at `first + sum(index * steps)` into `out`, C-order; `steps` do not ascend."""
+        item, read = self.dtype.itemsize, self.extent.read_into
+        outer = len(sizes)
+        run = 1
+        while outer and steps[outer - 1] == run:
+            outer -= 1
+            run *= sizes[outer]
+        if outer == 0:
+            read(first * item, out.data)
+            return
+        row_span = 1 + sum((n - 1) * s for n, s in zip(sizes[1:], steps[1:], strict=True))
+        gaps = row_span + (sizes[0] - 1) * steps[0] - math.prod(sizes)
+        row_nbytes = len(out) // sizes[0]
+        if gaps * item <= _GAP_NBYTES * math.prod(sizes[:outer]) and row_span * item <= _SCRATCH_NBYTES:
+            count = 1 + (_SCRATCH_NBYTES // item - row_span) // steps[0]
+            strides = [step * item for step in steps]
+            target = out.view(word_of(item)).reshape(sizes)
+            for low in range(0, sizes[0], count):
+                rows = min(count, sizes[0] - low)
+                scratch = np.empty(((rows - 1) * steps[0] + row_span) * item, np.uint8)
+                read((first + low * steps[0]) * item, scratch.data)
+                target[low : low + rows] = np.ndarray(
+                    (rows, *sizes[1:]), target.dtype, scratch.data, 0, strides
+                )
+            return
+        if outer == 1:
+            rest = out.data
+            for row in range(sizes[0]):
+                read((first + row * steps[0]) * item, rest[row * row_nbytes : (row + 1) * row_nbytes])
+            return
+        for row in range(sizes[0]):
+            part = out[row * row_nbytes : (row + 1) * row_nbytes]
+            self._gather(part, first + row * steps[0], sizes[1:], steps[1:])
+
+    def _to_little(self, raw: Bytes) -> None:
+        if self.extent.big_endian and self.dtype.swap > 1:
+            raw.view(f"u{self.dtype.swap}").byteswap(inplace=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,8 +348,9 @@ class FilledTensor(TensorRef):
     value: float = 0.0
 
     def block(self, start: Index, stop: Index) -> Array:
-        shape = tuple(hi - lo for lo, hi in zip(start, stop, strict=True))
-        return np.full(shape, np.array(self.value).astype(self.dtype.numpy), self.dtype.numpy)
+        return np.full(
+            box_shape(start, stop), np.array(self.value).astype(self.dtype.numpy), self.dtype.numpy
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,11 +361,13 @@ class MissingTensor(TensorRef):
     name: str = ""
 
     def block(self, start: Index, stop: Index) -> Array:
-        raise FormatError.of(
-            "reference-broken",
-            f"'{self.name}' has no values: the document is a skeleton",
-            "Use the checkpoint itself as the source.",
-            loc=(self.name,),
+        raise FormatError(
+            Problem(
+                code="reference-broken",
+                loc=(self.name,),
+                message=f"'{self.name}' has no values: the document is a skeleton",
+                hint="Use the checkpoint itself as the source.",
+            )
         )
 
 
@@ -379,42 +386,13 @@ class DerivedTensor(TensorRef):
     def block(self, start: Index, stop: Index) -> Array:
         return self.op.block(self.parts, start, stop)
 
-
-def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a C-order tensor."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
-def as_bytes(array: Array) -> Bytes:
-    """A C-order array's memory as flat bytes, for dtypes that have no buffer of their own too."""
-    return array.reshape(-1).view(np.uint8) if array.size else np.zeros(0, np.uint8)
-
-
-def blocks(shape: tuple[int, ...], itemsize: int, nbytes: int) -> Iterator[tuple[Index, Index]]:
-    """Consecutive boxes that cover a tensor in C order, each of at most about `nbytes`."""
-    if math.prod(shape) == 0:
-        return
-    rank, inner = len(shape), itemsize
-    axis = rank
-    while axis > 0 and inner * shape[axis - 1] <= nbytes:
-        axis -= 1
-        inner *= shape[axis]
-    if axis == 0:
-        yield (0,) * rank, shape
-        return
-    step = max(nbytes // inner, 1)
-    lead = shape[: axis - 1]
-    for prefix in np.ndindex(*lead):
-        for low in range(0, shape[axis - 1], step):
-            high = min(low + step, shape[axis - 1])
-            start = (*prefix, low, *(0,) * (rank - axis))
-            stop = (*(i + 1 for i in prefix), high, *shape[axis:])
-            yield start, stop
-
-
-def _same_layout(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(n <= 1 or x == y for n, x, y in zip(shape, a, b, strict=True))
+    def windows(self, nbytes: int = WINDOW_NBYTES, panel_nbytes: int = PANEL_NBYTES) -> Iterator[Bytes]:
+        in_order = self.op.windows(self.parts, nbytes, panel_nbytes)
+        if in_order is not None:
+            yield from in_order
+            return
+        # A quarter: the inputs' blocks and what the op needs for itself are held at the same time.
+        for start, stop in blocks(self.shape, self.dtype.itemsize, max(panel_nbytes // 4, nbytes)):
+            block = as_bytes(self.block(start, stop))
+            for low in range(0, len(block), nbytes):
+                yield block[low : low + nbytes]

@@ -1,0 +1,218 @@
+"""Ops agree with numpy, lazily and in blocks; an inverse undoes its op; what would be lost is an error."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptconv import dtypes, ops
+from ckptconv.errors import CkptError
+from ckptconv.ops import Cast, Concat, Permute, Reshape, Scale, Slice
+from ckptconv.tensor import DerivedTensor, FilledTensor, StoredTensor, TensorRef, TensorSpec
+
+
+def hidden(lazy: TensorRef) -> TensorRef:
+    """The same tensor without its strides, so that ops have to work in blocks."""
+    return DerivedTensor(op=Concat(0), parts=(lazy,), spec=lazy.spec)
+
+
+def splits(numel: int, draw: st.DrawFn) -> tuple[int, ...]:
+    """A shape of that many elements."""
+    shape = []
+    while numel > 1 and len(shape) < 4:
+        factors = [n for n in range(2, numel + 1) if numel % n == 0]
+        shape.append(draw(st.sampled_from(factors)))
+        numel //= shape[-1]
+    shape += [numel] if numel != 1 else []
+    return tuple(draw(st.permutations(shape + [1] * draw(st.integers(0, 1)))))
+
+
+@st.composite
+def chains(draw: st.DrawFn):
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    if draw(st.integers(0, 9)) == 0:
+        shape += (0,)
+    steps, current = [], shape
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["permute", "reshape", "slice", "concat", "scale", "hide"]))
+        op: object = kind
+        if kind == "permute":
+            op = Permute(tuple(draw(st.permutations(range(len(current))))))
+            current = tuple(current[i] for i in op.order)
+        elif kind == "reshape" and math.prod(current):
+            op = Reshape(current, splits(math.prod(current), draw))
+            current = op.after
+        elif kind == "slice" and current:
+            axis = draw(st.integers(0, len(current) - 1))
+            start = draw(st.integers(0, current[axis]))
+            op = Slice(axis, start, draw(st.integers(start, current[axis])))
+            current = tuple(op.stop - op.start if a == axis else n for a, n in enumerate(current))
+        elif kind == "concat" and current:
+            op = Concat(draw(st.integers(0, len(current) - 1)))
+            current = tuple(n * 2 if a == op.axis else n for a, n in enumerate(current))
+        elif kind == "scale":
+            op = Scale(2.0)
+        steps.append(op)
+    return shape, steps
+
+
+def run(array: np.ndarray, lazy: TensorRef, steps) -> tuple[np.ndarray, TensorRef]:
+    for op in steps:
+        match op:
+            case Permute():
+                array, lazy = array.transpose(op.order), lazy.apply(op)
+            case Reshape():
+                array, lazy = array.reshape(op.after), lazy.apply(op)
+            case Slice():
+                index = [slice(None)] * array.ndim
+                index[op.axis] = slice(op.start, op.stop)
+                array, lazy = array[tuple(index)], lazy.apply(op)
+            case Concat():
+                array, lazy = np.concatenate([array, array], op.axis), lazy.apply(op, lazy)
+            case Scale():
+                array, lazy = array * np.float32(op.factor), lazy.apply(op)
+            case "hide" if array.ndim:
+                lazy = hidden(lazy)
+    return array, lazy
+
+
+@given(chains(), st.sampled_from([(4, 16), (32, 64), (1 << 20, 1 << 20)]), st.sampled_from([8, 64, 1 << 22]))
+@settings(max_examples=250, deadline=None)
+def test_chains_agree_with_numpy(chain, sizes, batch) -> None:
+    shape, steps = chain
+    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    expected, lazy = run(array, StoredTensor.of_array(array), steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "_BATCH_NBYTES", batch)
+        assert lazy.shape == expected.shape
+        np.testing.assert_array_equal(lazy.read(), expected)
+        pieces = [piece.tobytes() for piece in lazy.windows(*sizes)]
+        assert b"".join(pieces) == np.ascontiguousarray(expected).tobytes()
+        assert all(len(piece) <= sizes[0] for piece in pieces)
+        start = tuple(n // 3 for n in lazy.shape)
+        stop = tuple(max(n // 3, n - 1) for n in lazy.shape)
+        box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+        np.testing.assert_array_equal(lazy.block(start, stop), expected[box])
+
+
+@given(st.permutations(range(4)))
+@settings(max_examples=24, deadline=None)
+def test_inverse_of_permute(order) -> None:
+    array = np.arange(120).reshape(2, 3, 4, 5)
+    lazy = StoredTensor.of_array(array)
+    for start in (lazy, hidden(lazy)):
+        op = Permute(tuple(order))
+        np.testing.assert_array_equal(start.apply(op).apply(op.inverse()).read(), array)
+
+
+def test_inverses() -> None:
+    array = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
+    lazy = StoredTensor.of_array(array)
+    for op in (Reshape((4, 6), (3, 8)), Scale(0.25), Scale(-2.0)):
+        np.testing.assert_array_equal(lazy.apply(op).apply(op.inverse()).read(), array)
+    parts = [lazy.apply(Slice(1, 0, 2)), lazy.apply(Slice(1, 2, 6))]
+    np.testing.assert_array_equal(parts[0].apply(Concat(1), parts[1]).read(), array)
+
+
+def test_views_stay_views() -> None:
+    lazy = StoredTensor.of_array(np.zeros((6, 4), np.float32))
+    for op in (Permute((1, 0)), Reshape((6, 4), (2, 3, 4)), Slice(0, 1, 3)):
+        assert isinstance(lazy.apply(op), StoredTensor)
+        moved = lazy.apply(Scale(2.0)).apply(op)
+        assert isinstance(moved, DerivedTensor)
+        assert isinstance(moved.parts[0], StoredTensor)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        row.name
+        for row in dtypes.ROWS
+        if row.kind in ("float", "int", "uint", "bool") and "e8m0" not in row.name
+    ],
+)
+@pytest.mark.parametrize("target", ["float64", "float32", "bfloat16", "int64", "uint8", "bool"])
+def test_cast_keeps_or_refuses(source: str, target: str) -> None:
+    values = np.array([0, 1]).astype(dtypes.BY_NAME[source].numpy)
+    result = StoredTensor.of_array(values).apply(Cast(target)).read()
+    assert result.dtype == dtypes.BY_NAME[target].numpy
+    back = result.astype(np.float64)
+    np.testing.assert_array_equal(back, values.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("values", "op"),
+    [
+        (np.array([1e39]), Cast("float32")),
+        (np.array([7e4], np.float32), Cast("float16")),
+        (np.array([1e3], np.float32), Cast("float8_e4m3fn")),
+        (np.array([1.5]), Cast("int64")),
+        (np.array([300]), Cast("uint8")),
+        (np.array([-1]), Cast("uint64")),
+        (np.array([2**24 + 1]), Cast("float32")),
+        (np.array([3e38], np.float32), Scale(2.0)),
+    ],
+)
+def test_what_does_not_fit_is_an_error(values, op) -> None:
+    with pytest.raises(CkptError) as caught:
+        StoredTensor.of_array(values).apply(op).read()
+    assert [p.code for p in caught.value.problems] == ["precision-loss"]
+
+
+def test_cast_rounds_and_keeps_what_is_not_finite() -> None:
+    values = np.array([1 / 3, np.inf, -np.inf, np.nan])
+    result = StoredTensor.of_array(values).apply(Cast("float32")).read()
+    np.testing.assert_array_equal(result, values.astype(np.float32))
+
+
+STRING = TensorSpec(dtype=dtypes.BY_NAME["string"], shape=(2,), encoded_nbytes=6)
+
+
+@pytest.mark.parametrize(
+    ("op", "spec"),
+    [
+        (Permute((0, 0)), None),
+        (Reshape((2, 3), (5,)), None),
+        (Slice(2, 0, 1), None),
+        (Slice(0, 1, 9), None),
+        (Concat(3), None),
+        (Permute((0,)), STRING),
+        (Slice(0, 0, 1), STRING),
+        (Concat(0), STRING),
+        (Cast("uint8"), STRING),
+        (Scale(2.0), STRING),
+        (Scale(2.0), TensorSpec(dtype=dtypes.BY_NAME["int32"], shape=(2,))),
+        (Cast("float32"), TensorSpec(dtype=dtypes.BY_NAME["qint8"], shape=(2,))),
+        (Cast("float32"), TensorSpec(dtype=dtypes.BY_NAME["complex64"], shape=(2,))),
+    ],
+)
+def test_misfits(op, spec) -> None:
+    with pytest.raises(CkptError) as caught:
+        op.spec((spec or TensorSpec(dtype=dtypes.BY_NAME["float32"], shape=(2, 3)),))
+    assert [p.code for p in caught.value.problems] == ["shape-mismatch"]
+
+
+def test_reshape_of_strings_keeps_their_bytes() -> None:
+    assert Reshape((2,), (2, 1)).spec((STRING,)).encoded_nbytes == 6
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [((1, 1 << 22), (1 << 11, 1 << 11)), ((1 << 11, 1 << 11), (1 << 22,))]
+)
+def test_a_block_of_a_reshape_takes_memory_by_its_own_size(before, after) -> None:
+    lazy = FilledTensor(spec=TensorSpec(dtype=dtypes.BY_NAME["float32"], shape=before), value=1.0)
+    shaped = DerivedTensor(
+        op=Reshape(before, after), parts=(lazy,), spec=Reshape(before, after).spec((lazy.spec,))
+    )
+    stop = tuple(min(n, 1 << 9) for n in after)
+    tracemalloc.start()
+    block = shaped.block((0,) * len(after), stop)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert block.shape == stop
+    assert peak < 2 * ops._BATCH_NBYTES + 3 * block.nbytes
