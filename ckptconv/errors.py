@@ -34,6 +34,8 @@ Code = Literal[
     "form-mismatch",  # update rules differ in a way that no conversion closes
     "hyperparameter-missing",  # the target needs a value that the source does not record
     "hyperparameter-unsupported",  # the target's class has no such hyperparameter
+    "groups-differ",  # parameter groups with different settings, for a target that has one
+    "unequal-steps",  # parameters with different steps, for a target that counts one
     "slots-missing",  # a step without the slots it belongs to
     "slots-mismatch",  # a slot does not have its parameter's shape
     "order-ambiguous",  # optimizer state that cannot be matched to parameter names

@@ -1,0 +1,469 @@
+"""Optimizer state from one framework's form to another's: which op on which slot, and what stays different.
+
+    SGD     m = mu m + (1 - d) g, p -= lr m              torch, the form `gradient`
+            v = mu v - lr g,      p += v                 Keras, the form `velocity`
+            hence v = -lr m with lr the rate of the next update, and Keras' lr' = lr (1 - d).
+            They part when the rate changes: Keras keeps the old rate inside v.
+    Adam    the moments are the same numbers everywhere; only epsilon's place differs (`corrected`, `raw`).
+    decay   `coupled` (g += wd p) and `decoupled` (p -= lr wd p) are different rules where wd is not 0.
+
+Sources: the rows of `data/optimizers`. What is refused has a code that `allow` may name; then the state
+is converted, the difference remains, and the verdict is `lossy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+
+from ckptconv.catalog.hyperparameters import Settings, settle
+from ckptconv.catalog.optimizer_rows import Row, relatives, row
+from ckptconv.catalog.residuals import EpsilonResidual
+from ckptconv.catalog.texts import target_code
+from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Unknown, value_of
+from ckptconv.errors import Code, Loc, Problem
+from ckptconv.ops import Scale
+from ckptconv.report import OptimizerVerdict, Verdict
+from ckptconv.tensor import Op
+
+_FLOAT32_COUNTS = 1 << 24
+"""Above this a float32 counter does not advance any more: n + 1 rounds to n."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotConversion:
+    """How one slot of the target is made."""
+
+    slot: str
+    """Canonical name, the same on both sides."""
+    created: bool = False
+    """True: nothing of the source goes in, every element is `init`."""
+    init: float = 0.0
+    """Value of a parameter's slot where the source has none for it."""
+    ops: tuple[tuple[Op, ...], ...] = ()
+    """Per group of the target, what happens to the values (beside the parameter's own layout ops)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How an optimizer's state crosses. `problems` must be empty before anything is written."""
+
+    algorithm: str
+    """Catalog name of the target's algorithm; the source's name where both are the same unknown class."""
+    form: Mapping[str, str]
+    """The target's form."""
+    slots: tuple[SlotConversion, ...] = ()
+    left: tuple[str, ...] = ()
+    """Slots of the source that the target's rule does not read; a real loss among them is also a problem."""
+    hyperparameters: tuple[Mapping[str, Fact], ...] = ()
+    """Per group of the target."""
+    step: Fact
+    """The target's step."""
+    param_steps: Mapping[str, int] = field(default_factory=dict)
+    """Per parameter of the target, where it counts per parameter and the source has a state for it."""
+    verdict: OptimizerVerdict
+    target_requires: tuple[str, ...] = ()
+    """What the target's code must say because its file does not hold it."""
+    residual: EpsilonResidual | None = None
+    """Says how to compute the size of epsilon's displacement; None where there is none."""
+    problems: tuple[Problem, ...] = ()
+
+    def ops(self, slot: str, group: int) -> tuple[Op, ...]:
+        """What happens to the slot's values of the parameters of a target group; KeyError: no such slot."""
+        for conversion in self.slots:
+            if conversion.slot == slot:
+                return conversion.ops[group]
+        raise KeyError(slot)
+
+
+_RANK: tuple[Verdict, ...] = ("exact", "exact-at-constant-learning-rate", "approximate", "lossy", "refused")
+
+
+class _Findings:
+    """Collects problems, what the caller allowed, and how exact the whole still is."""
+
+    def __init__(self, optimizer: str, allow: frozenset[str]) -> None:
+        self.loc: Loc = ("optimizers", optimizer)
+        self.allow = allow
+        self.problems: list[Problem] = []
+        self.residuals: list[str] = []
+        self.verdict: Verdict = "exact"
+
+    def differ(self, verdict: Verdict, residual: str) -> None:
+        """A difference that remains; the worst one names the verdict."""
+        self.residuals.append(residual)
+        self.verdict = max(self.verdict, verdict, key=_RANK.index)
+
+    def refuse(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
+        """A difference that only the caller can accept."""
+        if code in self.allow:
+            self.differ("lossy", f"{message} (allowed: {code})")
+            return
+        self.stop(code, message, hint, *loc)
+
+    def stop(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
+        """A difference that nobody can accept."""
+        self.verdict = "refused"
+        self.problems.append(Problem(code=code, loc=(*self.loc, *loc), message=message, hint=hint))
+
+
+def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = frozenset()) -> Conversion:
+    """How `source` becomes the state of `target`, the template's optimizer.
+
+    Both name their parameters alike: the mapping has renamed the source's. What the source records wins;
+    what it lacks comes from the template. Nothing is read and nothing is written.
+    """
+    findings = _Findings(source.name, allow)
+    pair = _rows(source, target, findings)
+    if pair is None:
+        return _refused(source, target, findings)
+    if isinstance(pair, str):
+        return _same_class(source, target, pair, findings)
+    ours, theirs = pair
+    settings = settle(source, target, ours, theirs, findings.refuse)
+    meant = ours.form(settings.source[0])
+    theirs, form = _nearest_form(meant, theirs)
+    slots, left = _slots(source, target, ours, theirs, settings, (meant, form), findings)
+    step, param_steps = _steps(source, theirs, findings)
+    residual = _epsilon(ours, settings, step, (meant, form), findings)
+    return Conversion(
+        algorithm=theirs.algorithm,
+        form=form,
+        slots=slots,
+        left=left,
+        hyperparameters=settings.facts,
+        step=step,
+        param_steps=param_steps,
+        verdict=_verdict(source, target, f"{theirs.algorithm} ({theirs.framework})", findings),
+        target_requires=target_code(theirs, settings, form),
+        residual=residual,
+        problems=tuple(findings.problems),
+    )
+
+
+def _rows(source: Optimizer, target: Optimizer, findings: _Findings) -> tuple[Row, Row] | str | None:
+    """The rows of both sides; a name where both are one class, whatever it is; None where they cannot meet."""
+    ours = _candidates(source)
+    theirs = _candidates(target)
+    alike = source.framework == target.framework and ours == theirs
+    if alike and (len(ours) != 1 or row(ours[0], source.framework) is None):
+        return source.algorithm
+    if not ours or not theirs:
+        side, loc = ("source", source) if not ours else ("template", target)
+        findings.stop(
+            "optimizer-unknown",
+            f"the {side} does not tell which optimizer its state belongs to ({loc.framework})",
+            "Supply it with a --source-spec or a template that has this optimizer.",
+            "algorithm",
+        )
+        return None
+    pairs = [
+        (a, b)
+        for name in ours
+        for other in theirs
+        if (a := row(name, source.framework)) and (b := row(other, target.framework)) and a.family == b.family
+    ]
+    if pairs:
+        return max(pairs, key=lambda pair: pair[0].algorithm == pair[1].algorithm)
+    findings.stop(
+        "optimizer-mismatch",
+        f"the source is {' or '.join(ours)} ({source.framework}), the template {' or '.join(theirs)} "
+        f"({target.framework}): no conversion is known",
+        "Use a template with the same algorithm, or export the weights alone.",
+        "algorithm",
+    )
+    return None
+
+
+def _candidates(optimizer: Optimizer) -> tuple[str, ...]:
+    if optimizer.algorithm != "unknown":
+        return (optimizer.algorithm,)
+    return optimizer.algorithm_candidates
+
+
+def _same_class(source: Optimizer, target: Optimizer, name: str, findings: _Findings) -> Conversion:
+    """The same class in the same framework: every slot is copied, whatever it means."""
+    groups = max(len(target.groups), 1)
+    extra = [slot for slot in source.slots if target.slots and slot not in target.slots]
+    for slot in extra:
+        findings.refuse(
+            "state-dropped",
+            f"the target has no place for the slot '{slot}'",
+            "Use a template of the same optimizer class and options.",
+            "slots",
+            slot,
+        )
+    if len(source.groups) != len(target.groups):
+        findings.refuse(
+            "groups-differ",
+            f"the source has {len(source.groups)} parameter groups, the template {len(target.groups)}",
+            "Use a template with the source's groups.",
+            "groups",
+        )
+    facts = tuple(
+        {**group.hyperparameters, **{k: v for k, v in own.hyperparameters.items() if isinstance(v, Known)}}
+        for group, own in zip_longest(target.groups, source.groups[:groups], fillvalue=Group(params=()))
+    )
+    return Conversion(
+        algorithm=name,
+        form=source.form,
+        slots=tuple(SlotConversion(slot=s, ops=((),) * groups) for s in source.slots if s not in extra),
+        left=tuple(extra),
+        hyperparameters=facts,
+        step=source.step,
+        param_steps=source.param_steps,
+        verdict=_verdict(source, target, f"{name} ({target.framework})", findings),
+        problems=tuple(findings.problems),
+    )
+
+
+def _refused(source: Optimizer, target: Optimizer, findings: _Findings) -> Conversion:
+    return Conversion(
+        algorithm=target.algorithm,
+        form=target.form,
+        step=source.step,
+        verdict=_verdict(source, target, f"{target.algorithm} ({target.framework})", findings),
+        problems=tuple(findings.problems),
+    )
+
+
+def _verdict(source: Optimizer, target: Optimizer, name: str, findings: _Findings) -> OptimizerVerdict:
+    return OptimizerVerdict(
+        optimizer=target.name,
+        source=f"{source.algorithm} ({source.framework})",
+        target=name,
+        verdict=findings.verdict,
+        residuals=tuple(findings.residuals),
+    )
+
+
+def _nearest_form(meant: Mapping[str, str], theirs: Row) -> tuple[Row, dict[str, str]]:
+    """The target's class and form that come nearest to what the source means.
+
+    A class of the same framework, family and decay may have the switch that the template's class lacks
+    (tf_keras' Adam has `adaptive_epsilon`, its AdamW has not); their states have the same keys.
+    """
+    decay = theirs.base_form.get("weight_decay")
+    classes = [theirs, *(r for r in relatives(theirs) if r.base_form.get("weight_decay") == decay)]
+    for candidate in classes:
+        for switches in ({}, *({name: True} for name in candidate.switches)):
+            form = candidate.form(switches)
+            if form.get("epsilon") == meant.get("epsilon"):
+                return candidate, form
+    return theirs, theirs.form({})
+
+
+def _slots(
+    source: Optimizer,
+    target: Optimizer,
+    ours: Row,
+    theirs: Row,
+    settings: Settings,
+    forms: tuple[Mapping[str, str], Mapping[str, str]],
+    findings: _Findings,
+) -> tuple[tuple[SlotConversion, ...], tuple[str, ...]]:
+    """The target's slots with their ops, and the source's slots that stay behind."""
+    count = len(settings.facts)
+    active = {slot for values in settings.source for slot in ours.slots_present(values)} & set(source.slots)
+    if theirs.open_slots:
+        wanted = {slot for i in range(count) for slot in theirs.slots_present(settings.target(i))}
+        held = [slot for slot in theirs.slots if slot in wanted]
+    else:
+        held = [slot for slot in theirs.slots if slot in target.slots]
+    left = tuple(slot for slot in source.slots if slot not in held)
+    for slot in left:
+        if slot not in ours.slots or (slot in active and not _is_idle(slot, ours, settings)):
+            condition = theirs.slot_conditions.get(slot)
+            findings.refuse(
+                "state-dropped",
+                f"the target has no place for the slot '{slot}'",
+                f"Make the template with {condition} as in the source run."
+                if condition
+                else f"{theirs.class_name} has no such state; allow state-dropped to leave it behind.",
+                "slots",
+                slot,
+            )
+    result = []
+    for slot in held:
+        init = theirs.slot_inits[slot]
+        if slot in source.slots:
+            result.append(_slot(slot, init, settings, forms, findings))
+            continue
+        _created(slot, source, ours, theirs, settings, findings)
+        result.append(SlotConversion(slot=slot, created=True, init=init, ops=((),) * count))
+    return tuple(result), left
+
+
+def _is_idle(slot: str, ours: Row, settings: Settings) -> bool:
+    """Whether the rule does not read the slot, although it is there (tf_keras SGD without momentum)."""
+    names = [ours.slot_conditions.get(slot), slot if slot in ours.hyperparameters else None]
+    read = [name for name in names if name is not None]
+    told = [settings.target(i) | dict(values) for i, values in enumerate(settings.source)]
+    return any(all(name in values and not values[name] for values in told) for name in read)
+
+
+def _created(
+    slot: str, source: Optimizer, ours: Row, theirs: Row, settings: Settings, findings: _Findings
+) -> None:
+    """Judges a slot that the target holds and the source does not have."""
+    condition = theirs.slot_conditions.get(slot) or ours.slot_conditions.get(slot)
+    off = condition is not None and all(not values.get(condition) for values in settings.source)
+    if off and slot in theirs.slot_conditions and not theirs.open_slots:
+        findings.refuse(
+            "template-mismatch",
+            f"the template was made with {condition}, the source run had none",
+            f"Make the template without {condition}.",
+            "slots",
+            slot,
+        )
+    step = value_of(source.step)
+    if not off and isinstance(step, int) and step > 0:
+        findings.refuse(
+            "slots-missing",
+            f"the source has done {step} updates and holds no '{slot}': the step alone is worse than a cold start",
+            "Use a source with its optimizer state, or allow slots-missing to begin the slot at its initial value.",
+            "slots",
+            slot,
+        )
+
+
+def _slot(
+    slot: str,
+    init: float,
+    settings: Settings,
+    forms: tuple[Mapping[str, str], Mapping[str, str]],
+    findings: _Findings,
+) -> SlotConversion:
+    """What happens to a slot's values. Only a momentum buffer means different numbers in different forms."""
+    mine, other = forms[0].get(slot), forms[1].get(slot)
+    count = len(settings.facts)
+    if mine == other:
+        return SlotConversion(slot=slot, init=init, ops=((),) * count)
+    ops: list[tuple[Op, ...]] = []
+    created = False
+    for index, values in enumerate(settings.source):
+        rate = values.get("learning_rate")
+        loc = ("groups", index, "hyperparameters", "learning_rate")
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
+            findings.stop(
+                "hyperparameter-missing",
+                f"the {slot} buffer holds the learning rate in one form and not in the other; "
+                f"the source records {'none' if rate is None else rate}",
+                "Pass --set learning_rate=VALUE, the rate of the next update.",
+                *loc,
+            )
+            ops.append(())
+        elif rate == 0:
+            findings.refuse(
+                "form-mismatch",
+                f"the learning rate of the next update is 0: {slot} cannot be expressed with the rate inside it",
+                "Convert a checkpoint of a step whose rate is not 0, "
+                "or allow form-mismatch to begin the buffer at 0.",
+                *loc,
+            )
+            created = True
+            ops.append(())
+        else:
+            ops.append((Scale(-float(rate)),) if other == "velocity" else (Scale(-1 / float(rate)),))
+        if values.get("dampening") and values.get("nesterov"):
+            findings.refuse(
+                "form-mismatch",
+                "nesterov with dampening is a rule that only torch has (its constructor refuses it)",
+                "Pass --set dampening=0 if the run had none.",
+                "groups",
+                index,
+                "hyperparameters",
+                "dampening",
+            )
+    if not created:
+        findings.differ(
+            "exact-at-constant-learning-rate",
+            f"{slot}: the {'target' if other == 'velocity' else 'source'} keeps the learning rate inside its buffer; "
+            "the two part from each other when the rate changes",
+        )
+    return SlotConversion(slot=slot, created=created, init=init, ops=tuple(ops))
+
+
+def _epsilon(
+    ours: Row,
+    settings: Settings,
+    step: Fact,
+    forms: tuple[Mapping[str, str], Mapping[str, str]],
+    findings: _Findings,
+) -> EpsilonResidual | None:
+    """States epsilon's displacement, where there is one."""
+    mine, other = forms[0].get("epsilon"), forms[1].get("epsilon")
+    values = settings.target(0)
+    epsilon = values.get("epsilon")
+    open_switch = next((name for name in ours.switches if name not in settings.source[0]), None)
+    if mine == other or epsilon == 0:
+        if mine != "corrected" and open_switch and "epsilon" in forms[0] and epsilon != 0:
+            findings.residuals.append(
+                f"epsilon: taken for '{mine}', as the source does not record {open_switch}; "
+                f"--set {open_switch}=true if it was set"
+            )
+        return None
+    text = f"epsilon stands in another place of the update ({mine} here, {other} there)"
+    if mine != "corrected" and open_switch:
+        text += f", unless the source run had {open_switch}=True, which it does not record"
+    findings.differ("approximate", text)
+    beta_2, done = values.get("beta_2"), value_of(step)
+    if isinstance(epsilon, float) and isinstance(beta_2, float) and isinstance(done, int):
+        return EpsilonResidual(
+            slot="max_second_moment" if values.get("amsgrad") else "second_moment",
+            step=done,
+            beta_2=beta_2,
+            epsilon=epsilon,
+            direction=f"{mine}-to-{other}",
+        )
+    return None
+
+
+def _steps(source: Optimizer, theirs: Row, findings: _Findings) -> tuple[Fact, Mapping[str, int]]:
+    """The target's step, one for all or one per parameter."""
+    step = source.step
+    if theirs.step_key is None:
+        return step, {}
+    counted = set(source.param_steps.values())
+    if len(counted) > 1 and not theirs.step_per_param:
+        low, high = min(counted), max(counted)
+        findings.refuse(
+            "unequal-steps",
+            f"the source's parameters have done between {low} and {high} updates, the target counts one number",
+            f"Allow unequal-steps to write {high}.",
+            "param_steps",
+        )
+        step = Known(value=high, status="derived", formula="the largest of the parameters' steps")
+    elif not isinstance(step, Known) and len(counted) == 1:
+        step = Known(value=counted.pop(), status="derived", formula="every parameter's step")
+    done = value_of(step)
+    if isinstance(done, bool) or not isinstance(done, int):
+        tried = "; ".join(f"{c.source}: {c.value} if {c.condition}" for c in candidates(step))
+        findings.stop(
+            "progress-unknown",
+            f"{theirs.class_name} counts its updates and the source tells none"
+            + (f" ({tried})" if tried else ""),
+            "Pass --set step=N.",
+            "step",
+        )
+        return step, {}
+    if not theirs.step_per_param:
+        return step, {}
+    if max([done, *source.param_steps.values()]) >= _FLOAT32_COUNTS:
+        findings.refuse(
+            "progress-range",
+            f"step {done} is beyond {_FLOAT32_COUNTS}: torch's float32 counter does not advance from there",
+            "Allow progress-range if the bias correction no longer matters to you (it is 1 there).",
+            "step",
+        )
+    if source.param_steps:
+        return step, source.param_steps
+    owners = dict.fromkeys(name for by_param in source.slots.values() for name in by_param)
+    return step, dict.fromkeys(owners, done)
+
+
+def candidates(fact: Fact) -> tuple[Candidate, ...]:
+    """The readings that an unknown fact offers."""
+    return fact.candidates if isinstance(fact, Unknown) else ()

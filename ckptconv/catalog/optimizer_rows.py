@@ -1,0 +1,247 @@
+"""The optimizer tables: per algorithm and framework the class, its slots, hyperparameters and form.
+
+`data/optimizers/<algorithm>.json` holds one algorithm; this file reads it and recognises an algorithm by
+the keys of its state. What the forms mean for a conversion is in `conversion.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from ckptconv.catalog.loading import Record, load, names
+from ckptconv.document import Value
+
+FRAMEWORKS = ("torch", "keras3", "tf_keras", "tf_keras_legacy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HyperRow:
+    """One hyperparameter of a class."""
+
+    argument: str | None
+    """Name of the constructor's argument; None where a schedule sets it."""
+    key: str | None
+    """Key in the container (param group key, graph edge); None where the container does not hold it."""
+    index: int | None = None
+    """Position within the key's value, where several share a key (torch's `betas`)."""
+    default: Value
+    """Of the constructor; for texts and tests, never used in a conversion."""
+    optional: bool = False
+    """Whether a container that holds hyperparameters may lack it."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the container holds it."""
+        return self.key is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One algorithm in one framework."""
+
+    algorithm: str
+    family: str
+    """Algorithms of one family keep the same state and differ in form only."""
+    framework: str
+    class_name: str
+    """E.g. `torch.optim.AdamW`."""
+    source: str
+    """Where the facts come from."""
+    scope: str | None
+    """Name the class gives itself by default, which begins its variables' names; None for torch."""
+    step_key: str | None
+    """Where the step stands; None where the class counts none (torch SGD)."""
+    step_per_param: bool
+    """Whether every parameter has its own step."""
+    open_slots: bool
+    """Whether a file may be given slots that the template's file does not hold (torch)."""
+    slots: Mapping[str, str]
+    """Canonical slot -> key in the state, name of the list edge, or slot name."""
+    slot_variables: Mapping[str, str]
+    """Canonical slot -> what names the slot's variables (`kernel_momentum`, `Adam/m/kernel`); none for torch."""
+    slot_conditions: Mapping[str, str]
+    """Canonical slot -> hyperparameter without which it does not exist."""
+    slot_inits: Mapping[str, float]
+    """Canonical slot -> its value before the first update."""
+    hyperparameters: Mapping[str, HyperRow]
+    neutral: Mapping[str, Value]
+    """Canonical hyperparameter -> the value that equals not having it."""
+    base_form: Mapping[str, str]
+    switches: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Hyperparameter -> what its being true changes in the form."""
+    required_keys: frozenset[str] = frozenset()
+    foreign_keys: frozenset[str] = frozenset()
+    telling_values: Mapping[str, Value] = field(default_factory=dict)
+    lookalikes: Mapping[str, str] = field(default_factory=dict)
+    """Algorithm -> its scope, of classes whose state has the same keys."""
+
+    def form(self, hyperparameters: Mapping[str, Value]) -> dict[str, str]:
+        """The points where update rules differ, for these hyperparameters.
+
+        `epsilon`: `corrected` (beside the bias-corrected root) or `raw`; `momentum`: `gradient` (the learning
+        rate is not in the buffer) or `velocity` (it is, negated); `weight_decay`: `coupled`, `decoupled`, `none`.
+        """
+        form = dict(self.base_form)
+        for name, change in self.switches.items():
+            if hyperparameters.get(name):
+                form.update(change)
+        return form
+
+    def slots_present(self, hyperparameters: Mapping[str, Value]) -> tuple[str, ...]:
+        """Canonical slots that exist under these hyperparameters; one that is not given counts as off."""
+        return tuple(
+            slot
+            for slot in self.slots
+            if slot not in self.slot_conditions or hyperparameters.get(self.slot_conditions[slot])
+        )
+
+    def slot_of(self, native: str) -> str | None:
+        """Canonical name of a native slot key, None where the class has no such slot."""
+        return next((slot for slot, key in self.slots.items() if key == native), None)
+
+    def accepts(self, slots: frozenset[str], keys: Mapping[str, Value]) -> bool:
+        """Whether the class could have written a state with these slots and hyperparameters."""
+        if not slots <= set(self.slots.values()):
+            return False
+        lasting = {key for slot, key in self.slots.items() if slot not in self.slot_conditions}
+        if slots and not lasting <= slots:
+            return False
+        if keys and (not self.required_keys <= set(keys) or self.foreign_keys & set(keys)):
+            return False
+        if not slots and lasting and not (keys and self.required_keys):
+            return False
+        return all(key not in keys or keys[key] == value for key, value in self.telling_values.items())
+
+
+@cache
+def _tables() -> Mapping[str, Mapping[str, Row]]:
+    return {name: _algorithm(load(f"optimizers/{name}.json"), name) for name in names("optimizers")}
+
+
+def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
+    if record.text("algorithm") != name:
+        raise ValueError(f"{record.where}: the algorithm is not named as its file")
+    record.text("update"), record.text("source")
+    family = record.text("family")
+    inits = {}
+    for slot, entry in record.records("slots"):
+        entry.text("definition")
+        inits[slot] = entry.number("init")
+        entry.close()
+    known, neutral = set(), {}
+    for hyperparameter, entry in record.records("hyperparameters"):
+        entry.text("definition")
+        known.add(hyperparameter)
+        if entry.has("neutral"):
+            neutral[hyperparameter] = entry.scalar("neutral")
+        entry.close()
+    rows = {}
+    for framework, entry in record.records("frameworks"):
+        if framework not in FRAMEWORKS:
+            raise ValueError(f"{entry.where}: unknown framework")
+        row = _row(entry, name, family, framework, inits, neutral)
+        if not set(row.hyperparameters) <= known or not set(row.slots) <= set(inits):
+            raise ValueError(f"{entry.where}: a slot or hyperparameter is not defined")
+        rows[framework] = row
+    record.close()
+    return rows
+
+
+def _row(
+    record: Record,
+    algorithm: str,
+    family: str,
+    framework: str,
+    inits: Mapping[str, float],
+    neutral: Mapping[str, Value],
+) -> Row:
+    slots, variables, conditions = {}, {}, {}
+    for slot, entry in record.records("slots"):
+        slots[slot] = entry.text("key")
+        variable, condition = entry.optional_text("variable"), entry.optional_text("when")
+        if variable is not None:
+            variables[slot] = variable
+        if condition is not None:
+            conditions[slot] = condition
+        entry.close()
+    hyperparameters = {}
+    for name, entry in record.records("hyperparameters"):
+        hyperparameters[name] = HyperRow(
+            argument=entry.optional_text("argument"),
+            key=entry.optional_text("key"),
+            index=entry.optional_int("index"),
+            default=entry.scalar("default"),
+            optional=entry.flag("optional", False),
+        )
+        entry.close()
+    switches = {}
+    if record.has("switches"):
+        inner = record.record("switches")
+        switches = {name: inner.text_map(name) for name in inner.keys()}
+    row = Row(
+        algorithm=algorithm,
+        family=family,
+        framework=framework,
+        class_name=record.text("class"),
+        source=record.text("source"),
+        scope=record.optional_text("scope"),
+        step_key=record.optional_text("step"),
+        step_per_param=record.flag("step_per_param", False),
+        open_slots=record.flag("open_slots", False),
+        slots=slots,
+        slot_variables=variables,
+        slot_conditions=conditions,
+        slot_inits={slot: inits[slot] for slot in slots},
+        hyperparameters=hyperparameters,
+        neutral=neutral,
+        base_form=record.text_map("form"),
+        switches=switches,
+        required_keys=frozenset(record.texts("required_keys")),
+        foreign_keys=frozenset(record.texts("foreign_keys")),
+        telling_values=record.scalar_map("telling_values"),
+        lookalikes=record.text_map("lookalikes"),
+    )
+    record.close()
+    return row
+
+
+def algorithms() -> tuple[str, ...]:
+    """Names of the algorithms in the catalog."""
+    return tuple(_tables())
+
+
+def row(algorithm: str, framework: str) -> Row | None:
+    """The table row; None where the framework has no such class."""
+    return _tables().get(algorithm, {}).get(framework)
+
+
+def relatives(one: Row) -> tuple[Row, ...]:
+    """The other classes of the same family and framework."""
+    rows = (table.get(one.framework) for table in _tables().values())
+    return tuple(r for r in rows if r is not None and r.family == one.family and r.algorithm != one.algorithm)
+
+
+def infer(
+    framework: str, slots: frozenset[str], hyperparameters: Mapping[str, Value], scope: str | None = None
+) -> tuple[str, ...]:
+    """The algorithms that could have written a state with these keys: none is "not in the catalog".
+
+    `slots`: native keys of the state (torch, without the step), names of the slot lists (Keras 3 and tf_keras,
+    also empty ones), slot names (legacy). `hyperparameters`: the whole param group without `params`, or the
+    stored scalars by edge. `scope`: the first part of the optimizer's variables' names, where they have one;
+    it settles what the keys leave open. Candidates without a row of their own are classes that look the same.
+    """
+    fits = [table[framework] for table in _tables().values() if framework in table]
+    fits = [candidate for candidate in fits if candidate.accepts(slots, hyperparameters)]
+    scopes = {candidate.algorithm: candidate.scope for candidate in fits}
+    for candidate in fits:
+        scopes.update({name: other for name, other in candidate.lookalikes.items() if name not in scopes})
+    if scope is not None:
+        plain = re.sub(r"_\d+$", "", scope)
+        named = tuple(name for name, other in scopes.items() if other == plain)
+        if named:
+            return named
+    return tuple(scopes)

@@ -1,0 +1,21 @@
+"""What an optimizer's state means: the tables, recognition, and conversion between forms, under one name."""
+
+from __future__ import annotations
+
+from ckptconv.catalog.conversion import Conversion, SlotConversion, convert
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, HyperRow, Row, algorithms, infer, row
+from ckptconv.catalog.residuals import EpsilonResidual, epsilon_residual
+
+__all__ = [
+    "FRAMEWORKS",
+    "Conversion",
+    "EpsilonResidual",
+    "HyperRow",
+    "Row",
+    "SlotConversion",
+    "algorithms",
+    "convert",
+    "epsilon_residual",
+    "infer",
+    "row",
+]

@@ -1,0 +1,68 @@
+"""The lines that the target's code must say, because its file does not hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ckptconv.catalog.hyperparameters import Settings
+from ckptconv.catalog.optimizer_rows import Row
+from ckptconv.document import Value
+
+
+def target_code(theirs: Row, settings: Settings, form: Mapping[str, str]) -> tuple[str, ...]:
+    """The constructor of the target's optimizer, and what goes beside it."""
+    values = settings.target(0)
+    for name, change in theirs.switches.items():
+        if all(form.get(point) == value for point, value in change.items()):
+            values[name] = True
+    groups = len(settings.facts)
+    per_group = any(row.stored and row.index is not None for row in theirs.hyperparameters.values())
+    lines = [f"{theirs.class_name}({', '.join(_arguments(theirs, values))})"]
+    if groups > 1 and per_group:
+        lines = [f"{theirs.class_name}  # with {groups} parameter groups; the file holds their settings"]
+    if settings.open:
+        names = ", ".join(name for name in settings.open if theirs.hyperparameters[name].argument)
+        lines.append(f"# recorded nowhere, as the source run had them: {names}")
+    if settings.excluded:
+        names = ", ".join(repr(name) for name in settings.excluded)
+        lines.append(
+            f"optimizer.exclude_from_weight_decay(var_list=[...])  # before its first update: {names}"
+        )
+    if settings.coupled_decay:
+        lines.append(
+            f"kernel_regularizer=keras.regularizers.L2({settings.coupled_decay / 2!r})"
+            "  # and bias_regularizer, on every layer: the source's coupled weight decay"
+        )
+    if settings.maximize:
+        lines.append("# the loss negated: the source run maximizes")
+    return tuple(lines)
+
+
+def _arguments(theirs: Row, values: Mapping[str, Value]) -> list[str]:
+    """`name=value` in the order of the row; what stands at its neutral value is left out."""
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for name, row in theirs.hyperparameters.items():
+        if row.argument is None or name not in values or values[name] is None:
+            continue
+        value = values[name]
+        if name in theirs.neutral and value == theirs.neutral[name] and value == (row.default or 0):
+            continue
+        parts.setdefault(row.argument, []).append((0 if row.index is None else row.index, number(value)))
+    texts = []
+    for argument, found in parts.items():
+        indexed = any(
+            row.argument == argument and row.index is not None for row in theirs.hyperparameters.values()
+        )
+        inner = ", ".join(text for _, text in sorted(found))
+        texts.append(f"{argument}=({inner})" if indexed else f"{argument}={inner}")
+    return texts
+
+
+def number(value: Value) -> str:
+    """A value as code; a float that came through float32 in the shortest form that gives the same float32."""
+    if isinstance(value, float) and value == float(np.float32(value)):
+        short = str(np.float32(value))
+        return repr(float(short))
+    return repr(value)
