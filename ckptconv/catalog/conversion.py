@@ -13,37 +13,23 @@ is converted, the difference remains, and the verdict is `lossy`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
+from ckptconv.catalog.findings import Findings
 from ckptconv.catalog.hyperparameters import Settings, settle
 from ckptconv.catalog.optimizer_rows import Row, relatives, row
 from ckptconv.catalog.residuals import EpsilonResidual
+from ckptconv.catalog.slots import SlotConversion, convert_slots
 from ckptconv.catalog.texts import target_code
 from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Unknown, value_of
-from ckptconv.errors import Code, Loc, Problem
-from ckptconv.ops import Scale
-from ckptconv.report import OptimizerVerdict, Verdict
+from ckptconv.errors import Problem
+from ckptconv.report import OptimizerVerdict
 from ckptconv.tensor import Op
 
 _FLOAT32_COUNTS = 1 << 24
 """Above this a float32 counter does not advance any more: n + 1 rounds to n."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotConversion:
-    """How one slot of the target is made."""
-
-    slot: str
-    """Canonical name, the same on both sides."""
-    created: bool = False
-    """True: nothing of the source goes in, every element is `init`."""
-    init: float = 0.0
-    """Value of a parameter's slot where the source has none for it."""
-    ops: tuple[tuple[Op, ...], ...] = ()
-    """Per group of the target, what happens to the values (beside the parameter's own layout ops)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,44 +64,13 @@ class Conversion:
         raise KeyError(slot)
 
 
-_RANK: tuple[Verdict, ...] = ("exact", "exact-at-constant-learning-rate", "approximate", "lossy", "refused")
-
-
-class _Findings:
-    """Collects problems, what the caller allowed, and how exact the whole still is."""
-
-    def __init__(self, optimizer: str, allow: frozenset[str]) -> None:
-        self.loc: Loc = ("optimizers", optimizer)
-        self.allow = allow
-        self.problems: list[Problem] = []
-        self.residuals: list[str] = []
-        self.verdict: Verdict = "exact"
-
-    def differ(self, verdict: Verdict, residual: str) -> None:
-        """A difference that remains; the worst one names the verdict."""
-        self.residuals.append(residual)
-        self.verdict = max(self.verdict, verdict, key=_RANK.index)
-
-    def refuse(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
-        """A difference that only the caller can accept."""
-        if code in self.allow:
-            self.differ("lossy", f"{message} (allowed: {code})")
-            return
-        self.stop(code, message, hint, *loc)
-
-    def stop(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
-        """A difference that nobody can accept."""
-        self.verdict = "refused"
-        self.problems.append(Problem(code=code, loc=(*self.loc, *loc), message=message, hint=hint))
-
-
 def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = frozenset()) -> Conversion:
     """How `source` becomes the state of `target`, the template's optimizer.
 
     Both name their parameters alike: the mapping has renamed the source's. What the source records wins;
     what it lacks comes from the template. Nothing is read and nothing is written.
     """
-    findings = _Findings(source.name, allow)
+    findings = Findings(source.name, allow)
     pair = _rows(source, target, findings)
     if pair is None:
         return _refused(source, target, findings)
@@ -125,7 +80,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     settings = settle(source, target, ours, theirs, findings.refuse)
     meant = ours.form(settings.source[0])
     theirs, form = _nearest_form(meant, theirs)
-    slots, left = _slots(source, target, ours, theirs, settings, (meant, form), findings)
+    slots, left = convert_slots(source, target, ours, theirs, settings, (meant, form), findings)
     step, param_steps = _steps(source, theirs, findings)
     residual = _epsilon(ours, settings, step, (meant, form), findings)
     return Conversion(
@@ -143,8 +98,8 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     )
 
 
-def _rows(source: Optimizer, target: Optimizer, findings: _Findings) -> tuple[Row, Row] | str | None:
-    """The rows of both sides; a name where both are one class, whatever it is; None where they cannot meet."""
+def _rows(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[Row, Row] | str | None:
+    """The rows of both sides; a name where both are one class, whatever it is; None: no way."""
     ours = _candidates(source)
     theirs = _candidates(target)
     alike = source.framework == target.framework and ours == theirs
@@ -183,7 +138,7 @@ def _candidates(optimizer: Optimizer) -> tuple[str, ...]:
     return optimizer.algorithm_candidates
 
 
-def _same_class(source: Optimizer, target: Optimizer, name: str, findings: _Findings) -> Conversion:
+def _same_class(source: Optimizer, target: Optimizer, name: str, findings: Findings) -> Conversion:
     """The same class in the same framework: every slot is copied, whatever it means."""
     groups = max(len(target.groups), 1)
     extra = [slot for slot in source.slots if target.slots and slot not in target.slots]
@@ -219,7 +174,7 @@ def _same_class(source: Optimizer, target: Optimizer, name: str, findings: _Find
     )
 
 
-def _refused(source: Optimizer, target: Optimizer, findings: _Findings) -> Conversion:
+def _refused(source: Optimizer, target: Optimizer, findings: Findings) -> Conversion:
     return Conversion(
         algorithm=target.algorithm,
         form=target.form,
@@ -229,7 +184,7 @@ def _refused(source: Optimizer, target: Optimizer, findings: _Findings) -> Conve
     )
 
 
-def _verdict(source: Optimizer, target: Optimizer, name: str, findings: _Findings) -> OptimizerVerdict:
+def _verdict(source: Optimizer, target: Optimizer, name: str, findings: Findings) -> OptimizerVerdict:
     return OptimizerVerdict(
         optimizer=target.name,
         source=f"{source.algorithm} ({source.framework})",
@@ -255,143 +210,12 @@ def _nearest_form(meant: Mapping[str, str], theirs: Row) -> tuple[Row, dict[str,
     return theirs, theirs.form({})
 
 
-def _slots(
-    source: Optimizer,
-    target: Optimizer,
-    ours: Row,
-    theirs: Row,
-    settings: Settings,
-    forms: tuple[Mapping[str, str], Mapping[str, str]],
-    findings: _Findings,
-) -> tuple[tuple[SlotConversion, ...], tuple[str, ...]]:
-    """The target's slots with their ops, and the source's slots that stay behind."""
-    count = len(settings.facts)
-    active = {slot for values in settings.source for slot in ours.slots_present(values)} & set(source.slots)
-    if theirs.open_slots:
-        wanted = {slot for i in range(count) for slot in theirs.slots_present(settings.target(i))}
-        held = [slot for slot in theirs.slots if slot in wanted]
-    else:
-        held = [slot for slot in theirs.slots if slot in target.slots]
-    left = tuple(slot for slot in source.slots if slot not in held)
-    for slot in left:
-        if slot not in ours.slots or (slot in active and not _is_idle(slot, ours, settings)):
-            condition = theirs.slot_conditions.get(slot)
-            findings.refuse(
-                "state-dropped",
-                f"the target has no place for the slot '{slot}'",
-                f"Make the template with {condition} as in the source run."
-                if condition
-                else f"{theirs.class_name} has no such state; allow state-dropped to leave it behind.",
-                "slots",
-                slot,
-            )
-    result = []
-    for slot in held:
-        init = theirs.slot_inits[slot]
-        if slot in source.slots:
-            result.append(_slot(slot, init, settings, forms, findings))
-            continue
-        _created(slot, source, ours, theirs, settings, findings)
-        result.append(SlotConversion(slot=slot, created=True, init=init, ops=((),) * count))
-    return tuple(result), left
-
-
-def _is_idle(slot: str, ours: Row, settings: Settings) -> bool:
-    """Whether the rule does not read the slot, although it is there (tf_keras SGD without momentum)."""
-    names = [ours.slot_conditions.get(slot), slot if slot in ours.hyperparameters else None]
-    read = [name for name in names if name is not None]
-    told = [settings.target(i) | dict(values) for i, values in enumerate(settings.source)]
-    return any(all(name in values and not values[name] for values in told) for name in read)
-
-
-def _created(
-    slot: str, source: Optimizer, ours: Row, theirs: Row, settings: Settings, findings: _Findings
-) -> None:
-    """Judges a slot that the target holds and the source does not have."""
-    condition = theirs.slot_conditions.get(slot) or ours.slot_conditions.get(slot)
-    off = condition is not None and all(not values.get(condition) for values in settings.source)
-    if off and slot in theirs.slot_conditions and not theirs.open_slots:
-        findings.refuse(
-            "template-mismatch",
-            f"the template was made with {condition}, the source run had none",
-            f"Make the template without {condition}.",
-            "slots",
-            slot,
-        )
-    step = value_of(source.step)
-    if not off and isinstance(step, int) and step > 0:
-        findings.refuse(
-            "slots-missing",
-            f"the source has done {step} updates and holds no '{slot}': the step alone is worse than a cold start",
-            "Use a source with its optimizer state, or allow slots-missing to begin the slot at its initial value.",
-            "slots",
-            slot,
-        )
-
-
-def _slot(
-    slot: str,
-    init: float,
-    settings: Settings,
-    forms: tuple[Mapping[str, str], Mapping[str, str]],
-    findings: _Findings,
-) -> SlotConversion:
-    """What happens to a slot's values. Only a momentum buffer means different numbers in different forms."""
-    mine, other = forms[0].get(slot), forms[1].get(slot)
-    count = len(settings.facts)
-    if mine == other:
-        return SlotConversion(slot=slot, init=init, ops=((),) * count)
-    ops: list[tuple[Op, ...]] = []
-    created = False
-    for index, values in enumerate(settings.source):
-        rate = values.get("learning_rate")
-        loc = ("groups", index, "hyperparameters", "learning_rate")
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
-            findings.stop(
-                "hyperparameter-missing",
-                f"the {slot} buffer holds the learning rate in one form and not in the other; "
-                f"the source records {'none' if rate is None else rate}",
-                "Pass --set learning_rate=VALUE, the rate of the next update.",
-                *loc,
-            )
-            ops.append(())
-        elif rate == 0:
-            findings.refuse(
-                "form-mismatch",
-                f"the learning rate of the next update is 0: {slot} cannot be expressed with the rate inside it",
-                "Convert a checkpoint of a step whose rate is not 0, "
-                "or allow form-mismatch to begin the buffer at 0.",
-                *loc,
-            )
-            created = True
-            ops.append(())
-        else:
-            ops.append((Scale(-float(rate)),) if other == "velocity" else (Scale(-1 / float(rate)),))
-        if values.get("dampening") and values.get("nesterov"):
-            findings.refuse(
-                "form-mismatch",
-                "nesterov with dampening is a rule that only torch has (its constructor refuses it)",
-                "Pass --set dampening=0 if the run had none.",
-                "groups",
-                index,
-                "hyperparameters",
-                "dampening",
-            )
-    if not created:
-        findings.differ(
-            "exact-at-constant-learning-rate",
-            f"{slot}: the {'target' if other == 'velocity' else 'source'} keeps the learning rate inside its buffer; "
-            "the two part from each other when the rate changes",
-        )
-    return SlotConversion(slot=slot, created=created, init=init, ops=tuple(ops))
-
-
 def _epsilon(
     ours: Row,
     settings: Settings,
     step: Fact,
     forms: tuple[Mapping[str, str], Mapping[str, str]],
-    findings: _Findings,
+    findings: Findings,
 ) -> EpsilonResidual | None:
     """States epsilon's displacement, where there is one."""
     mine, other = forms[0].get("epsilon"), forms[1].get("epsilon")
@@ -421,7 +245,7 @@ def _epsilon(
     return None
 
 
-def _steps(source: Optimizer, theirs: Row, findings: _Findings) -> tuple[Fact, Mapping[str, int]]:
+def _steps(source: Optimizer, theirs: Row, findings: Findings) -> tuple[Fact, Mapping[str, int]]:
     """The target's step, one for all or one per parameter."""
     step = source.step
     if theirs.step_key is None:
@@ -431,7 +255,7 @@ def _steps(source: Optimizer, theirs: Row, findings: _Findings) -> tuple[Fact, M
         low, high = min(counted), max(counted)
         findings.refuse(
             "unequal-steps",
-            f"the source's parameters have done between {low} and {high} updates, the target counts one number",
+            f"the source's parameters have done between {low} and {high} updates, the target has one count",
             f"Allow unequal-steps to write {high}.",
             "param_steps",
         )

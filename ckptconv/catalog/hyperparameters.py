@@ -1,7 +1,7 @@
-"""The target's hyperparameters: what the source records wins, what it lacks comes from the template, by name.
+"""The target's hyperparameters: what the source records wins, what it lacks comes from the template.
 
-Nothing here is a default: a value that neither side tells stays open, and is a problem where the target's file
-holds it. A class that has no such hyperparameter (Keras' SGD no dampening) stands at its neutral value.
+Nothing here is a default: a value that neither side tells stays open, and is a problem where the target's
+file holds it. A class that has no such hyperparameter (Keras' SGD no dampening) stands at its neutral value.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def settle(source: Optimizer, target: Optimizer, ours: Row, theirs: Row, refuse:
         names = ", ".join(missing)
         refuse(
             "hyperparameter-missing",
-            f"{theirs.class_name} keeps {names} in its file; neither the source nor the template records them",
+            f"{theirs.class_name} keeps {names} in its file; neither source nor template records them",
             "Pass " + " ".join(f"--set {name}=VALUE" for name in missing) + ", or a template that has them.",
             "groups",
             min(missing.values()),
@@ -99,7 +99,7 @@ def _members(group: Group, owner: Mapping[str, Group], source: Optimizer) -> tup
 def _own(
     source: Optimizer, members: tuple[Group, ...], ours: Row, theirs: Row, index: int, refuse: Refuse
 ) -> dict[str, Known]:
-    """What the source tells of a target group's hyperparameters: recorded, or implied by its class and slots."""
+    """What the source tells of a target group's hyperparameters: recorded, or implied by class and slots."""
     told: dict[str, Known] = {}
     names = dict.fromkeys(name for group in members for name in group.hyperparameters)
     for name in names:
@@ -113,7 +113,7 @@ def _own(
                 "groups-differ",
                 f"the source's groups have {name} = {', '.join(map(str, sorted(differing, key=str)))}, "
                 f"the target has one group for their parameters",
-                f"Pass --set {name}=VALUE to use one for all, or allow groups-differ to use the first group's.",
+                f"Pass --set {name}=VALUE for all, or allow groups-differ to use the first group's.",
                 "groups",
                 index,
                 "hyperparameters",
@@ -151,8 +151,8 @@ def _exclusions(
     if len(decays) > 1:
         refuse(
             "groups-differ",
-            f"the source's groups have weight_decay = {', '.join(map(str, decays))}; the target's class has one",
-            "Pass --set weight_decay=VALUE to use one for all, or allow groups-differ to use the first group's.",
+            f"the source's groups have weight_decay = {', '.join(map(str, decays))}; the target has one",
+            "Pass --set weight_decay=VALUE for all, or allow groups-differ to use the first group's.",
             "groups",
             index,
             "hyperparameters",
@@ -175,7 +175,7 @@ def _translate(
     index: int,
     refuse: Refuse,
 ) -> tuple[dict[str, Fact], float]:
-    """The source's values in the target's terms, completed from the template; and a decay that was dropped."""
+    """The source's values in the target's terms, completed from the template; and a dropped decay."""
     told: dict[str, Fact] = {name: fact for name, fact in own.items() if name in theirs.hyperparameters}
     loc = ("groups", index, "hyperparameters")
     for name, fact in own.items():
@@ -216,8 +216,8 @@ def _learning_rate(
         step = value_of(source.step)
         refuse(
             "schedule-unsupported",
-            f"the source's rate falls as learning_rate / (1 + {decay.value} step), {theirs.class_name} has no decay",
-            "Give the target's code a schedule, and allow schedule-unsupported: the rate is then the next update's.",
+            f"the source's rate falls by 1 / (1 + {decay.value} step), {theirs.class_name} has no such decay",
+            "Give the target's code a schedule and allow schedule-unsupported: the rate is then frozen.",
             *loc,
             "learning_rate_decay",
         )
@@ -252,7 +252,7 @@ def _weight_decay(
                 "form-mismatch",
                 f"the template's {other} weight_decay = {offered} is another rule than {ours.class_name}'s, "
                 f"whose value the source does not record",
-                "Pass --set weight_decay=0 if the source run had none, or use a template of the matching class.",
+                "Pass --set weight_decay=0 if the source run had none, or use a template that matches.",
                 *loc,
                 "weight_decay",
             )

@@ -112,14 +112,14 @@ class Record:
         if not self.has(key):
             return {}
         inner = self.record(key)
-        return {name: inner.text(name) for name in inner.keys()}
+        return {name: inner.text(name) for name in inner.keys}
 
     def scalar_map(self, key: str) -> Mapping[str, bool | int | float | str | None]:
         """An object of plain values; empty where the key does not stand."""
         if not self.has(key):
             return {}
         inner = self.record(key)
-        return {name: inner.scalar(name) for name in inner.keys()}
+        return {name: inner.scalar(name) for name in inner.keys}
 
     def record(self, key: str) -> Record:
         """An object."""
@@ -130,8 +130,9 @@ class Record:
         if not self.has(key):
             return ()
         inner = self.record(key)
-        return tuple((name, inner.record(name)) for name in inner.keys())
+        return tuple((name, inner.record(name)) for name in inner.keys)
 
+    @property
     def keys(self) -> tuple[str, ...]:
         """Its keys in the file's order."""
         return tuple(self._data)

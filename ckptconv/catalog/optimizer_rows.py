@@ -61,7 +61,7 @@ class Row:
     slots: Mapping[str, str]
     """Canonical slot -> key in the state, name of the list edge, or slot name."""
     slot_variables: Mapping[str, str]
-    """Canonical slot -> what names the slot's variables (`kernel_momentum`, `Adam/m/kernel`); none for torch."""
+    """Canonical slot -> what names the slot's variables (`kernel_momentum`, `Adam/m/kernel`)."""
     slot_conditions: Mapping[str, str]
     """Canonical slot -> hyperparameter without which it does not exist."""
     slot_inits: Mapping[str, float]
@@ -82,7 +82,8 @@ class Row:
         """The points where update rules differ, for these hyperparameters.
 
         `epsilon`: `corrected` (beside the bias-corrected root) or `raw`; `momentum`: `gradient` (the learning
-        rate is not in the buffer) or `velocity` (it is, negated); `weight_decay`: `coupled`, `decoupled`, `none`.
+        rate is not in the buffer) or `velocity` (it is, negated); `weight_decay`: `coupled`, `decoupled`,
+        `none`.
         """
         form = dict(self.base_form)
         for name, change in self.switches.items():
@@ -180,7 +181,7 @@ def _row(
     switches = {}
     if record.has("switches"):
         inner = record.record("switches")
-        switches = {name: inner.text_map(name) for name in inner.keys()}
+        switches = {name: inner.text_map(name) for name in inner.keys}
     row = Row(
         algorithm=algorithm,
         family=family,
@@ -229,7 +230,7 @@ def infer(
 ) -> tuple[str, ...]:
     """The algorithms that could have written a state with these keys: none is "not in the catalog".
 
-    `slots`: native keys of the state (torch, without the step), names of the slot lists (Keras 3 and tf_keras,
+    `slots`: native keys of the state (torch, without the step), names of the slot lists (Keras 3, tf_keras;
     also empty ones), slot names (legacy). `hyperparameters`: the whole param group without `params`, or the
     stored scalars by edge. `scope`: the first part of the optimizer's variables' names, where they have one;
     it settles what the keys leave open. Candidates without a row of their own are classes that look the same.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ckptconv.catalog.conversion import Conversion, SlotConversion, convert
+from ckptconv.catalog.conversion import Conversion, convert
 from ckptconv.catalog.optimizer_rows import FRAMEWORKS, HyperRow, Row, algorithms, infer, row
 from ckptconv.catalog.residuals import EpsilonResidual, epsilon_residual
+from ckptconv.catalog.slots import SlotConversion
 
 __all__ = [
     "FRAMEWORKS",

@@ -19,7 +19,8 @@ def target_code(theirs: Row, settings: Settings, form: Mapping[str, str]) -> tup
             values[name] = True
     groups = len(settings.facts)
     per_group = any(row.stored and row.index is not None for row in theirs.hyperparameters.values())
-    lines = [f"{theirs.class_name}({', '.join(_arguments(theirs, values))})"]
+    positional = ["model.parameters()"] if theirs.open_slots else []
+    lines = [f"{theirs.class_name}({', '.join([*positional, *_arguments(theirs, values)])})"]
     if groups > 1 and per_group:
         lines = [f"{theirs.class_name}  # with {groups} parameter groups; the file holds their settings"]
     if settings.open:
