@@ -12,6 +12,22 @@ from ckptconv.rawtree import Path
 
 REPORT_VERSION = "1.0.0"
 
+ALLOWABLE: dict[str, str] = {
+    "assumed-layout": "take a framework's convention for a layout that two layer kinds would explain",
+    "flatten-layout": "keep the rows of a dense layer behind a flatten as they are",
+    "form-mismatch": "convert although the update rules differ in a way that no conversion closes",
+    "hyperparameter-unsupported": "leave out a hyperparameter that the target's class does not have",
+    "opaque-globals": "write globals that were not decoded into a new pickle of the same dialect",
+    "param-unmatched": "leave parameters without a partner behind, or as the template has them",
+    "precision-loss": "round values to the target's narrower dtype",
+    "schedule-unsupported": "freeze the learning rate and leave the schedule to the target's code",
+    "slots-missing": "start the target's optimizer without state that the source does not have",
+    "state-dropped": "leave behind state that the target has no place for",
+    "tie-mismatch": "tie or untie parameters that are not so in the source",
+    "unequal-steps": "give all parameters the largest of their differing steps",
+}
+"""Losses that a caller may allow by code, and what that means."""
+
 Fate = Literal["copied", "transformed", "supplied", "created", "kept-from-template", "noted", "aliased", "left"]
 """`copied` bit for bit; `transformed` by the ops listed; `supplied` by the caller or a skeleton; `created` from a catalog
 row because the source has none; `kept-from-template` because only the target's framework has it; `noted` in the embedded

@@ -36,6 +36,8 @@ class Dialect(Protocol):
     """Column of the optimizer and layer catalogs; None for containers without a framework."""
     summary: str
     """One line for `ckptconv formats`."""
+    needs_template: bool
+    """Whether a tree can only be written where a residue (own or a template's) gives its structure."""
 
     def detect(self, raw: RawTree) -> Detection | None:
         """Whether this convention made the tree."""
@@ -54,6 +56,10 @@ class Dialect(Protocol):
         Raises: template-required, template-unbuilt, progress-unknown, progress-range, residue-stale,
         reference-broken.
         """
+
+
+    def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
+        """Lines of Python that load the written file `target` in its framework; empty where there is no framework."""
 
 
 DIALECTS: dict[tuple[str, str], Dialect] = {}

@@ -1,0 +1,162 @@
+"""Which format and dialect a checkpoint is in, and its document.
+
+Every module in `ckptconv.formats` and `ckptconv.dialects` is imported once, so that a new file there is
+known without a second place to name it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from ckptconv import dialects, formats
+from ckptconv.dialects.base import DIALECTS, Detection, Dialect
+from ckptconv.document import Checkpoint
+from ckptconv.errors import CkptError, FormatError
+from ckptconv.formats.base import FORMATS, Format
+from ckptconv.rawtree import RawTree
+from ckptconv.skeleton import is_skeleton_file, read_skeleton
+
+PathLike = str | os.PathLike[str]
+
+
+@cache
+def load_registries() -> None:
+    """Import every format and dialect."""
+    for package in (formats, dialects):
+        for module in _modules(package):
+            importlib.import_module(module)
+
+
+def _modules(package: ModuleType) -> Iterable[str]:
+    return sorted(f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__))
+
+
+def format_named(name: str) -> Format:
+    """The format of that name.
+
+    Raises: unknown-format with the names there are.
+    """
+    load_registries()
+    if name in FORMATS:
+        return FORMATS[name]
+    raise _no_such("unknown-format", "format", name, FORMATS)
+
+
+def dialect_named(format_name: str, name: str) -> Dialect:
+    """The dialect of that name in a format.
+
+    Raises: unknown-dialect with the names there are.
+    """
+    load_registries()
+    if (format_name, name) in DIALECTS:
+        return DIALECTS[format_name, name]
+    known = [dialect for fmt, dialect in DIALECTS if fmt == format_name]
+    raise _no_such("unknown-dialect", f"{format_name} dialect", name, known)
+
+
+def _no_such(code: str, what: str, name: str, known: Iterable[str]) -> CkptError:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return CkptError.of(
+        "unknown-format" if code == "unknown-format" else "unknown-dialect",
+        f"there is no {what} '{name}'" + (f" (did you mean '{close[0]}'?)" if close else ""),
+        "Known: " + ", ".join(sorted(known)) + ".",
+        loc=(name,),
+    )
+
+
+def parse_target(text: str | None) -> tuple[str | None, str | None]:
+    """`FORMAT[:DIALECT]` in its two parts."""
+    if text is None:
+        return None, None
+    format_name, _, dialect = text.partition(":")
+    return format_name, dialect or None
+
+
+def detect_format(path: PathLike) -> Format:
+    """The format whose bytes these are.
+
+    Raises: missing-file, unknown-format.
+    """
+    load_registries()
+    where = Path(path)
+    for candidate in FORMATS.values():
+        if candidate.sniff(where):
+            return candidate
+    if not where.exists():
+        raise FormatError.of(
+            "missing-file",
+            f"there is no checkpoint at '{where}'",
+            "Check the path; a TensorFlow checkpoint is named by its prefix, such as run/ckpt-9.",
+            loc=(where.name,),
+        )
+    raise FormatError.of(
+        "unknown-format",
+        f"'{where.name}' is in none of the known formats ({', '.join(sorted(FORMATS))})",
+        "Name it with --from if you know better; see 'ckptconv formats'.",
+        loc=(where.name,),
+    )
+
+
+def read_raw(path: PathLike, format: str | None = None) -> RawTree:
+    """The container's tree under its own keys. Reads headers and indexes, no tensor bytes.
+
+    Raises: missing-file, unknown-format, and what the format finds wrong.
+    """
+    chosen = format_named(format) if format else detect_format(path)
+    where = Path(path)
+    if format and not chosen.sniff(where):
+        if not where.exists() and not where.parent.exists():
+            raise FormatError.of(
+                "missing-file", f"there is no checkpoint at '{where}'", "Check the path.", loc=(where.name,)
+            )
+        raise FormatError.of(
+            "unknown-format",
+            f"'{where.name}' is not in the format '{format}'",
+            "Leave --from out to have it detected.",
+            loc=(where.name,),
+        )
+    return chosen.read(where)
+
+
+def detect_dialect(raw: RawTree, name: str | None = None) -> tuple[Dialect, Detection]:
+    """The dialect that explains the tree best, or the named one.
+
+    Raises: unknown-dialect where no dialect recognises it.
+    """
+    load_registries()
+    if name is not None:
+        return dialect_named(raw.format, name), Detection(score=100, evidence="named by the caller")
+    found = [
+        (detection, dialect)
+        for (fmt, _), dialect in sorted(DIALECTS.items())
+        if fmt == raw.format and (detection := dialect.detect(raw)) is not None
+    ]
+    if not found:
+        raise FormatError.of(
+            "unknown-dialect",
+            f"the {raw.format} container at '{raw.location}' follows none of the known conventions",
+            "See it with 'ckptconv inspect --raw'.",
+            loc=(raw.location,),
+        )
+    detection, dialect = max(found, key=lambda pair: pair[0].score)
+    return dialect, detection
+
+
+def open(path: PathLike, *, format: str | None = None, dialect: str | None = None) -> Checkpoint:
+    """The document of a checkpoint in any format, or of a skeleton file. Tensors are lazy.
+
+    I/O: reads headers, indexes and counters only.
+    Raises: missing-file, unknown-format, unknown-dialect, and what format and dialect find wrong.
+    """
+    if format is None and is_skeleton_file(Path(path)):
+        return read_skeleton(Path(path))
+    raw = read_raw(path, format)
+    chosen, _ = detect_dialect(raw, dialect)
+    return chosen.lift(raw)

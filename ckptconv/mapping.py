@@ -1,0 +1,408 @@
+"""Which parameter of the source is which of the target, and what happens to its axes on the way.
+
+Source and template are compared module by module: first by name, then by their order, and only where one
+assignment alone is possible. A layout operation follows from named axes on both sides; where two
+operations fit and nothing declares which, that is a problem and not a guess.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptconv.catalog import layers
+from ckptconv.document import Checkpoint, Evidence, Param
+from ckptconv.errors import Problem
+from ckptconv.tensor import Op
+
+NameEvidence = Literal["name", "structure", "alias"]
+
+ASSUMED_LAYOUT = "assumed-layout"
+"""The loss code that lets a framework's convention decide a layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One target parameter and the source parameter that makes it."""
+
+    source: str
+    target: str
+    ops: tuple[Op, ...]
+    matched_by: NameEvidence
+    layout: Evidence
+    """Why the axes are known: the weaker one of both sides' evidence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cover:
+    """Every target parameter with its one producer, and what has no partner."""
+
+    pairs: tuple[Pair, ...]
+    target_only: tuple[str, ...]
+    """Parameters that only the target's framework has; the template's values stay."""
+    source_only: tuple[str, ...]
+    """Parameters that only the source's framework has, or aliases of others."""
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """Parameters that stand under one name, by the last part of their names."""
+
+    name: tuple[str, ...]
+    params: tuple[Param, ...]
+    framework: str
+
+    @property
+    def label(self) -> str:
+        return ".".join(self.name) or "(root)"
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether all of it shares memory with other parameters."""
+        return all(param.tied_to is not None for param in self.params)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    """How one module becomes another: per target parameter its source, its operation and the evidence."""
+
+    pairs: tuple[tuple[Param, Param, tuple[Op, ...], Evidence], ...]
+    ambiguous: tuple[tuple[Param, tuple[str, ...]], ...]
+    target_only: tuple[Param, ...]
+    source_only: tuple[Param, ...]
+
+
+def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, str]) -> Cover:
+    """Find the producer of every parameter of the template.
+
+    `frameworks` are the catalog columns of source and template. Ambiguous layouts are reported as
+    `layout-ambiguous` beside the pair that the convention would give, so that a caller who allows
+    `assumed-layout` can go on with it.
+    """
+    sources = _modules(source.params, frameworks[0])
+    targets = _modules(template.params, frameworks[1])
+    chosen = _by_name(sources, targets)
+    rest_s = [i for i in range(len(sources)) if i not in chosen.values()]
+    rest_t = [j for j in range(len(targets)) if j not in chosen]
+    by_name = set(chosen)
+    problems: list[Problem] = []
+    if rest_t:
+        found = _by_order(sources, targets, rest_s, rest_t)
+        if isinstance(found, Problem):
+            problems.append(found)
+        else:
+            chosen.update(found)
+    return _collect(source, template, sources, targets, chosen, by_name, problems)
+
+
+def _collect(
+    source: Checkpoint,
+    template: Checkpoint,
+    sources: Sequence[_Module],
+    targets: Sequence[_Module],
+    chosen: Mapping[int, int],
+    by_name: set[int],
+    problems: list[Problem],
+) -> Cover:
+    pairs: list[Pair] = []
+    target_only: list[str] = []
+    consumed: set[str] = set()
+    source_only: list[str] = []
+    for j, target in enumerate(targets):
+        if j not in chosen:
+            aliases = [p for p in target.params if p.tied_to is not None]
+            free = [p for p in target.params if layers.is_framework_only(p.role)]
+            lacking = [p for p in target.params if p not in aliases and p not in free]
+            target_only += [p.name for p in free]
+            if not problems or lacking:
+                problems += [_unmatched(p, source.params, "source") for p in lacking if not problems]
+            continue
+        fit = fitting(sources[chosen[j]], target)
+        assert fit is not None
+        evidence: NameEvidence = "name" if j in by_name else "structure"
+        for made_from, made, ops, layout in fit.pairs:
+            pairs.append(
+                Pair(source=made_from.name, target=made.name, ops=ops, matched_by=evidence, layout=layout)
+            )
+            consumed.add(made_from.name)
+        for param, readings in fit.ambiguous:
+            problems.append(_ambiguous(param, readings))
+        target_only += [p.name for p in fit.target_only]
+        source_only += [p.name for p in fit.source_only]
+        consumed |= {p.name for p in fit.source_only}
+    pairs += _aliases(template, pairs, problems)
+    produced = {pair.target for pair in pairs}
+    for name, param in source.params.items():
+        if name in consumed:
+            continue
+        if param.tied_to is not None or layers.is_framework_only(param.role):
+            source_only.append(name)
+        elif not problems:
+            problems.append(_unmatched(param, template.params, "template"))
+    order = {name: i for i, name in enumerate(template.params)}
+    pairs.sort(key=lambda pair: order[pair.target])
+    return Cover(
+        pairs=tuple(pairs),
+        target_only=tuple(name for name in target_only if name not in produced),
+        source_only=tuple(source_only),
+        problems=tuple(problems),
+    )
+
+
+def _aliases(template: Checkpoint, pairs: Sequence[Pair], problems: list[Problem]) -> Iterator[Pair]:
+    """Tied parameters of the template: made like the one that they are tied to."""
+    by_target = {pair.target: pair for pair in pairs}
+    for name, param in template.params.items():
+        if param.tied_to is None or name in by_target:
+            continue
+        first = by_target.get(param.tied_to)
+        if first is None:
+            problems.append(
+                Problem(
+                    code="param-unmatched",
+                    loc=("params", name),
+                    message=f"'{name}' is tied to '{param.tied_to}', which has no producer",
+                    hint="Check that the template is of the same model.",
+                )
+            )
+            continue
+        yield Pair(source=first.source, target=name, ops=first.ops, matched_by="alias", layout=first.layout)
+
+
+def _modules(params: Mapping[str, Param], framework: str) -> list[_Module]:
+    grouped: dict[tuple[str, ...], list[Param]] = {}
+    for name, param in params.items():
+        grouped.setdefault(_parts(name)[:-1], []).append(param)
+    return [_Module(name=key, params=tuple(group), framework=framework) for key, group in grouped.items()]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[./]", name) if part)
+
+
+def _normalized(modules: Sequence[_Module]) -> list[tuple[str, ...]]:
+    """Names without the parts that all modules of a side begin with."""
+    names = [module.name for module in modules]
+    common = 0
+    if len(names) > 1:
+        shortest = min(len(name) for name in names)
+        while common < shortest and len({name[common] for name in names}) == 1:
+            common += 1
+    return [tuple(part.lower().lstrip("_") for part in name[common:]) for name in names]
+
+
+def _by_name(sources: Sequence[_Module], targets: Sequence[_Module]) -> dict[int, int]:
+    """Target index -> source index of modules with the same name and shapes that fit."""
+    by_source: dict[tuple[str, ...], list[int]] = {}
+    for i, name in enumerate(_normalized(sources)):
+        by_source.setdefault(name, []).append(i)
+    names = _normalized(targets)
+    chosen = {}
+    for j, name in enumerate(names):
+        partners = by_source.get(name, [])
+        if len(partners) == 1 and names.count(name) == 1 and fitting(sources[partners[0]], targets[j]):
+            chosen[j] = partners[0]
+    return chosen
+
+
+def _by_order(
+    sources: Sequence[_Module], targets: Sequence[_Module], rest_s: Sequence[int], rest_t: Sequence[int]
+) -> dict[int, int] | Problem:
+    """Assign the remaining modules in their order, where exactly one assignment is possible.
+
+    Modules that are aliases, or that only their framework has, may be left out; no other may.
+    """
+    fits = {(i, j): fitting(sources[i], targets[j]) is not None for i in rest_s for j in rest_t}
+    s_free = [_may_be_left(sources[i]) for i in rest_s]
+    t_free = [_may_be_left(targets[j]) for j in rest_t]
+    n, m = len(rest_s), len(rest_t)
+    # ways[a][b]: assignments of the modules from a and b on, counted up to 2.
+    ways = [[0] * (m + 1) for _ in range(n + 1)]
+    ways[n][m] = 1
+    for a in range(n, -1, -1):
+        for b in range(m, -1, -1):
+            if (a, b) == (n, m):
+                continue
+            total = 0
+            if a < n and b < m and fits[rest_s[a], rest_t[b]]:
+                total += ways[a + 1][b + 1]
+            if a < n and s_free[a]:
+                total += ways[a + 1][b]
+            if b < m and t_free[b] and not (a < n and s_free[a]):
+                total += ways[a][b + 1]
+            ways[a][b] = min(total, 2)
+    if ways[0][0] == 0:
+        return _no_order(sources, targets, rest_s, rest_t, fits)
+    if ways[0][0] > 1:
+        labels = ", ".join(targets[j].label for j in rest_t[:5])
+        return Problem(
+            code="param-unmatched",
+            loc=("params", targets[rest_t[0]].params[0].name),
+            message=f"more than one assignment fits the modules {labels}",
+            hint="Give both sides the same module names, or a template that names them alike.",
+        )
+    chosen = {}
+    a = b = 0
+    while (a, b) != (n, m):
+        if a < n and b < m and fits[rest_s[a], rest_t[b]] and ways[a + 1][b + 1]:
+            chosen[rest_t[b]] = rest_s[a]
+            a, b = a + 1, b + 1
+        elif a < n and s_free[a] and ways[a + 1][b]:
+            a += 1
+        else:
+            b += 1
+    return chosen
+
+
+def _may_be_left(module: _Module) -> bool:
+    return module.is_alias or all(layers.is_framework_only(param.role) for param in module.params)
+
+
+def _no_order(
+    sources: Sequence[_Module],
+    targets: Sequence[_Module],
+    rest_s: Sequence[int],
+    rest_t: Sequence[int],
+    fits: Mapping[tuple[int, int], bool],
+) -> Problem:
+    """The first place where the two orders part, in words."""
+    a = 0
+    while a < min(len(rest_s), len(rest_t)) and fits[rest_s[a], rest_t[a]]:
+        a += 1
+    if a < min(len(rest_s), len(rest_t)):
+        left, right = sources[rest_s[a]], targets[rest_t[a]]
+        flatten = _flatten_problem(left, right)
+        if flatten is not None:
+            return flatten
+        return Problem(
+            code="shape-mismatch",
+            loc=("params", right.params[0].name),
+            message=f"module {a + 1} of the template is '{right.label}' {_shapes(right)}, "
+            f"of the source '{left.label}' {_shapes(left)}: no layout makes one the other",
+            hint="Use a template of the same architecture, its layers declared in the same order or named alike.",
+        )
+    extra, side = (
+        (sources[rest_s[a]], "source") if a < len(rest_s) else (targets[rest_t[a]], "template")
+    )
+    other = "template" if side == "source" else "source"
+    return Problem(
+        code="param-unmatched",
+        loc=("params", extra.params[0].name),
+        message=f"'{extra.label}' {_shapes(extra)} of the {side} has no partner in the {other} "
+        f"({len(rest_s)} modules against {len(rest_t)})",
+        hint="Use a template of the same model.",
+    )
+
+
+def _flatten_problem(left: _Module, right: _Module) -> Problem | None:
+    return None
+
+
+def _shapes(module: _Module) -> str:
+    parts = (f"{_parts(p.name)[-1]} {list(p.tensor.shape)}" for p in module.params)
+    return "(" + ", ".join(parts) + ")"
+
+
+def fitting(source: _Module, target: _Module) -> _Fit | None:
+    """How the source module makes the target module, or None where it cannot."""
+    readings_s = {p.name: _readings(p, source) for p in source.params}
+    readings_t = {p.name: _readings(p, target) for p in target.params}
+    pairs: list[tuple[Param, Param, tuple[Op, ...], Evidence]] = []
+    ambiguous: list[tuple[Param, tuple[str, ...]]] = []
+    target_only: list[Param] = []
+    used: set[str] = set()
+    for made in target.params:
+        options: list[tuple[Param, tuple[Op, ...], str]] = []
+        for candidate in source.params:
+            if candidate.name in used:
+                continue
+            for ops, reading in _layouts(candidate, readings_s[candidate.name], made, readings_t[made.name]):
+                options.append((candidate, ops, reading))
+        names = list(dict.fromkeys(option[0].name for option in options))
+        if not names:
+            if layers.is_framework_only(made.role):
+                target_only.append(made)
+                continue
+            return None
+        if len(names) > 1:
+            same = [o for o in options if _parts(o[0].name)[-1].lstrip("_") == _parts(made.name)[-1].lstrip("_")]
+            if len({o[0].name for o in same}) != 1:
+                return None
+            options = same
+        made_from, ops = options[0][0], options[0][1]
+        distinct = list(dict.fromkeys(option[1] for option in options))
+        if len(distinct) > 1:
+            ambiguous.append((made_from, tuple(option[2] for option in options)))
+            evidence: Evidence = "assumed"
+        else:
+            evidence = _weaker(made_from, made, certain=len(readings_s[made_from.name]) == 1)
+        pairs.append((made_from, made, ops, evidence))
+        used.add(made_from.name)
+    left = [p for p in source.params if p.name not in used]
+    if any(not layers.is_framework_only(p.role) and p.tied_to is None for p in left):
+        return None
+    return _Fit(
+        pairs=tuple(pairs), ambiguous=tuple(ambiguous), target_only=tuple(target_only), source_only=tuple(left)
+    )
+
+
+def _readings(param: Param, module: _Module) -> tuple[layers.Candidate, ...]:
+    """What the parameter may be: what is declared, else every catalog row that fits its name and rank."""
+    if param.evidence in ("declared", "named") and param.axes is not None:
+        return (layers.Candidate(kind=param.layer, role=param.role, axes=param.axes),)
+    siblings = {_parts(other.name)[-1]: other.tensor.shape for other in module.params}
+    return layers.candidates(module.framework, _parts(param.name)[-1], param.tensor.shape, siblings)
+
+
+def _layouts(
+    source: Param,
+    readings_s: Sequence[layers.Candidate],
+    target: Param,
+    readings_t: Sequence[layers.Candidate],
+) -> Iterator[tuple[tuple[Op, ...], str]]:
+    """Each way in which the source's axes can be brought into the target's order, with its name."""
+    for reading_t in readings_t:
+        for reading_s in readings_s:
+            if reading_s.role != reading_t.role or not layers.same_layer(reading_s.kind, reading_t.kind):
+                continue
+            ops = layers.layout_ops(reading_s.axes, source.tensor.shape, reading_t.axes, target.tensor.shape)
+            if ops is not None:
+                yield ops, f"{reading_s.kind} {list(reading_s.axes)}"
+    if not readings_s and not readings_t and source.tensor.shape == target.tensor.shape:
+        if _parts(source.name)[-1] == _parts(target.name)[-1]:
+            yield (), "same name and shape"
+
+
+_STRENGTH: tuple[Evidence, ...] = ("declared", "named", "matched", "assumed", "unknown")
+
+
+def _weaker(source: Param, target: Param, *, certain: bool) -> Evidence:
+    if certain and source.evidence in ("declared", "named"):
+        return max(source.evidence, target.evidence, key=_STRENGTH.index)
+    return "matched"
+
+
+def _ambiguous(param: Param, readings: tuple[str, ...]) -> Problem:
+    return Problem(
+        code="layout-ambiguous",
+        loc=("params", param.name),
+        message=f"'{param.name}' {list(param.tensor.shape)} may be {' or '.join(dict.fromkeys(readings))}, "
+        "and the shape does not tell which",
+        hint="Pass --source-spec with a skeleton of the source model (describe()), "
+        f"or --allow {ASSUMED_LAYOUT} to take the first reading.",
+    )
+
+
+def _unmatched(param: Param, others: Mapping[str, Param], side: str) -> Problem:
+    close = difflib.get_close_matches(param.name, list(others), n=1)
+    return Problem(
+        code="param-unmatched",
+        loc=("params", param.name),
+        message=f"'{param.name}' {list(param.tensor.shape)} has no partner in the {side}"
+        + (f" (did you mean '{close[0]}'?)" if close else ""),
+        hint="Use a template of the same model.",
+    )

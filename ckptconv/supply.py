@@ -1,0 +1,306 @@
+"""What the source lacks and the caller has: `--set` fields and source specs, each labelled `supplied`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptconv.catalog import optimizers
+from ckptconv.document import (
+    PROGRESS_FIELDS,
+    Checkpoint,
+    Fact,
+    Group,
+    Known,
+    Optimizer,
+    Param,
+    Value,
+)
+from ckptconv.errors import CkptError, MappingError, Problem
+from ckptconv.rawtree import Lifted, Node, Path, transform
+
+BY_CALLER = "--set"
+BY_SPEC = "source-spec"
+
+_FRACTIONAL = frozenset({"epochs", "loss_scale"})
+
+
+def settings(texts: Mapping[str, str]) -> dict[str, Value]:
+    """`--set` texts as values of the fields that they name.
+
+    Raises: usage for a field that does not exist or a value that the field cannot have.
+    """
+    known = settable_fields()
+    problems: list[Problem] = []
+    values: dict[str, Value] = {}
+    for name, text in texts.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            problems.append(
+                _usage(
+                    name,
+                    f"there is no field '{name}' to set" + (f" (did you mean '{close[0]}'?)" if close else ""),
+                    "Fields: " + ", ".join(known) + ".",
+                )
+            )
+            continue
+        try:
+            values[name] = _parsed(name, text)
+        except ValueError:
+            kind = "a number" if name in _FRACTIONAL or name not in PROGRESS_FIELDS else "a whole number from 0 on"
+            problems.append(_usage(name, f"'{text}' is not {kind}", f"Write --set {name}=N."))
+    if problems:
+        raise CkptError(*problems)
+    return values
+
+
+def settable_fields() -> tuple[str, ...]:
+    """Names that `--set` accepts."""
+    return (*PROGRESS_FIELDS, "optimizer", *optimizers.hyperparameter_names())
+
+
+def _parsed(name: str, text: str) -> Value:
+    if name == "optimizer":
+        return text
+    if name in PROGRESS_FIELDS and name not in _FRACTIONAL:
+        number = int(text)
+        if number < 0:
+            raise ValueError(text)
+        return number
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        if name.endswith("_mode"):
+            return text
+        raise ValueError(text) from None
+    if isinstance(value, bool) or (isinstance(value, (int, float)) and math.isfinite(value)):
+        if name in _FRACTIONAL and (isinstance(value, bool) or value < 0):
+            raise ValueError(text)
+        return value
+    raise ValueError(text)
+
+
+def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
+    """The document with the caller's values in place of what was unknown or recorded.
+
+    Raises: usage for an optimizer's field where the document has no optimizer.
+    """
+    for name, value in values.items():
+        fact = Known(value=value, status="supplied", source=BY_CALLER)
+        if name in PROGRESS_FIELDS:
+            checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: fact}))
+            if name == "step":
+                checkpoint = with_step(checkpoint, fact)
+        elif not checkpoint.optimizers:
+            raise CkptError(
+                _usage(name, f"'{name}' belongs to an optimizer, and the source has none", "Leave it out.")
+            )
+        elif name == "optimizer":
+            checkpoint = _with_algorithm(checkpoint, str(value))
+        else:
+            changed = tuple(_with_hyperparameter(o, name, fact) for o in checkpoint.optimizers)
+            checkpoint = replace(checkpoint, optimizers=changed)
+        checkpoint = _supplied(checkpoint, name, BY_CALLER)
+    return checkpoint
+
+
+def with_step(checkpoint: Checkpoint, fact: Known) -> Checkpoint:
+    """The document whose optimizers have done this many updates, in every parameter that counts them."""
+    assert isinstance(fact.value, int)
+    number = fact.value
+    changed = tuple(
+        replace(o, step=fact, param_steps=dict.fromkeys(o.param_steps, number)) for o in checkpoint.optimizers
+    )
+    return replace(checkpoint, progress=replace(checkpoint.progress, step=fact), optimizers=changed)
+
+
+def _with_algorithm(checkpoint: Checkpoint, algorithm: str) -> Checkpoint:
+    if algorithm not in optimizers.algorithms():
+        close = difflib.get_close_matches(algorithm, optimizers.algorithms(), n=1)
+        raise CkptError(
+            Problem(
+                code="optimizer-unknown",
+                loc=("optimizer",),
+                message=f"the catalog has no optimizer '{algorithm}'"
+                + (f" (did you mean '{close[0]}'?)" if close else ""),
+                hint="Known: " + ", ".join(optimizers.algorithms()) + ".",
+            )
+        )
+    changed = []
+    for optimizer in checkpoint.optimizers:
+        if optimizer.algorithm_candidates and algorithm not in optimizer.algorithm_candidates:
+            raise MappingError(
+                Problem(
+                    code="optimizer-mismatch",
+                    loc=("optimizers", optimizer.name),
+                    message=f"the state of '{optimizer.name}' is that of "
+                    f"{' or '.join(optimizer.algorithm_candidates)}, not of {algorithm}",
+                    hint="Set one of those.",
+                )
+            )
+        changed.append(optimizers.as_algorithm(optimizer, algorithm))
+    return replace(checkpoint, optimizers=tuple(changed))
+
+
+def _with_hyperparameter(optimizer: Optimizer, name: str, fact: Fact) -> Optimizer:
+    groups = tuple(
+        replace(group, hyperparameters={**group.hyperparameters, name: fact}) for group in optimizer.groups
+    )
+    return optimizers.with_form(replace(optimizer, groups=groups))
+
+
+def _supplied(checkpoint: Checkpoint, name: str, who: str) -> Checkpoint:
+    provenance = checkpoint.provenance
+    return replace(
+        checkpoint, provenance=replace(provenance, supplied=(*provenance.supplied, (name, who)))
+    )
+
+
+def _usage(name: str, message: str, hint: str) -> Problem:
+    return Problem(code="usage", loc=("--set", name), message=message, hint=hint)
+
+
+def apply_spec(checkpoint: Checkpoint, spec: Checkpoint) -> Checkpoint:
+    """The document completed from a skeleton of the same model: kinds and axes, parameter order, class, hyperparameters.
+
+    What the document records wins; the spec only fills what is unknown.
+    Raises: template-mismatch where the spec is of another model.
+    """
+    problems = _differences(checkpoint, spec)
+    if problems:
+        raise MappingError(*problems)
+    params = {name: _with_layout(param, spec.params.get(name)) for name, param in checkpoint.params.items()}
+    completed = replace(checkpoint, params=params)
+    for optimizer in checkpoint.optimizers:
+        other = _counterpart(optimizer, checkpoint, spec)
+        if other is None:
+            continue
+        if optimizer.param_order == "unknown":
+            names = dict(zip(optimizer.params, other.params, strict=True))
+            completed = rename_optimizer_params(completed, optimizer.name, names)
+        completed = replace(
+            completed,
+            optimizers=tuple(
+                _completed(o, other) if o.name == optimizer.name else o for o in completed.optimizers
+            ),
+        )
+    return _supplied(completed, "layout, order and hyperparameters not recorded", BY_SPEC)
+
+
+def _differences(checkpoint: Checkpoint, spec: Checkpoint) -> list[Problem]:
+    problems = []
+    for name, param in checkpoint.params.items():
+        other = spec.params.get(name)
+        if other is not None and other.tensor.shape != param.tensor.shape:
+            problems.append(
+                Problem(
+                    code="template-mismatch",
+                    loc=("params", name),
+                    message=f"'{name}' is {list(param.tensor.shape)} in the source "
+                    f"and {list(other.tensor.shape)} in the source spec",
+                    hint="Describe the model that wrote the checkpoint.",
+                )
+            )
+    if checkpoint.params and not set(checkpoint.params) & set(spec.params):
+        problems.append(
+            Problem(
+                code="template-mismatch",
+                loc=("params",),
+                message="the source spec names none of the source's parameters",
+                hint="Describe the model that wrote the checkpoint.",
+            )
+        )
+    for optimizer in checkpoint.optimizers:
+        other_one = _counterpart(optimizer, checkpoint, spec)
+        if (
+            optimizer.param_order == "unknown"
+            and other_one is not None
+            and len(other_one.params) != len(optimizer.params)
+        ):
+            problems.append(
+                Problem(
+                    code="template-mismatch",
+                    loc=("optimizers", optimizer.name),
+                    message=f"the optimizer has {len(optimizer.params)} parameters in the source "
+                    f"and {len(other_one.params)} in the source spec",
+                    hint="Describe the model and optimizer that wrote the checkpoint.",
+                )
+            )
+    return problems
+
+
+def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, spec: Checkpoint) -> Optimizer | None:
+    if len(checkpoint.optimizers) == len(spec.optimizers) == 1:
+        return spec.optimizers[0]
+    return next((o for o in spec.optimizers if o.name == optimizer.name), None)
+
+
+def _with_layout(param: Param, other: Param | None) -> Param:
+    if other is None or param.evidence in ("declared", "named"):
+        return param
+    trainable = other.trainable if param.trainable is None else param.trainable
+    if other.axes is None:
+        return replace(param, trainable=trainable)
+    return replace(
+        param,
+        role=other.role,
+        layer=other.layer,
+        axes=other.axes,
+        evidence=other.evidence,
+        trainable=trainable,
+    )
+
+
+def _completed(optimizer: Optimizer, other: Optimizer) -> Optimizer:
+    if optimizer.algorithm == "unknown" or len(optimizer.algorithm_candidates) > 1:
+        fits = not optimizer.algorithm_candidates or other.algorithm in optimizer.algorithm_candidates
+        if fits and other.algorithm != "unknown":
+            optimizer = optimizers.as_algorithm(optimizer, other.algorithm)
+    groups = []
+    for position, group in enumerate(optimizer.groups):
+        theirs: Group | None = other.groups[position] if position < len(other.groups) else None
+        facts = dict(group.hyperparameters)
+        for name, fact in (theirs.hyperparameters if theirs else {}).items():
+            if isinstance(fact, Known) and not isinstance(facts.get(name), Known):
+                facts[name] = Known(value=fact.value, status="supplied", source=BY_SPEC)
+        groups.append(replace(group, hyperparameters=facts))
+    return optimizers.with_form(replace(optimizer, groups=tuple(groups)))
+
+
+def rename_optimizer_params(
+    checkpoint: Checkpoint, optimizer_name: str, names: Mapping[str, str]
+) -> Checkpoint:
+    """The document in which an optimizer's parameters are called by other names, in its residue too."""
+
+    def renamed(name: str) -> str:
+        return names.get(name, name)
+
+    def one(optimizer: Optimizer) -> Optimizer:
+        if optimizer.name != optimizer_name:
+            return optimizer
+        return replace(
+            optimizer,
+            param_order="skeleton",
+            param_steps={renamed(n): s for n, s in optimizer.param_steps.items()},
+            slots={
+                slot: {renamed(n): t for n, t in by_param.items()} for slot, by_param in optimizer.slots.items()
+            },
+            groups=tuple(replace(g, params=tuple(map(renamed, g.params))) for g in optimizer.groups),
+        )
+
+    def address(path: Path, node: Node) -> Node:
+        if isinstance(node, Lifted):
+            match node.to:
+                case ("slot", str(name), slot, str(param)) if name == optimizer_name:
+                    return replace(node, to=("slot", name, slot, renamed(param)))
+                case ("param_step", str(name), str(param)) if name == optimizer_name:
+                    return replace(node, to=("param_step", name, renamed(param)))
+        return node
+
+    residue = checkpoint.residue
+    if residue is not None:
+        residue = replace(residue, root=transform(residue.root, address))
+    return replace(checkpoint, optimizers=tuple(map(one, checkpoint.optimizers)), residue=residue)

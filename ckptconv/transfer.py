@@ -1,0 +1,490 @@
+"""From a source document and a template's document to the document that is written: every value found its place.
+
+The result has the template's names, axes, dtypes, groups and residue, and the source's values. Each item
+of the source is in the ledger with what became of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ckptconv.catalog.conversion import Conversion, convert
+from ckptconv.catalog.optimizer_rows import row
+from ckptconv.catalog.residuals import EpsilonResidual
+from ckptconv.document import (
+    PROGRESS_FIELDS,
+    Block,
+    Checkpoint,
+    Known,
+    Optimizer,
+    Param,
+    Progress,
+    Unknown,
+    value_of,
+)
+from ckptconv.errors import Problem
+from ckptconv.mapping import Cover, Pair
+from ckptconv.ops import Cast
+from ckptconv.report import Entry, OptimizerVerdict
+from ckptconv.tensor import FilledTensor, Op, TensorRef, TensorSpec
+
+MASTER = "master"
+"""The slot that holds a parameter in higher precision than the model does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """The target's document, and the account of how it came about."""
+
+    checkpoint: Checkpoint
+    ledger: tuple[Entry, ...]
+    verdicts: tuple[OptimizerVerdict, ...] = ()
+    target_requires: tuple[str, ...] = ()
+    residuals: tuple[tuple[int, EpsilonResidual], ...] = ()
+    """(position in `verdicts`, what to compute on the state) where a difference has a size."""
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(slots=True)
+class _Account:
+    """What is collected on the way."""
+
+    allow: frozenset[str]
+    ledger: list[Entry] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    verdicts: list[OptimizerVerdict] = field(default_factory=list)
+    requires: list[str] = field(default_factory=list)
+    residuals: list[tuple[int, EpsilonResidual]] = field(default_factory=list)
+
+    def refuse(self, problem: Problem) -> bool:
+        """Note a loss; True where the caller allowed it by its code."""
+        if problem.code in self.allow:
+            return True
+        self.problems.append(problem)
+        return False
+
+
+def transfer(
+    source: Checkpoint, template: Checkpoint, cover: Cover, *, allow: frozenset[str] = frozenset()
+) -> Transfer:
+    """Fill the template's document with the source's run.
+
+    Every problem is collected; nothing is read but what is in memory already.
+    """
+    account = _Account(allow)
+    pairs = {pair.target: pair for pair in cover.pairs}
+    masters = {
+        name: tensor for optimizer in source.optimizers for name, tensor in optimizer.slots.get(MASTER, {}).items()
+    }
+    target_holds_masters = any(MASTER in optimizer.slots for optimizer in template.optimizers)
+    params = {
+        name: _param(param, pairs.get(name), source, {} if target_holds_masters else masters, account)
+        for name, param in template.params.items()
+    }
+    _source_only(source, cover, account)
+    optimizers = _optimizers(source, template, pairs, account)
+    _schedules(source, template, account)
+    _left(source, account)
+    for key in template.extras:
+        account.ledger.append(
+            Entry(
+                item=("template", key),
+                fate="kept-from-template",
+                target=key,
+                detail="only the target's framework has it",
+            )
+        )
+    checkpoint = replace(
+        template,
+        progress=source.progress,
+        params=params,
+        optimizers=optimizers,
+        rng=template.rng,
+        provenance=replace(
+            source.provenance,
+            history=(
+                *source.provenance.history,
+                f"{source.provenance.format}:{source.provenance.dialect} -> "
+                f"{template.provenance.format}:{template.provenance.dialect}",
+            ),
+        ),
+        oddities=(),
+    )
+    return Transfer(
+        checkpoint=checkpoint,
+        ledger=tuple(account.ledger),
+        verdicts=tuple(account.verdicts),
+        target_requires=tuple(account.requires),
+        residuals=tuple(account.residuals),
+        problems=tuple(account.problems),
+    )
+
+
+def _param(
+    param: Param,
+    pair: Pair | None,
+    source: Checkpoint,
+    masters: Mapping[str, TensorRef],
+    account: _Account,
+) -> Param:
+    if pair is None:
+        account.ledger.append(
+            Entry(
+                item=("template", param.name),
+                fate="kept-from-template",
+                target=param.name,
+                detail="only the target's framework has it",
+            )
+        )
+        return param
+    tensor = source.params[pair.source].tensor
+    master = masters.get(pair.source)
+    detail = ""
+    if master is not None and param.tensor.dtype == master.dtype:
+        detail = f"from the {master.dtype.name} master; the {tensor.dtype.name} copy follows from it"
+        tensor = master
+    made, ops = _through(tensor, pair.ops, param.tensor.spec, param.name, account)
+    account.ledger.append(
+        Entry(
+            item=("param", pair.source),
+            fate="aliased" if pair.matched_by == "alias" else "transformed" if ops else "copied",
+            target=param.name,
+            ops=tuple(op.to_json() for op in ops),
+            evidence=f"matched by {pair.matched_by}, layout {pair.layout}",
+            detail=detail,
+            allowed_by="assumed-layout" if pair.layout == "assumed" else "",
+        )
+    )
+    return replace(param, tensor=made)
+
+
+def _through(
+    tensor: TensorRef, ops: tuple[Op, ...], spec: TensorSpec, name: str, account: _Account
+) -> tuple[TensorRef, tuple[Op, ...]]:
+    """The tensor after its ops, in the target's dtype."""
+    done = list(ops)
+    for op in ops:
+        tensor = tensor.apply(op)
+    if tensor.dtype != spec.dtype:
+        cast = Cast(spec.dtype.name)
+        if not cast.is_exact(tensor.dtype):
+            account.refuse(
+                Problem(
+                    code="precision-loss",
+                    loc=("params", name),
+                    message=f"'{name}' is {tensor.dtype.name} in the source and {spec.dtype.name} in the target",
+                    hint="Use a template of the source's precision, or --allow precision-loss.",
+                )
+            )
+        tensor = tensor.apply(cast)
+        done.append(cast)
+    return tensor, tuple(done)
+
+
+def _source_only(source: Checkpoint, cover: Cover, account: _Account) -> None:
+    for name in cover.source_only:
+        param = source.params[name]
+        detail = (
+            f"shares its memory with '{param.tied_to}'" if param.tied_to else "only the source's framework has it"
+        )
+        account.ledger.append(
+            Entry(item=("param", name), fate="aliased" if param.tied_to else "left", detail=detail)
+        )
+
+
+def _optimizers(
+    source: Checkpoint, template: Checkpoint, pairs: Mapping[str, Pair], account: _Account
+) -> tuple[Optimizer, ...]:
+    if not template.optimizers:
+        for optimizer in source.optimizers:
+            _no_place(optimizer, account)
+        return ()
+    partners = _partners(source, template, account)
+    result = []
+    for target in template.optimizers:
+        partner = partners.get(target.name)
+        result.append(target if partner is None else _optimizer(partner, target, source, pairs, account))
+    return tuple(result)
+
+
+def _no_place(optimizer: Optimizer, account: _Account) -> None:
+    allowed = account.refuse(
+        Problem(
+            code="state-dropped",
+            loc=("optimizers", optimizer.name),
+            message=f"the template has no optimizer for the state of '{optimizer.name}' ({optimizer.algorithm})",
+            hint="Use a template with a built optimizer, or --allow state-dropped to carry the weights alone.",
+        )
+    )
+    if allowed:
+        for slot in optimizer.slots:
+            account.ledger.append(
+                Entry(
+                    item=("slot", optimizer.name, slot),
+                    fate="left",
+                    detail="the template has no optimizer",
+                    allowed_by="state-dropped",
+                )
+            )
+
+
+def _partners(source: Checkpoint, template: Checkpoint, account: _Account) -> dict[str, Optimizer]:
+    """Target optimizer name -> source optimizer: the only ones, or those of the same name."""
+    if len(source.optimizers) == 1 and len(template.optimizers) == 1:
+        return {template.optimizers[0].name: source.optimizers[0]}
+    partners = {}
+    names = {optimizer.name: optimizer for optimizer in source.optimizers}
+    for target in template.optimizers:
+        if target.name in names:
+            partners[target.name] = names.pop(target.name)
+        elif account.refuse(
+            Problem(
+                code="slots-missing",
+                loc=("optimizers", target.name),
+                message=f"the template's optimizer '{target.name}' has no counterpart in the source "
+                f"({', '.join(o.name for o in source.optimizers) or 'which has no optimizer state'}): "
+                "it would start cold",
+                hint="Use a template without an optimizer, or --allow slots-missing.",
+            )
+        ):
+            account.ledger.append(
+                Entry(
+                    item=("template", target.name),
+                    fate="kept-from-template",
+                    target=target.name,
+                    detail="fresh state: the source has no optimizer",
+                    allowed_by="slots-missing",
+                )
+            )
+    for left in names.values():
+        _no_place(left, account)
+    return partners
+
+
+def _optimizer(
+    origin: Optimizer, target: Optimizer, source: Checkpoint, pairs: Mapping[str, Pair], account: _Account
+) -> Optimizer:
+    if origin.param_order == "unknown" and origin.slots:
+        account.problems.append(_no_names(origin))
+        return target
+    producers = {name: pairs[name].source for name in target.params if name in pairs}
+    renamed = _in_target_names(origin, producers)
+    conversion = convert(renamed, target, allow=account.allow)
+    account.problems += conversion.problems
+    account.verdicts.append(conversion.verdict)
+    if conversion.residual is not None:
+        account.residuals.append((len(account.verdicts) - 1, conversion.residual))
+    account.requires += conversion.target_requires
+    if not isinstance(conversion.step, Known) and _counts(conversion.algorithm, target.framework):
+        account.problems.append(_no_step(origin, conversion))
+    slots = _slots(origin, target, producers, pairs, source, conversion, account)
+    _without_place(origin, set(producers.values()), account)
+    account.ledger.append(
+        Entry(
+            item=("step", origin.name),
+            fate="supplied" if getattr(conversion.step, "status", "") == "supplied" else "copied",
+            target=f"{target.name}.step",
+            detail=str(value_of(conversion.step)),
+        )
+    )
+    groups = tuple(
+        replace(group, hyperparameters=dict(facts))
+        for group, facts in zip(target.groups, conversion.hyperparameters, strict=True)
+    )
+    return replace(
+        target,
+        algorithm=conversion.algorithm,
+        form=dict(conversion.form),
+        step=conversion.step,
+        param_steps=dict(conversion.param_steps),
+        groups=groups,
+        slots=slots,
+    )
+
+
+def _counts(algorithm: str, framework: str) -> bool:
+    """Whether the target's class has a counter to fill."""
+    known = row(algorithm, framework)
+    return known is None or known.step_key is not None
+
+
+def _no_names(origin: Optimizer) -> Problem:
+    return Problem(
+        code="order-ambiguous",
+        loc=("optimizers", origin.name),
+        message=f"the state of '{origin.name}' is numbered, and more than one order of the "
+        f"{len(origin.params)} parameters fits",
+        hint="Pass --source-spec with a skeleton of the source's model and optimizer (describe()).",
+    )
+
+
+def _no_step(origin: Optimizer, conversion: Conversion) -> Problem:
+    reason = conversion.step.reason if isinstance(conversion.step, Unknown) else "the source has none"
+    readings = ""
+    if isinstance(conversion.step, Unknown) and conversion.step.candidates:
+        readings = "; seen: " + ", ".join(
+            f"{c.value} from {c.source} ({c.condition})" for c in conversion.step.candidates
+        )
+    return Problem(
+        code="progress-unknown",
+        loc=("optimizers", origin.name, "step"),
+        message=f"the target counts updates and the source does not tell how many were done: {reason}{readings}",
+        hint="Pass --set step=N.",
+    )
+
+
+def _in_target_names(origin: Optimizer, producers: Mapping[str, str]) -> Optimizer:
+    """The source's optimizer with its parameters called as in the target."""
+    names: dict[str, list[str]] = {}
+    for made, made_from in producers.items():
+        names.setdefault(made_from, []).append(made)
+    return replace(
+        origin,
+        groups=tuple(
+            replace(group, params=tuple(new for old in group.params for new in names.get(old, ())))
+            for group in origin.groups
+        ),
+        slots={
+            slot: {new: tensor for old, tensor in by_param.items() for new in names.get(old, ())}
+            for slot, by_param in origin.slots.items()
+        },
+        param_steps={new: step for old, step in origin.param_steps.items() for new in names.get(old, ())},
+    )
+
+
+def _slots(
+    origin: Optimizer,
+    target: Optimizer,
+    producers: Mapping[str, str],
+    pairs: Mapping[str, Pair],
+    source: Checkpoint,
+    conversion: Conversion,
+    account: _Account,
+) -> dict[str, dict[str, TensorRef]]:
+    result: dict[str, dict[str, TensorRef]] = {}
+    for row in conversion.slots:
+        made: dict[str, TensorRef] = {}
+        places = target.slots.get(row.slot)
+        for position, group in enumerate(target.groups):
+            for name in group.params:
+                have = None if row.created else origin.slots.get(row.slot, {}).get(producers.get(name, ""))
+                place = places.get(name) if places else None
+                if have is None and places is None:
+                    continue  # a target that creates state per parameter has none for this one either
+                if have is None:
+                    if place is None:
+                        continue
+                    made[name] = FilledTensor(spec=place.spec, value=row.init)
+                    account.ledger.append(
+                        Entry(
+                            item=("slot", origin.name, row.slot, producers.get(name, name)),
+                            fate="created",
+                            target=f"{name}/{row.slot}",
+                            detail=f"the source has none for this parameter; {row.init} is its value before the first update",
+                        )
+                    )
+                    continue
+                spec = place.spec if place else TensorSpec(dtype=have.dtype, shape=_shape_of(target, name, pairs, source))
+                ops = (*pairs[name].ops, *row.ops[position])
+                made[name], done = _through(have, ops, spec, f"{name}/{row.slot}", account)
+                account.ledger.append(
+                    Entry(
+                        item=("slot", origin.name, row.slot, producers[name]),
+                        fate="transformed" if done else "copied",
+                        target=f"{name}/{row.slot}",
+                        ops=tuple(op.to_json() for op in done),
+                    )
+                )
+        result[row.slot] = made
+    for slot in conversion.left:
+        detail = "the weights are made from it" if slot == MASTER else "the target's rule does not read it"
+        account.ledger.append(Entry(item=("slot", origin.name, slot), fate="left", detail=detail))
+    return result
+
+
+def _shape_of(
+    target: Optimizer, name: str, pairs: Mapping[str, Pair], source: Checkpoint
+) -> tuple[int, ...]:
+    tensor = source.params[pairs[name].source].tensor
+    for op in pairs[name].ops:
+        tensor = tensor.apply(op)
+    return tensor.shape
+
+
+def _without_place(origin: Optimizer, consumed: set[str], account: _Account) -> None:
+    """State of parameters that the target's optimizer does not train."""
+    for slot, by_param in origin.slots.items():
+        for name in by_param:
+            if name in consumed:
+                continue
+            allowed = account.refuse(
+                Problem(
+                    code="state-dropped",
+                    loc=("optimizers", origin.name, slot, name),
+                    message=f"the target's optimizer does not train '{name}', whose {slot} the source holds",
+                    hint="Make it trainable in the template, or --allow state-dropped.",
+                )
+            )
+            if allowed:
+                account.ledger.append(
+                    Entry(
+                        item=("slot", origin.name, slot, name),
+                        fate="left",
+                        detail="not trained in the target",
+                        allowed_by="state-dropped",
+                    )
+                )
+
+
+def _schedules(source: Checkpoint, template: Checkpoint, account: _Account) -> None:
+    """A schedule crosses to another framework only when the catalog can rebuild it, which it cannot yet."""
+    found = [(s, "source") for s in source.schedules] + [(s, "template") for s in template.schedules]
+    for schedule, side in found:
+        allowed = account.refuse(
+            Problem(
+                code="schedule-unsupported",
+                loc=("schedules", schedule.name),
+                message=f"the {side} has a learning-rate schedule ({schedule.family}, "
+                f"position {value_of(schedule.position)}), and schedules do not cross frameworks yet",
+                hint="--allow schedule-unsupported carries the learning rate of the next update and leaves "
+                "the schedule itself to the target's code; its position stays in the embedded note.",
+            )
+        )
+        if allowed and side == "source":
+            account.ledger.append(
+                Entry(
+                    item=("position", schedule.name),
+                    fate="noted",
+                    detail=f"{schedule.family} at {value_of(schedule.position)}; the learning rate is frozen",
+                    allowed_by="schedule-unsupported",
+                )
+            )
+
+
+def _left(source: Checkpoint, account: _Account) -> None:
+    """State that stays with the source's framework: generators, loaders, other arrays."""
+    blocks: tuple[Block, ...] = (*source.rng, *source.data)
+    in_blocks = {key for block in blocks for key in block.tensors}
+    for block in blocks:
+        account.ledger.append(
+            Entry(
+                item=("residue", block.name),
+                fate="left",
+                detail=f"{block.library} state cannot change framework; --keep holds it for the way back",
+            )
+        )
+    for key in source.extras:
+        if key not in in_blocks:
+            account.ledger.append(
+                Entry(
+                    item=("extra", key),
+                    fate="left",
+                    detail="the source's framework alone knows it; --keep holds it for the way back",
+                )
+            )
+    for name in PROGRESS_FIELDS:
+        fact = getattr(source.progress, name)
+        if isinstance(fact, Known) and name != "step":
+            account.ledger.append(Entry(item=("progress", name), fate="noted", detail=str(fact.value)))
+
