@@ -1,0 +1,170 @@
+"""The embedded note: one JSON text in every container we write, with what the container cannot hold itself.
+
+It tells progress, algorithms, groups, hyperparameters, steps, schedules, tie groups and provenance; never a
+tensor. Its form is the definition `note` of the checkpoint schema. Where it stands: safetensors
+`__metadata__["ckptconv"]`, a string key of a bundle or training dictionary, an HDF5 attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ckptconv import facts
+from ckptconv.document import (
+    PROGRESS_FIELDS,
+    SCHEMA_VERSION,
+    Checkpoint,
+    Fact,
+    Known,
+    Optimizer,
+    Param,
+    Progress,
+    Provenance,
+    Schedule,
+)
+from ckptconv.errors import Problem, SchemaError
+from ckptconv.manifest import (
+    progress_from_json,
+    progress_to_json,
+    provenance_from_json,
+    provenance_to_json,
+    schedule_from_json,
+    schedule_to_json,
+)
+from ckptconv.optimizer_json import optimizer_from_json, optimizer_to_json
+from ckptconv.rawtree import Path
+from ckptconv.strictjson import Json, dump, parse
+from ckptconv.tensor import TensorRef, TensorSpec
+from ckptconv.validation import schema_problems
+
+KEY = "ckptconv"
+"""Under which the note stands, wherever the container lets us choose."""
+
+SOURCE = "embedded note"
+"""What `Known.source` says of a fact that was read from a note."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """What a note tells. Facts keep the status they had; their source is `embedded note`."""
+
+    progress: Progress
+    optimizers: tuple[Optimizer, ...] = ()
+    """Without tensors: `slots` is empty, `noted_slots` has the names."""
+    noted_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Optimizer -> the slots that the run had, whether or not the container holds them."""
+    schedules: tuple[Schedule, ...] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> the first of its tie group."""
+    provenance: Provenance = Provenance()
+
+
+def write_note(checkpoint: Checkpoint) -> str:
+    """The note of a document, under the document's own names."""
+    ties = {p.name: p.tied_to for p in checkpoint.params.values() if p.tied_to is not None}
+    return dump(
+        {
+            "schema": "ckptconv/note",
+            "schema_version": SCHEMA_VERSION,
+            "progress": progress_to_json(checkpoint.progress),
+            "optimizers": [_optimizer(optimizer, checkpoint) for optimizer in checkpoint.optimizers],
+            "schedules": [schedule_to_json(schedule) for schedule in checkpoint.schedules],
+            "ties": ties,
+            "provenance": provenance_to_json(checkpoint.provenance),
+        }
+    )
+
+
+def _optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> dict[str, Json]:
+    """The optimizer's JSON; its slots by name only."""
+    result = optimizer_to_json(replace(optimizer, slots={}), checkpoint)
+    result["slots"] = [{"slot": slot, "params": []} for slot in optimizer.slots]
+    return result
+
+
+def read_note(text: str, location: str = KEY) -> Note:
+    """What a note tells; `location` is where it was found, for messages.
+
+    Raises: corrupt-file, duplicate-key, schema-version, schema-invalid; the note's problems are located
+    below `location`.
+    """
+    obj = parse(text, location)
+    version = obj.get("schema_version") if isinstance(obj, dict) else None
+    if version != SCHEMA_VERSION and isinstance(version, str):
+        raise SchemaError.of(
+            "schema-version",
+            f"the embedded note has version {version!r}, known is {SCHEMA_VERSION}",
+            "Update ckptconv.",
+            loc=(location, "schema_version"),
+        )
+    problems = schema_problems(obj, "checkpoint", "note")
+    if problems:
+        raise SchemaError(*(_below(location, problem) for problem in problems))
+    progress = progress_from_json(obj["progress"])
+    bare = [{**item, "slots": []} for item in obj["optimizers"]]
+    optimizers = tuple(optimizer_from_json(item, progress, {}, _no_tensor) for item in bare)
+    return Note(
+        progress=replace(progress, **{f: _noted(getattr(progress, f)) for f in PROGRESS_FIELDS}),
+        optimizers=tuple(_noted_optimizer(optimizer) for optimizer in optimizers),
+        noted_slots={o["name"]: tuple(slot["slot"] for slot in o["slots"]) for o in obj["optimizers"]},
+        schedules=tuple(_noted_schedule(schedule_from_json(item)) for item in obj["schedules"]),
+        ties=dict(obj["ties"]),
+        provenance=provenance_from_json(obj["provenance"]),
+    )
+
+
+def edit_note(text: str, checkpoint: Checkpoint) -> str:
+    """The note `text` brought up to date with a document that was lifted with it and may have been edited.
+
+    What the document does not hold (optimizers of a weights-only container) stays as it was.
+    """
+    note = read_note(text)
+    ties = {p.name: p.tied_to for p in checkpoint.params.values() if p.tied_to is not None}
+    if checkpoint.progress == note.progress and ties == note.ties:
+        return text
+    old = parse(text, KEY)
+    fields = {
+        name: old["progress"][name]
+        if getattr(checkpoint.progress, name) == getattr(note.progress, name)
+        else facts.fact_to_json(getattr(checkpoint.progress, name))
+        for name in PROGRESS_FIELDS
+    }
+    return dump({**old, "progress": fields, "ties": ties})
+
+
+def _below(location: str, problem: Problem) -> Problem:
+    return replace(problem, loc=(location, *problem.loc))
+
+
+def _no_tensor(address: Path, spec: TensorSpec) -> TensorRef:
+    raise AssertionError("a note has no slots")
+
+
+def _noted(fact: Fact) -> Fact:
+    return replace(fact, source=SOURCE) if isinstance(fact, Known) else fact
+
+
+def _noted_facts(by_name: Mapping[str, Fact]) -> dict[str, Fact]:
+    return {name: _noted(fact) for name, fact in by_name.items()}
+
+
+def _noted_optimizer(optimizer: Optimizer) -> Optimizer:
+    groups = tuple(replace(g, hyperparameters=_noted_facts(g.hyperparameters)) for g in optimizer.groups)
+    return replace(
+        optimizer, step=_noted(optimizer.step), groups=groups, scalars=_noted_facts(optimizer.scalars)
+    )
+
+
+def _noted_schedule(schedule: Schedule) -> Schedule:
+    return replace(schedule, position=_noted(schedule.position), parameters=_noted_facts(schedule.parameters))
+
+
+def tied(params: Mapping[str, Param], ties: Mapping[str, str]) -> dict[str, Param]:
+    """The parameters, tied as a note says where both names are there and neither tie is known yet."""
+    return {
+        name: replace(param, tied_to=ties[name])
+        if param.tied_to is None and ties.get(name) in params and params[ties[name]].tied_to is None
+        else param
+        for name, param in params.items()
+    }

@@ -1,0 +1,73 @@
+"""JSON as its grammar has it: no key twice, no NaN, UTF-8 without lone surrogates, bounded nesting.
+
+Python's reader keeps the last of two equal keys and takes `NaN`; a header read so says something else to the
+next reader. Every failure is a `FormatError` with the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ckptconv.errors import CkptError, Code, FormatError
+
+Json = Any
+"""A parsed JSON value; what it must look like is the business of a schema."""
+
+_HINT = "The file is damaged or was not written by a well-behaved program: copy it again."
+
+
+def parse(text: str | bytes, name: str) -> Json:
+    """The value of a JSON text.
+
+    Raises: corrupt-file, duplicate-key, limit-exceeded (nesting, digits), all located at `name`.
+    """
+
+    def failure(code: Code, message: str) -> CkptError:
+        return FormatError.of(code, f"{message} [{name}]", _HINT, loc=(name,))
+
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise failure("duplicate-key", f"the key {twice!r} stands twice in one JSON object")
+        return result
+
+    def no_constant(word: str) -> Json:
+        raise failure("corrupt-file", f"{word} is not JSON")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        if "\\ud" in text or "\\uD" in text:
+            # Only an escape can bring in half a character; most texts have none.
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeError as error:
+        raise failure("corrupt-file", f"not UTF-8 text: {error.reason}") from None  # type: ignore[attr-defined]
+    except json.JSONDecodeError as error:
+        raise failure("corrupt-file", f"not JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise failure("limit-exceeded", "JSON nested too deeply to be read") from None
+    except ValueError:
+        raise failure("limit-exceeded", "a JSON number with more digits than can be read") from None
+    return value
+
+
+def dump(value: Json, *, indent: int | None = None) -> str:
+    """JSON text of a value, not escaped beyond need.
+
+    Raises: schema-invalid for what JSON cannot hold.
+    """
+    try:
+        separators = (",", ":") if indent is None else None
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
+        text.encode("utf-8")
+    except (ValueError, TypeError) as error:
+        raise FormatError.of(
+            "schema-invalid",
+            f"a value cannot be written as JSON: {str(error)[:200]}",
+            "Names must be Unicode text; numbers in `extensions` must be finite.",
+        ) from None
+    return text
