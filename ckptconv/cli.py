@@ -36,14 +36,12 @@ from ckptconv.options import (
     From,
     Jobs,
     Keep,
-    Mapping,
     NoVerify,
     Only,
     Raw,
     Readable,
     ReportFile,
     Require,
-    Select,
     Set,
     Source,
     SourceSpec,
@@ -53,9 +51,8 @@ from ckptconv.options import (
     To,
     Verbose,
     Version,
+    parse_container,
     parse_settings,
-    registries,
-    split_container,
     split_names,
 )
 
@@ -107,8 +104,8 @@ def inspect(
     """
     if digest and not raw:
         raise typer.BadParameter("it goes with --raw.", param_hint="--digest")
-    format_, dialect = split_container(from_)
     with outcome(as_json=as_json):
+        format_, dialect = parse_container("--from", from_)
         if raw:
             _inspect_raw(path, format_, dialect, as_json=as_json, digest=digest)
             return
@@ -154,9 +151,7 @@ def convert(
     to: To = None,
     template: Template = None,
     source_spec: SourceSpec = None,
-    mapping: Mapping = None,
     set_: Set = None,
-    select: Select = None,
     only: Only = None,
     exclude: Exclude = None,
     dtype: DType = None,
@@ -184,6 +179,8 @@ def convert(
     with outcome(as_json=as_json):
         from ckptconv import convert as library
 
+        parse_container("--from", from_)
+        parse_container("--to", to)
         if report is not None:
             _check_report_file(report, force=force)
         with progress_bar(f"converting {source.name}") as progress:
@@ -194,9 +191,7 @@ def convert(
                 to=to,
                 template=template,
                 source_spec=source_spec,
-                mapping=mapping,
                 set_=settings,
-                select=select,
                 only=only or (),
                 exclude=exclude or (),
                 dtype=dtype,
@@ -262,9 +257,7 @@ def plan(
     to: To = None,
     template: Template = None,
     source_spec: SourceSpec = None,
-    mapping: Mapping = None,
     set_: Set = None,
-    select: Select = None,
     only: Only = None,
     exclude: Exclude = None,
     dtype: DType = None,
@@ -286,9 +279,7 @@ def plan(
         to=to,
         template=template,
         source_spec=source_spec,
-        mapping=mapping,
         set_=set_,
-        select=select,
         only=only,
         exclude=exclude,
         dtype=dtype,
@@ -333,18 +324,23 @@ def formats(as_json: AsJson = False) -> None:
     Example: ckptconv formats
     """
     with outcome(as_json=as_json):
-        known, dialects = registries()
+        from ckptconv.detect import load_registries
+        from ckptconv.dialects.base import DIALECTS
+        from ckptconv.formats.base import FORMATS
+
+        load_registries()
         listing = [
             {
-                "name": format_.name,
+                "name": name,
                 "summary": format_.summary,
                 "suffixes": list(format_.suffixes),
                 "dialects": [
                     {"name": d.name, "framework": d.framework, "summary": d.summary}
-                    for d in dialects[format_.name]
+                    for (of_format, _), d in sorted(DIALECTS.items())
+                    if of_format == name
                 ],
             }
-            for format_ in known.values()
+            for name, format_ in sorted(FORMATS.items())
         ]
         if as_json:
             print_json({"formats": listing})

@@ -7,9 +7,9 @@ that is only described (a global of a pickle) has its name under `<key>/@name`, 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator
 
+from ckptconv.facts import value_to_json
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, RawTree, children
 from ckptconv.tensor import TensorRef
 
@@ -47,10 +47,8 @@ def digest(tensor: TensorRef) -> str:
 def plain(value: Node) -> object:
     """A leaf that is no tensor in JSON's terms: itself, or an object that says what JSON has no type for."""
     match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else {"float": repr(value)}
+        case None | bool() | int() | float() | str():
+            return value_to_json(value)
         case complex():
             return {"complex": [repr(value.real), repr(value.imag)]}
         case bytes() if len(value) <= INLINE_NBYTES:

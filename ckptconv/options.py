@@ -2,57 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from difflib import get_close_matches
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ckptconv.errors import CODES
-
-if TYPE_CHECKING:
-    from ckptconv.dialects.base import Dialect
-    from ckptconv.formats.base import Format
+from ckptconv.errors import CkptError
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    """`Did you mean ...?` where a known name is near, else the list of all."""
-    names = sorted(known)
-    near = get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
+def parse_container(option: str, value: str | None) -> tuple[str | None, str | None]:
+    """`FORMAT[:DIALECT]` as (format, dialect).
 
+    Raises: usage with the nearest name where there is no such format or dialect.
+    """
+    from ckptconv import detect
 
-def _codes(values: list[str] | None) -> list[str]:
-    for code in values or ():
-        if code not in CODES:
-            raise typer.BadParameter(f"there is no code '{code}'. {_closest(code, CODES)}")
-    return values or []
-
-
-def registries() -> tuple[dict[str, Format], dict[str, dict[str, Dialect]]]:
-    """Every format by name, and its dialects by name."""
-    import ckptconv.convert  # noqa: F401  (loads every format and dialect)
-    from ckptconv.dialects.base import DIALECTS
-    from ckptconv.formats.base import FORMATS
-
-    dialects = {name: {d: one for (f, d), one in DIALECTS.items() if f == name} for name in FORMATS}
-    return FORMATS, dialects
-
-
-def _container(value: str | None) -> str | None:
-    """Checks `FORMAT` or `FORMAT:DIALECT` against the registries."""
-    if value is None:
-        return None
-    formats, dialects = registries()
-    name, _, dialect = value.partition(":")
-    if name not in formats:
-        raise typer.BadParameter(f"there is no format '{name}'. {_closest(name, formats)}")
-    if dialect and dialect not in dialects[name]:
-        raise typer.BadParameter(
-            f"format '{name}' has no dialect '{dialect}'. {_closest(dialect, dialects[name])}"
-        )
-    return value
+    format_, dialect = detect.parse_target(value)
+    try:
+        if format_ is not None:
+            detect.format_named(format_)
+            if dialect is not None:
+                detect.dialect_named(format_, dialect)
+    except CkptError as error:
+        problems = (replace(problem, code="usage", loc=(option, value or "")) for problem in error.problems)
+        raise CkptError(*problems) from None
+    return format_, dialect
 
 
 def parse_settings(values: list[str] | None) -> dict[str, str]:
@@ -66,12 +41,6 @@ def parse_settings(values: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"'{field}' is set twice.", param_hint="--set")
         result[field] = value
     return result
-
-
-def split_container(value: str | None) -> tuple[str | None, str | None]:
-    """`FORMAT:DIALECT` as (format, dialect)."""
-    format_, _, dialect = (value or "").partition(":")
-    return format_ or None, dialect or None
 
 
 def split_names(value: str | None) -> list[str]:
@@ -97,7 +66,6 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="FORMAT[:DIALECT]",
-        callback=_container,
         help="Read SRC as this instead of recognising it, e.g. --from pytorch:plain.",
     ),
 ]
@@ -106,7 +74,6 @@ To = Annotated[
     typer.Option(
         "--to",
         metavar="FORMAT[:DIALECT]",
-        callback=_container,
         help="Write this, e.g. --to tensorflow. Needed where neither DST's suffix nor the template tells.",
     ),
 ]
@@ -126,28 +93,12 @@ SourceSpec = Annotated[
         "parameter order, e.g. --source-spec described.json.",
     ),
 ]
-Mapping = Annotated[
-    Path | None,
-    typer.Option(
-        "--mapping",
-        metavar="PATH",
-        help="Rules that say which parameter becomes which, where names and shapes do not, "
-        "e.g. --mapping rules.json.",
-    ),
-]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="FIELD=VALUE",
         help="Supply what the source does not record, e.g. --set step=9 --set epochs=2. May be repeated.",
-    ),
-]
-Select = Annotated[
-    str | None,
-    typer.Option(
-        metavar="WHAT",
-        help="Which of several states to convert: ema, model or an optimizer, e.g. --select optimizer:0.",
     ),
 ]
 Only = Annotated[
@@ -170,7 +121,6 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CODE",
-        callback=_codes,
         help="Accept one loss by the code that an error named, e.g. --allow precision-loss. May be repeated.",
     ),
 ]
