@@ -1,0 +1,229 @@
+"""From a document back to PyTorch's dictionaries: one step in every place, and state for what has slots.
+
+`settle` makes a document of one mind about the step: an edited one is written to every parameter and to a
+schedule that moved with it. `rebuild_state` gives a residue the state entries that the document has slots
+for, whether the residue is a fresh template (`state` is `{}`) or a run of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptconv.catalog.optimizer_rows import row
+from ckptconv.dialects import torch_keys
+from ckptconv.dialects.torch_scheduler import moved
+from ckptconv.dialects.torch_values import dotted, places
+from ckptconv.document import Checkpoint, Known, Optimizer, Unknown, value_of
+from ckptconv.errors import CkptError, LossError, MappingError
+from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path
+
+_STEP: Mapping[str, str] = {"as": "tensor", "dtype": "float32"}
+"""How torch writes `step` since 1.12."""
+
+
+def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
+    """The document with one step everywhere, where it was edited in one place.
+
+    `root`: the residue that will be filled. Raises: progress-conflict, residue-stale.
+    """
+    edits: dict[str, tuple[int, int]] = {}
+    shared = _shared_step(checkpoint)
+    optimizers = []
+    for optimizer in checkpoint.optimizers:
+        new, old = _step_of(optimizer, shared)
+        if old is not None and new is not None and old != new:
+            edits[optimizer.name] = (old, new)
+        optimizers.append(_with_step(optimizer, new, edited=optimizer.name in edits))
+    progress = checkpoint.progress
+    own = {value_of(o.step) for o in optimizers} - {None}
+    if shared is not None and len(own) == 1 and own != {shared}:
+        step = progress.step
+        progress = replace(progress, step=replace(step, value=own.pop()) if isinstance(step, Known) else step)
+    positions = moved(checkpoint.schedules, edits)
+    _refuse_stale(checkpoint, root, edits, positions)
+    schedules = tuple(
+        replace(s, position=Known(value=positions[s.name], status="derived", formula="moves with the step"))
+        if s.name in positions
+        else s
+        for s in checkpoint.schedules
+    )
+    return replace(checkpoint, progress=progress, optimizers=tuple(optimizers), schedules=schedules)
+
+
+def _shared_step(checkpoint: Checkpoint) -> int | None:
+    """`progress.step`, where it is the step of every optimizer."""
+    value = value_of(checkpoint.progress.step)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return None
+    recorded = {
+        max(o.param_steps.values()) if o.param_steps else value_of(o.step) for o in checkpoint.optimizers
+    }
+    return value if len(recorded) == 1 else None
+
+
+def _step_of(optimizer: Optimizer, shared: int | None) -> tuple[int | None, int | None]:
+    """(the step to write, the step before it was edited)."""
+    recorded = max(optimizer.param_steps.values(), default=None)
+    own = value_of(optimizer.step)
+    own = own if isinstance(own, int) and not isinstance(own, bool) else None
+    base = own if recorded is None else recorded
+    told = {value for value in (own, shared) if value is not None and value != base}
+    if len(told) > 1 or (recorded is None and own is not None and told):
+        raise MappingError.of(
+            "progress-conflict",
+            f"the step of '{optimizer.name}' is {own}, progress.step is {shared}",
+            "Give both the same value.",
+            loc=("progress", "step"),
+        )
+    return (told.pop() if told else base), base
+
+
+def _with_step(optimizer: Optimizer, step: int | None, *, edited: bool) -> Optimizer:
+    if step is None:
+        return optimizer
+    known = replace(optimizer.step, value=step) if isinstance(optimizer.step, Known) else Known(value=step)
+    steps = dict(optimizer.param_steps)
+    if edited:
+        steps = dict.fromkeys(steps, step)
+    table = row(optimizer.algorithm, "torch")
+    if table is None or table.step_key is not None:
+        for by_param in optimizer.slots.values():
+            for name in by_param:
+                steps.setdefault(name, step)
+    return replace(optimizer, step=known, param_steps=steps)
+
+
+def _refuse_stale(
+    checkpoint: Checkpoint, root: Node, edits: Mapping[str, tuple[int, int]], positions: Mapping[str, int]
+) -> None:
+    """Places that moved with a step that was edited, and that no rule can rewrite."""
+    if not edits:
+        return
+    problems: list[CkptError] = []
+    for path, lifted in places(root):
+        match lifted.to:
+            case ("position", str(name)) if name not in positions and lifted.encoding.get("plus") is None:
+                schedule = checkpoint.schedule(name)
+                fact = schedule.position
+                if schedule.optimizer in edits and isinstance(fact, Known) and fact.status != "supplied":
+                    problems.append(_stale(path, fact.value, f"the position of schedule '{name}'"))
+            case ("progress", "micro_steps") if isinstance(checkpoint.progress.micro_steps, Unknown):
+                problems.append(_stale(path, lifted.encoding.get("raw"), "a counter that is not the step"))
+    if problems:
+        raise MappingError(*(problem for error in problems for problem in error.problems))
+
+
+def _stale(path: Path, value: object, what: str) -> CkptError:
+    return MappingError.of(
+        "residue-stale",
+        f"the step was edited, and '{dotted(path)}' still holds {value}: {what}, which moves with it at an "
+        "unknown pace",
+        "Edit that value in the document as well, with the status 'supplied'.",
+        loc=path,
+    )
+
+
+def rebuild_state(node: DictNode, optimizer: Optimizer, path: Path) -> DictNode:
+    """An optimizer's part of a residue with exactly the state entries that the document has slots for.
+
+    Raises: template-mismatch, state-dropped, order-ambiguous.
+    """
+    state = node.get("state")
+    entries = dict(state.items) if isinstance(state, DictNode) else {}
+    names = _names(node, optimizer, path)
+    keys = _native_keys(entries, optimizer, path)
+    how = next((v.encoding for _, v in places(node) if v.to[0] == "param_step"), _STEP)
+    rebuilt: list[tuple[Node, Node]] = []
+    for index, entry in entries.items():
+        name = names.pop(index, None)
+        kept = _entry(entry, name, keys, optimizer, how) if name is not None else entry
+        if kept is not None:
+            rebuilt.append((index, kept))
+    for index, name in names.items():
+        made = _entry(DictNode(), name, keys, optimizer, how)
+        if isinstance(made, DictNode) and made.items:
+            rebuilt.append((index, made))
+    if not isinstance(state, DictNode):
+        return node
+    renewed = replace(state, items=tuple(rebuilt))
+    return replace(node, items=tuple((k, renewed if k == "state" else v) for k, v in node.items))
+
+
+def _names(node: DictNode, optimizer: Optimizer, path: Path) -> dict[Node, str]:
+    """Index -> name, by the place in the groups."""
+    groups = node.get("param_groups")
+    listed = [
+        g.get("params")
+        for g in (groups.items if isinstance(groups, ListNode) else ())
+        if isinstance(g, DictNode)
+    ]
+    indices = [p.items if isinstance(p, ListNode) else () for p in listed]
+    sizes, wanted = [len(i) for i in indices], [len(g.params) for g in optimizer.groups]
+    if sizes != wanted:
+        raise MappingError.of(
+            "template-mismatch",
+            f"'{dotted(path)}' has groups of {sizes} parameters, '{optimizer.name}' of the document {wanted}",
+            "Pass a template with the same model and parameter groups.",
+            loc=path,
+        )
+    pairs = zip(indices, optimizer.groups, strict=True)
+    return {i: n for numbers, group in pairs for i, n in zip(numbers, group.params, strict=True)}
+
+
+def _native_keys(entries: Mapping[Node, Node], optimizer: Optimizer, path: Path) -> dict[str, str]:
+    """Slot -> torch's key: as the residue has it, else as the catalog names it, in torch's order."""
+    table = row(optimizer.algorithm, "torch")
+    keys = dict(table.slots) if table is not None else {}
+    for entry in entries.values():
+        for key, value in entry.items if isinstance(entry, DictNode) else ():
+            inner = next((v for _, v in places(value) if v.to[0] == "slot"), None)
+            if inner is not None and isinstance(key, str):
+                keys[str(inner.to[2])] = key
+    lacking = [slot for slot in optimizer.slots if slot not in keys and optimizer.slots[slot]]
+    if lacking and table is not None:
+        raise LossError.of(
+            "state-dropped",
+            f"'{dotted(path)}' ({table.class_name}) has no place for the slot '{lacking[0]}'",
+            "Use a template whose optimizer keeps it, or allow the loss with --allow state-dropped.",
+            loc=(*path, "state", lacking[0]),
+        )
+    return keys | {slot: slot for slot in lacking}
+
+
+def _entry(
+    entry: Node, name: str, keys: Mapping[str, str], optimizer: Optimizer, how: Mapping[str, object]
+) -> Node | None:
+    """One parameter's state with the slots that the document has for it; None where none is left."""
+    if not isinstance(entry, DictNode):
+        return entry
+    here = {keys[slot]: slot for slot, by_param in optimizer.slots.items() if name in by_param}
+    items: list[tuple[Node, Node]] = []
+    emptied = False
+    for key, value in entry.items:
+        gone = any(v.to[0] == "slot" for _, v in places(value)) and key not in here
+        slot = here.pop(key, None) if isinstance(key, str) else None
+        emptied = emptied or gone
+        if gone or (key == "step" and isinstance(value, Lifted) and name not in optimizer.param_steps):
+            continue
+        fresh = slot is not None and not any(v.to[0] == "slot" for _, v in places(value))
+        items.append((key, Lifted(to=("slot", optimizer.name, slot, name)) if fresh and slot else value))
+    if name in optimizer.param_steps and "step" not in entry and (here or items):
+        place = ("param_step", optimizer.name, name)
+        items.insert(0, ("step", Lifted(to=place, encoding=how)))  # type: ignore[arg-type]
+    order = [key for key in keys.values() if key in here]
+    items += [(key, Lifted(to=("slot", optimizer.name, here[key], name))) for key in order]
+    if emptied and all(key == "step" for key, _ in items):
+        return None  # its slots are gone: a step without them would be worse than none
+    return replace(entry, items=tuple(items))
+
+
+def with_note(root: DictNode, note: object) -> DictNode:
+    """The dictionary with this note and no other."""
+    items = [(k, v) for k, v in root.items if k != torch_keys.NOTE or not isinstance(v, str)]
+    if not isinstance(note, str):
+        return replace(root, items=tuple(items))
+    if torch_keys.NOTE in root:
+        items = [(k, note if k == torch_keys.NOTE else v) for k, v in root.items]
+        return replace(root, items=tuple(items))
+    return replace(root, items=(*items, (torch_keys.NOTE, note)))

@@ -1,0 +1,182 @@
+"""`Module.state_dict()` as parameters: names without wrappers, buffers, ties, what names tell of layers.
+
+A state_dict maps dotted names to tensors, parameters and buffers alike, in the order of registration; tied
+weights stand under every name and share a storage. Wrappers leave marks in the names: `module.` before every
+name (DataParallel, DDP, AveragedModel), `_orig_mod.` anywhere (torch.compile). What is no tensor
+(`_extra_state`) is left to the residue.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ckptconv.catalog import layers
+from ckptconv.dialects import torch_keys
+from ckptconv.dialects.residue import Lifter
+from ckptconv.dialects.torch_values import dotted, tensor_of, view_id
+from ckptconv.document import Evidence, Param
+from ckptconv.errors import FormatError
+from ckptconv.rawtree import DictNode, Node, Path
+from ckptconv.tensor import TensorRef
+
+_DDP = "module"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """One model of a checkpoint."""
+
+    key: Path
+    """Where its state_dict stands."""
+    params: Mapping[str, Param]
+    raw_names: Mapping[str, str]
+    """Name in the file -> name of the parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    raw: str
+    path: Path
+    tensor: TensorRef
+    trainable: bool | None
+
+
+def is_state_dict(node: Node, *, nested: bool = False) -> bool:
+    """Whether a node is a dictionary of named tensors (`nested`: or of such) and extra states."""
+    if not isinstance(node, DictNode) or not node.items:
+        return False
+    found = False
+    for key, value in node.items:
+        if not isinstance(key, str):
+            return False
+        if tensor_of(value) is not None or (nested and is_state_dict(value, nested=True)):
+            found = True
+        elif not key.endswith("_extra_state"):
+            return False
+    return found
+
+
+def is_module_state(node: Node) -> bool:
+    """Whether a node bears the attribute that only `Module.state_dict()` sets."""
+    return (
+        isinstance(node, DictNode)
+        and node.kind == "collections.OrderedDict"
+        and isinstance(node.state, DictNode)
+        and "_metadata" in node.state
+    )
+
+
+def lift_module(
+    node: DictNode, path: Path, lifter: Lifter, *, prefix: str = "", seen: dict[object, str] | None = None
+) -> Module:
+    """The parameters of the state_dict at `path`, and where each was taken.
+
+    `prefix` stands before every name, where a checkpoint has several models; `seen` is shared between models
+    that may be tied to each other. Raises: duplicate-key.
+    """
+    entries = list(_entries(node, path))
+    names = _names([entry.raw for entry in entries], path)
+    seen = {} if seen is None else seen
+    siblings = _siblings(names.values())
+    params: dict[str, Param] = {}
+    raw_names: dict[str, str] = {}
+    for entry in entries:
+        bare = names[entry.raw]
+        name = prefix + bare
+        raw_names[entry.raw] = name
+        shared = view_id(entry.tensor)
+        first = None if shared is None else seen.setdefault(shared, name)
+        param = Param(
+            name=name,
+            tensor=entry.tensor,
+            trainable=_trainable(bare, entry),
+            tied_to=None if first == name else first,
+        )
+        params[name] = _with_layer(param, bare, siblings)
+        lifter.take(entry.path, ("param", name))
+    return Module(key=path, params=params, raw_names=raw_names)
+
+
+def optimizable(params: Mapping[str, Param]) -> tuple[str, ...]:
+    """Names that an optimizer over `model.parameters()` would hold, in order: no buffers, ties once."""
+    return tuple(p.name for p in params.values() if p.trainable is not False and p.tied_to is None)
+
+
+def _entries(node: DictNode, path: Path, outer: str = "") -> Iterator[_Entry]:
+    for key, value in node.items:
+        if not isinstance(key, (str, int)) or isinstance(key, bool) or str(key).endswith("_extra_state"):
+            continue
+        raw, where = f"{outer}{key}", (*path, key)
+        found = tensor_of(value)
+        if found is not None:
+            tensor, inside, trainable = found
+            yield _Entry(raw, (*where, *inside), tensor, trainable)
+        elif isinstance(value, DictNode):
+            yield from _entries(value, where, f"{raw}.")
+
+
+def _names(raws: list[str], path: Path) -> dict[str, str]:
+    """Each name without the marks of wrappers, unless two would then be one."""
+    repeated = [raw for raw, times in Counter(raws).items() if times > 1]
+    if repeated:
+        raise FormatError.of(
+            "duplicate-key",
+            f"'{repeated[0]}' stands twice in the state_dict at '{dotted(path)}'",
+            "Save the model again: a state_dict has each name once.",
+            loc=path,
+        )
+    wrapped = bool(raws) and all(_parts(raw)[0] == _DDP or raw == "n_averaged" for raw in raws)
+    stripped = {raw: _strip(raw, wrapped) for raw in raws}
+    if len(set(stripped.values())) < len(raws):
+        return {raw: raw for raw in raws}
+    return stripped
+
+
+def _parts(raw: str) -> list[str]:
+    return [part for part in raw.split(".") if part not in torch_keys.MARKS]
+
+
+def _strip(raw: str, wrapped: bool) -> str:
+    parts = _parts(raw)
+    if wrapped and len(parts) > 1 and parts[0] == _DDP:
+        parts = parts[1:]
+    return ".".join(parts) or raw
+
+
+def _trainable(name: str, entry: _Entry) -> bool | None:
+    if name.rpartition(".")[2] in torch_keys.BUFFERS:
+        return False
+    if entry.tensor.dtype.kind not in ("float", "complex"):
+        return False
+    return entry.trainable
+
+
+def _siblings(names: Iterable[str]) -> dict[str, frozenset[str]]:
+    groups: dict[str, set[str]] = {}
+    for name in names:
+        owner, _, suffix = name.rpartition(".")
+        groups.setdefault(owner, set()).add(suffix)
+    return {owner: frozenset(suffixes) for owner, suffixes in groups.items()}
+
+
+def _with_layer(param: Param, bare: str, siblings: Mapping[str, frozenset[str]]) -> Param:
+    """The parameter with what its name and rank tell of the layer; never more than all readings agree on."""
+    owner, _, suffix = bare.rpartition(".")
+    readings = layers.torch_candidates(suffix, len(param.tensor.shape), siblings[owner])
+    kinds = {kind for kind, _, _ in readings}
+    roles = {role for _, role, _ in readings}
+    axes = {axes for _, _, axes in readings}
+    one_axes = axes.pop() if len(axes) == 1 else None
+    # Torch's names ("weight") say no kind: what a single reading tells is the framework's convention.
+    evidence: Evidence = "unknown"
+    if one_axes is not None:
+        evidence = "named" if suffix in torch_keys.BUFFERS or len(one_axes) < 2 else "assumed"
+    return replace(
+        param,
+        layer=kinds.pop() if len(kinds) == 1 else "unknown",
+        role=roles.pop() if len(roles) == 1 else "unknown",
+        axes=one_axes,
+        evidence=evidence,
+    )

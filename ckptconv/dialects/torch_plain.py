@@ -1,0 +1,324 @@
+"""The dictionary that a plain PyTorch training loop saves, under the spellings that people use.
+
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}, path)
+
+Models, optimizers and schedulers are told by their keys (`torch_keys`) and by what is in them; several of
+them keep their own names. Generators and loaders are kept as blocks. Everything else stays in the residue,
+its tensors among the extras. The embedded note stands under the key `ckptconv` as a string. Writing needs
+such a dictionary as template: nothing else tells the target's keys. Refused: state_dicts with a name twice,
+groups that contradict themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+from ckptconv.dialects import torch_keys
+from ckptconv.dialects.base import Detection, register
+from ckptconv.dialects.residue import Lifter, fill
+from ckptconv.dialects.torch_lower import rebuild_state, settle, with_note
+from ckptconv.dialects.torch_modules import Module, is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
+from ckptconv.dialects.torch_progress import read_progress
+from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
+from ckptconv.dialects.torch_values import dotted, keyed, lift_rest, own_residue, tensor_of
+from ckptconv.document import Block, Checkpoint, Optimizer, Param, Provenance, Residue, Schedule
+from ckptconv.errors import CkptError, FormatError, MappingError
+from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
+from ckptconv.tensor import TensorRef
+
+_NOTE_EXTENSION = "ckptconv/note"
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """Where things stand in a training dictionary."""
+
+    models: tuple[Path, ...]
+    optimizers: tuple[Path, ...]
+    schedulers: tuple[Path, ...]
+
+
+class Plain:
+    """The training dictionary of a plain loop."""
+
+    name = "plain"
+    format = "pytorch"
+    framework: str | None = "torch"
+    needs_template = True
+    summary = "dictionary of a plain training loop: model, optimizer, scheduler, counters"
+
+    def detect(self, raw: RawTree) -> Detection | None:
+        """By entries that are a model or an optimizer; a last resort where there are only tensors."""
+        if not isinstance(raw.root, DictNode):
+            return None
+        survey = _survey(raw.root)
+        keys = [dotted(path) or "the whole file" for path in (*survey.models, *survey.optimizers)]
+        if survey.optimizers:
+            return Detection(score=60, evidence=f"a training dictionary: {', '.join(keys)}")
+        if () in survey.models:
+            return Detection(score=10, evidence="a dictionary with tensors in it")
+        if survey.models:
+            return Detection(score=50, evidence=f"a dictionary with a model: {', '.join(keys)}")
+        return None
+
+    def lift(self, raw: RawTree) -> Checkpoint:
+        """The training run. I/O: reads 0-d counters. Raises: duplicate-key, corrupt-file, unknown-dialect."""
+        root = raw.root
+        if not isinstance(root, DictNode):
+            raise FormatError.of(
+                "unknown-dialect", "the file holds no dictionary", "See: ckptconv inspect --raw.", loc=()
+            )
+        survey, lifter = _survey(root), Lifter(root)
+        modules = _lift_models(root, survey.models, lifter)
+        params = {name: param for module in modules for name, param in module.params.items()}
+        optimizers, odd = _lift_optimizers(root, survey.optimizers, modules, lifter)
+        schedules, odd_schedules = _lift_schedules(root, survey.schedulers, optimizers, lifter)
+        progress, odd_progress = read_progress(root, optimizers, lifter)
+        extras = lift_rest(root, lifter)
+        note = root.get(torch_keys.NOTE)
+        evidence = self.detect(raw)
+        return Checkpoint(
+            progress=progress,
+            params=trained(params, optimizers),
+            optimizers=optimizers,
+            schedules=schedules,
+            rng=_blocks(root, extras, _is_rng),
+            data=_blocks(root, extras, lambda key: key in torch_keys.DATA),
+            extras=extras,
+            residue=Residue(
+                format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
+            ),
+            provenance=provenance(raw, self.name, evidence),
+            oddities=(*odd, *odd_schedules, *odd_progress),
+            extensions={_NOTE_EXTENSION: note} if isinstance(note, str) else {},
+        )
+
+    def lower(self, checkpoint: Checkpoint) -> RawTree:
+        """The template's dictionary (or the run's own) with the document's values."""
+        root = own_residue(checkpoint, self.name)
+        residue = checkpoint.residue
+        if not isinstance(root, DictNode) or residue is None:
+            raise MappingError.of(
+                "template-required",
+                "a PyTorch training dictionary needs a template: its keys are the loop's own",
+                "Pass --template with a checkpoint of the target's loop, or --to pytorch:state-dict.",
+                loc=("residue",),
+            )
+        settled = settle(checkpoint, root)
+        paths = _survey(root).optimizers
+        problems: list[CkptError] = []
+        for path, name in zip(paths, _unit_names(paths, "optimizer"), strict=True):
+            try:
+                root = _rebuilt(root, path, settled.optimizer(name))
+            except KeyError:
+                continue  # fill() names every value that the document lacks
+            except CkptError as error:
+                problems.append(error)
+        if problems:
+            raise MappingError(*(problem for error in problems for problem in error.problems))
+        filled = fill(root, settled)
+        assert isinstance(filled, DictNode)
+        noted = with_note(filled, checkpoint.extensions.get(_NOTE_EXTENSION))
+        return RawTree(format=self.format, root=noted, attributes=residue.attributes)
+
+    def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
+        """`torch.load`, and `load_state_dict` of everything that stands in the dictionary."""
+        root = own_residue(checkpoint, self.name)
+        survey = _survey(root) if isinstance(root, DictNode) else _Survey((), (), ())
+        lines = ["import torch", "", f"checkpoint = torch.load({target!r})"]
+        for paths, only in (
+            (survey.models, "model"),
+            (survey.optimizers, "optimizer"),
+            (survey.schedulers, "scheduler"),
+        ):
+            for path in paths:
+                variable = only if len(paths) == 1 else re.sub(r"\W", "_", dotted(path))
+                keys = "".join(f"[{step!r}]" for step in path)
+                lines.append(f"{variable}.load_state_dict(checkpoint{keys})")
+        return "\n".join(lines)
+
+
+def provenance(raw: RawTree, dialect: str, evidence: Detection | None) -> Provenance:
+    """What a PyTorch file tells of its origin."""
+    return Provenance(
+        format=raw.format,
+        dialect=dialect,
+        evidence=evidence.evidence if evidence is not None else "",
+        source=PurePath(raw.location).name,
+        producer="PyTorch",
+    )
+
+
+def trained(params: Mapping[str, Param], optimizers: tuple[Optimizer, ...]) -> dict[str, Param]:
+    """The parameters, those that an optimizer is known to hold marked as trained."""
+    held = {name for o in optimizers if o.param_order != "unknown" for name in o.params}
+    return {
+        name: replace(param, trainable=True) if name in held and param.trainable is None else param
+        for name, param in params.items()
+    }
+
+
+def _survey(root: DictNode) -> _Survey:
+    if is_optimizer(root):
+        return _Survey((), ((),), ())
+    optimizers: list[Path] = []
+    schedulers: list[Path] = []
+    for path, node in keyed(root):
+        if any(path[: len(found)] == found for found in (*optimizers, *schedulers)):
+            continue
+        if is_optimizer(node):
+            optimizers.append(path)
+        elif is_scheduler(node):
+            schedulers.append(path)
+    taken = (*optimizers, *schedulers)
+    models = _models(root, 1, taken) or _models(root, 2, taken)
+    if not models and not optimizers and _loose(root).items:
+        models = ((),)
+    return _Survey(models, tuple(optimizers), tuple(schedulers))
+
+
+def _models(root: DictNode, depth: int, taken: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The entries at one depth that are models: by key and module's mark, else by content."""
+    found = [
+        (path, node)
+        for path, node in keyed(root, depth=depth)
+        if len(path) == depth
+        and not any(path == other[: len(path)] or other == path[: len(other)] for other in taken)
+        and (is_state_dict(node, nested=True) or is_module_state(node))
+        and not _words(path) & torch_keys.AVERAGE_WORDS
+        and not any(isinstance(step, str) and _is_rng(step) for step in path)
+        and not any(step in (*torch_keys.DATA, *torch_keys.SCALER) for step in path)
+    ]
+    by_key = [path for path, _ in found if path[-1] in torch_keys.MODEL]
+    by_mark = [path for path, node in found if path not in by_key and is_module_state(node)]
+    return tuple([*by_key, *by_mark] or [path for path, _ in found])
+
+
+def _loose(root: DictNode) -> DictNode:
+    """The dictionary's direct tensors that are no counters and no generator's state."""
+    counters = {*torch_keys.STEP, *torch_keys.EPOCH, *torch_keys.SAMPLES, *torch_keys.TOKENS}
+    return replace(
+        root,
+        items=tuple(
+            (k, v)
+            for k, v in root.items
+            if isinstance(k, str) and k not in counters and not _is_rng(k) and tensor_of(v) is not None
+        ),
+    )
+
+
+def _lift_models(root: DictNode, paths: tuple[Path, ...], lifter: Lifter) -> tuple[Module, ...]:
+    """The models: the only one, or only one under a usual key, has bare names, others their key before."""
+    usual = [path for path in paths if path and path[-1] in torch_keys.MODEL]
+    bare = paths[0] if len(paths) == 1 else usual[0] if len(usual) == 1 else None
+    for prefixed in (bare, None):
+        seen: dict[object, str] = {}
+        modules = []
+        for path in paths:
+            node = _loose(root) if path == () else at(root, path)
+            assert isinstance(node, DictNode)
+            prefix = "" if path == prefixed else f"{dotted(path)}."
+            modules.append(lift_module(node, path, lifter, prefix=prefix, seen=seen))
+        if len({name for m in modules for name in m.params}) == sum(len(m.params) for m in modules):
+            break
+    return tuple(modules)
+
+
+def _lift_optimizers(
+    root: DictNode, paths: tuple[Path, ...], modules: tuple[Module, ...], lifter: Lifter
+) -> tuple[tuple[Optimizer, ...], tuple[str, ...]]:
+    optimizers: list[Optimizer] = []
+    oddities: list[str] = []
+    for path, name in zip(paths, _unit_names(paths, "optimizer"), strict=True):
+        mine = [m for m in modules if len(modules) > 1 and _same_owner(m.key, path)] or list(modules)
+        raw_names = {raw: param for m in mine for raw, param in m.raw_names.items()}
+        sets: list[Mapping[str, Param]] = [m.params for m in mine]
+        if len(mine) > 1:
+            sets.append({n: p for m in mine for n, p in m.params.items()})
+        node = at(root, path)
+        assert isinstance(node, DictNode)
+        optimizer, odd = lift_optimizer(node, path, name, tuple(sets), raw_names, lifter)
+        optimizers.append(optimizer)
+        oddities += odd
+    return tuple(optimizers), tuple(oddities)
+
+
+def _lift_schedules(
+    root: DictNode, paths: tuple[Path, ...], optimizers: tuple[Optimizer, ...], lifter: Lifter
+) -> tuple[tuple[Schedule, ...], tuple[str, ...]]:
+    schedules: list[Schedule] = []
+    oddities: list[str] = []
+    for path, name in zip(paths, _unit_names(paths, "scheduler"), strict=True):
+        node = at(root, path)
+        assert isinstance(node, DictNode)
+        owners = [o for o in optimizers if len(optimizers) == 1 or _same_owner((o.name,), path)]
+        schedule, odd = lift_schedule(node, path, name, owners[0] if len(owners) == 1 else None, lifter)
+        schedules.append(schedule)
+        oddities += odd
+    return tuple(schedules), tuple(oddities)
+
+
+def _unit_names(paths: tuple[Path, ...], only: str) -> tuple[str, ...]:
+    """The name of the only one, or each one's own."""
+    return (only,) if len(paths) == 1 else tuple(dotted(path) for path in paths)
+
+
+def _words(path: Path) -> frozenset[str]:
+    """The words of a key: `optimizer_G`, `netG` and `ema.model` each have two."""
+    text = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", dotted(path))
+    return frozenset(word.lower() for word in re.split(r"[^A-Za-z0-9]+", text) if word)
+
+
+def _same_owner(a: Path, b: Path) -> bool:
+    """Whether two keys name the same one of several: `netG` and `optimizer_g`, `generator` and `opt_gen`."""
+    left, right = (sorted(_words(path) - torch_keys.GENERIC_WORDS) for path in (a, b))
+    if not left or not right:
+        return left == right
+    return all(x.startswith(y) or y.startswith(x) for x, y in zip(left, right, strict=False)) and len(
+        left
+    ) == len(right)
+
+
+def _is_rng(key: str) -> bool:
+    return "rng" in key.lower() or "random_state" in key.lower()
+
+
+def _blocks(
+    root: DictNode, extras: Mapping[str, TensorRef], chosen: Callable[[str], bool]
+) -> tuple[Block, ...]:
+    blocks: list[Block] = []
+    for key, node in root.items:
+        if not isinstance(key, str) or not chosen(key):
+            continue
+        inner = [k for k in node.keys if isinstance(k, str)] if isinstance(node, DictNode) else []
+        for name in [f"{key}/{k}" for k in inner] or [key]:
+            tensors = tuple(t for t in extras if t == name or t.startswith(f"{name}/"))
+            blocks.append(Block(name=name, library=_library(name, tensors, extras), tensors=tensors))
+    return tuple(blocks)
+
+
+def _library(name: str, tensors: tuple[str, ...], extras: Mapping[str, TensorRef]) -> str:
+    words = _words((name,))
+    for word, library in torch_keys.LIBRARIES:
+        if word in words and not (word == "random" and "state" not in words):
+            return library
+    lengths = {extras[t].spec.nbytes for t in tensors}
+    return "torch-cpu" if lengths == {torch_keys.TORCH_CPU_RNG_NBYTES} else "unknown"
+
+
+def _rebuilt(root: DictNode, path: Path, optimizer: Optimizer) -> DictNode:
+    """The residue with the state entries of the optimizer at `path` as the document has them."""
+
+    def change(here: Path, node: Node) -> Node:
+        return rebuild_state(node, optimizer, path) if here == path and isinstance(node, DictNode) else node
+
+    result = transform(root, change)
+    assert isinstance(result, DictNode)
+    return result
+
+
+register(Plain())

@@ -1,0 +1,192 @@
+"""How far a plain training loop has come: what its counters say, and what they leave open.
+
+Only the optimizer's own step is a count of updates by definition. A bare `step` or `epoch` may count what is
+finished or name the last one, and a `step` may count batches: such a counter is a candidate, unless the
+optimizer's step agrees with it. A candidate's place keeps its raw value (`residue`, encoding `raw`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ckptconv.catalog.optimizer_rows import row
+from ckptconv.dialects import torch_keys
+from ckptconv.dialects.residue import Lifter
+from ckptconv.dialects.torch_values import Encoding, Number, count_of, number_of
+from ckptconv.document import (
+    NOT_RECORDED,
+    Absent,
+    Candidate,
+    Fact,
+    Known,
+    Optimizer,
+    Progress,
+    Unknown,
+    value_of,
+)
+from ckptconv.rawtree import DictNode
+
+_LAST = "last finished, 0-based"
+
+
+@dataclass(slots=True)
+class _Reading:
+    root: DictNode
+    optimizers: tuple[Optimizer, ...]
+    lifter: Lifter
+    oddities: list[str] = field(default_factory=list)
+    micro_steps: list[Candidate] = field(default_factory=list)
+
+    @property
+    def never_stepped(self) -> bool:
+        """Whether the optimizers prove that no update was made: they keep state from the first on."""
+        tables = [row(o.algorithm, "torch") for o in self.optimizers]
+        return bool(tables) and all(
+            table is not None and table.step_key is not None and not o.slots and not o.param_steps
+            for o, table in zip(self.optimizers, tables, strict=True)
+        )
+
+
+def read_progress(
+    root: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter
+) -> tuple[Progress, tuple[str, ...]]:
+    """The progress of a training dictionary, and what is odd about it. I/O: reads 0-d counters."""
+    reading = _Reading(root, optimizers, lifter)
+    step = _step(reading)
+    epochs = _epochs(reading)
+    micro: Fact = NOT_RECORDED
+    if reading.micro_steps:
+        micro = Unknown(
+            reason="a counter differs from the optimizer's updates: it may count backward passes",
+            candidates=tuple(reading.micro_steps),
+        )
+    progress = Progress(
+        step=step,
+        epochs=epochs,
+        batch_in_epoch=Unknown(reason="the plain PyTorch loop stores none"),
+        micro_steps=micro,
+        samples=_recorded(reading, torch_keys.SAMPLES, "samples"),
+        tokens=_recorded(reading, torch_keys.TOKENS, "tokens"),
+        loss_scale=_loss_scale(reading),
+    )
+    return progress, tuple(reading.oddities)
+
+
+def step_of_optimizers(optimizers: tuple[Optimizer, ...]) -> Fact:
+    """The step that the optimizers tell together."""
+    if not optimizers:
+        return Unknown(reason="there is no optimizer in the file")
+    if len(optimizers) == 1:
+        return optimizers[0].step
+    known = [o for o in optimizers if isinstance(o.step, Known)]
+    if len(known) == len(optimizers) and len({value_of(o.step) for o in known}) == 1:
+        return optimizers[0].step
+    candidates = tuple(
+        Candidate(value=o.step.value, source=o.step.source, condition=f"the run is counted by '{o.name}'")
+        for o in known
+        if isinstance(o.step, Known)
+    )
+    return Unknown(reason=f"{len(optimizers)} optimizers count for themselves", candidates=candidates)
+
+
+def _counters(root: DictNode, keys: tuple[str, ...]) -> list[tuple[str, Number, Encoding]]:
+    found = []
+    for key in keys:
+        counted = count_of(root.get(key)) or number_of(root.get(key))
+        if counted is not None and not isinstance(counted[0], bool):
+            found.append((key, *counted))
+    return found
+
+
+def _step(reading: _Reading) -> Fact:
+    fact = step_of_optimizers(reading.optimizers)
+    bare = [(k, v, how) for k, v, how in _counters(reading.root, torch_keys.STEP) if isinstance(v, int)]
+    if isinstance(fact, Known) and isinstance(fact.value, int):
+        for key, value, how in bare:
+            _beside(reading, fact.value, key, value, how)
+        return fact
+    if bare and reading.never_stepped and all(value == 0 for _, value, _ in bare):
+        for key, _, how in bare:
+            reading.lifter.take((key,), ("progress", "step"), **how)
+        return Known(value=0, source=bare[0][0])
+    if not bare:
+        return fact
+    candidates = list(fact.candidates) if isinstance(fact, Unknown) else []
+    for key, value, how in bare:
+        candidates += _readings(key, value, "completed updates")
+        reading.lifter.take((key,), ("progress", "step"), **how, raw=value)
+    reason = fact.reason if isinstance(fact, Unknown) else ""
+    names = " and ".join(f"'{key}'" for key, _, _ in bare)
+    return Unknown(
+        reason=f"{reason}; a plain loop's {names} may count updates, name the last, or count batches",
+        candidates=tuple(candidates),
+    )
+
+
+def _beside(reading: _Reading, step: int, key: str, value: int, how: Encoding) -> None:
+    """A counter of the loop beside the optimizer's own step."""
+    if value == step:
+        reading.lifter.take((key,), ("progress", "step"), **how)
+    elif value + 1 == step:
+        reading.lifter.take((key,), ("progress", "step"), **{**how, "plus": -1})
+        reading.oddities.append(
+            f"'{key}' is {value}, the optimizer has made {step} updates: it names the last one."
+        )
+    else:
+        reading.micro_steps.append(
+            Candidate(value=value, source=key, condition="counts backward passes, not updates")
+        )
+        reading.lifter.take((key,), ("progress", "micro_steps"), **how, raw=value)
+        reading.oddities.append(
+            f"'{key}' is {value}, the optimizer has made {step} updates: it counts something else (batches, "
+            "or updates that a loss scaler skipped). The optimizer's count is taken."
+        )
+
+
+def _readings(key: str, value: Number, counted: str) -> list[Candidate]:
+    candidates = []
+    if value >= 0:
+        candidates.append(Candidate(value=value, source=key, condition=f"count of {counted}"))
+    if isinstance(value, int) and value >= -1:
+        candidates.append(Candidate(value=value + 1, source=key, condition=_LAST))
+    return candidates
+
+
+def _epochs(reading: _Reading) -> Fact:
+    found = _counters(reading.root, torch_keys.EPOCH)
+    if not found:
+        return Unknown(reason="the dictionary has no epoch")
+    key, value, how = found[0]
+    address = ("progress", "epochs")
+    if value == 0 and reading.never_stepped:
+        reading.lifter.take((key,), address, **how)
+        return Known(value=0, source=key)
+    reading.lifter.take((key,), address, **how, raw=value)
+    reading.oddities.append(f"'{key}' is {value}: it may count finished epochs or name the last one.")
+    plan = ", or the planned total" if key == "epochs" else ""
+    return Unknown(
+        reason=f"a plain loop's '{key}' may count finished epochs or name the last one{plan}",
+        candidates=tuple(_readings(key, value, "completed epochs")),
+    )
+
+
+def _recorded(reading: _Reading, keys: tuple[str, ...], field_: str) -> Fact:
+    for key, value, how in _counters(reading.root, keys):
+        if value >= 0:
+            reading.lifter.take((key,), ("progress", field_), **how)
+            return Known(value=value, source=key)
+    return NOT_RECORDED
+
+
+def _loss_scale(reading: _Reading) -> Fact:
+    for key in torch_keys.SCALER:
+        node = reading.root.get(key)
+        if not isinstance(node, DictNode):
+            continue
+        if not node.items:
+            return Absent(reason=f"'{key}' is a disabled GradScaler")
+        found = number_of(node.get("scale"))
+        if found is not None and not isinstance(found[0], bool):
+            reading.lifter.take((key, "scale"), ("progress", "loss_scale"), **found[1])
+            return Known(value=found[0], source=f"{key}.scale")
+    return Unknown(reason="the dictionary holds no GradScaler")

@@ -1,0 +1,84 @@
+"""A bare `model.state_dict()` saved by itself: weights and buffers, nothing of the run.
+
+The only PyTorch dialect that can be written from a document alone: an `OrderedDict` of the parameters in
+order, under their names, tied ones sharing their storage. It carries no note: `load_state_dict(strict=True)`
+refuses keys that are no parameter's. Read back into its own kind, wrapper prefixes, `_metadata` and
+`nn.Parameter` wrappings are as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckptconv.dialects.base import Detection, register
+from ckptconv.dialects.residue import Lifter, fill
+from ckptconv.dialects.torch_modules import is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_plain import provenance
+from ckptconv.dialects.torch_values import lift_rest, own_residue
+from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
+from ckptconv.errors import FormatError
+from ckptconv.rawtree import DictNode, Node, RawTree
+
+_NO_RUN = Unknown(reason="a bare state_dict holds weights only")
+
+
+class StateDict:
+    """Weights of one model, by name."""
+
+    name = "state-dict"
+    format = "pytorch"
+    framework: str | None = "torch"
+    needs_template = False
+    summary = "bare model.state_dict(): weights and buffers only"
+
+    def detect(self, raw: RawTree) -> Detection | None:
+        """By a dictionary that has only named tensors."""
+        if is_module_state(raw.root):
+            return Detection(score=80, evidence="an OrderedDict with the _metadata of Module.state_dict()")
+        if is_state_dict(raw.root):
+            return Detection(score=55, evidence="a dictionary of named tensors")
+        return None
+
+    def lift(self, raw: RawTree) -> Checkpoint:
+        """The weights. Reads nothing. Raises: duplicate-key, unknown-dialect."""
+        if not isinstance(raw.root, DictNode):
+            raise FormatError.of(
+                "unknown-dialect", "the file holds no dictionary", "See: ckptconv inspect --raw.", loc=()
+            )
+        lifter = Lifter(raw.root)
+        module = lift_module(raw.root, (), lifter)
+        extras = lift_rest(raw.root, lifter)
+        return Checkpoint(
+            progress=Progress(step=_NO_RUN, epochs=_NO_RUN),
+            params=module.params,
+            extras=extras,
+            residue=Residue(
+                format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
+            ),
+            provenance=provenance(raw, self.name, self.detect(raw)),
+        )
+
+    def lower(self, checkpoint: Checkpoint) -> RawTree:
+        """The state_dict as it was, or one made of the document's parameters."""
+        residue = checkpoint.residue
+        root = own_residue(checkpoint, self.name)
+        if root is not None and residue is not None:
+            return RawTree(format=self.format, root=fill(root, checkpoint), attributes=residue.attributes)
+        return RawTree(format=self.format, root=_from_params(checkpoint.params))
+
+    def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
+        """`torch.load` and `load_state_dict`."""
+        return f"import torch\n\nmodel.load_state_dict(torch.load({target!r}))"
+
+
+def _from_params(params: Mapping[str, Param]) -> Node:
+    items = tuple((name, _first(params, param).tensor) for name, param in params.items())
+    return DictNode(items=items, kind="collections.OrderedDict")
+
+
+def _first(params: Mapping[str, Param], param: Param) -> Param:
+    """The parameter that a tied one shares its memory with."""
+    return params.get(param.tied_to or param.name, param)
+
+
+register(StateDict())

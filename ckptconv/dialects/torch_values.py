@@ -1,0 +1,121 @@
+"""Leaves of a PyTorch pickle as dialects meet them: tensors in their wrappings, and numbers in theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptconv.dialects.residue import Lifter
+from ckptconv.document import Checkpoint
+from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, walk
+from ckptconv.tensor import MissingTensor, StoredTensor, TensorRef
+
+Encoding = dict[str, str | int | float | bool | tuple[int, ...] | None]
+Number = bool | int | float
+
+
+def dotted(path: Path) -> str:
+    """A path as a key that people recognise: `optimizer.state.0.step`."""
+    return ".".join(str(step) for step in path)
+
+
+def tensor_of(node: Node) -> tuple[TensorRef, Path, bool | None] | None:
+    """The tensor of a leaf, the path from the leaf to it, and whether it is trained, where the leaf says so.
+
+    A plain tensor of a state_dict tells nothing: `state_dict()` detaches parameters and buffers alike.
+    """
+    if isinstance(node, TensorRef):
+        return node, (), None
+    if isinstance(node, Opaque) and node.args and isinstance(node.args[0], TensorRef):
+        if node.kind == "torch.parameter":
+            flag = node.args[1] if len(node.args) > 1 else None
+            return node.args[0], ("@args0",), flag if isinstance(flag, bool) else None
+        if node.kind == "torch.tensor":
+            flag = node.state.get("requires_grad") if isinstance(node.state, DictNode) else None
+            return node.args[0], ("@args0",), flag if isinstance(flag, bool) else None
+    return None
+
+
+def number_of(node: Node) -> tuple[Number, Encoding] | None:
+    """A number that stands as itself or as a tensor of one element, and how it is written there.
+
+    I/O: reads a tensor of at most 16 bytes.
+    """
+    if isinstance(node, (bool, int, float)):
+        return node, {}
+    if isinstance(node, TensorRef) and not isinstance(node, MissingTensor):
+        spec = node.spec
+        if spec.numel != 1 or spec.dtype.kind not in ("float", "int", "uint", "bool"):
+            return None
+        value = node.read().reshape(-1)[0].item()
+        how: Encoding = {"as": "tensor", "dtype": spec.dtype.name}
+        if spec.shape:
+            how["shape"] = spec.shape
+        return (value, how) if isinstance(value, (bool, int, float)) else None
+    return None
+
+
+def count_of(node: Node) -> tuple[int, Encoding] | None:
+    """A whole number, as `number_of` finds it; a float of integral value is one."""
+    found = number_of(node)
+    if found is None or isinstance(found[0], bool):
+        return None
+    value, how = found
+    if isinstance(value, float):
+        if not value.is_integer():
+            return None
+        return int(value), how or {"as": "float"}
+    return value, how
+
+
+def view_id(tensor: TensorRef) -> object | None:
+    """Equal for two names of the same memory in the same view; None where nothing is shared."""
+    if not isinstance(tensor, StoredTensor):
+        return id(tensor)
+    if tensor.spec.numel == 0:
+        return None
+    return tensor.storage_id, tensor.offset, tensor.strides, tensor.shape, tensor.dtype.name
+
+
+def keyed(node: Node, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, Node]]:
+    """The entries of nested dictionaries and lists down to `depth` levels, with their paths."""
+    if depth == 0:
+        return
+    steps: list[tuple[str | int, Node]] = []
+    if isinstance(node, DictNode):
+        steps = [(k, v) for k, v in node.items if isinstance(k, (str, int)) and not isinstance(k, bool)]
+    elif isinstance(node, ListNode):
+        steps = list(enumerate(node.items))
+    for step, value in steps:
+        yield (*path, step), value
+        yield from keyed(value, (*path, step), depth - 1)
+
+
+def lift_rest(root: Node, lifter: Lifter) -> dict[str, TensorRef]:
+    """Every tensor that no one else has lifted, by its path: the extras of the document."""
+    extras: dict[str, TensorRef] = {}
+    for path, leaf in walk(root):
+        if not isinstance(leaf, TensorRef) or lifter.has(path):
+            continue
+        key = name = "/".join(str(step) for step in path)
+        repeat = 1
+        while name in extras:
+            repeat += 1
+            name = f"{key}~{repeat}"
+        extras[name] = leaf
+        lifter.take(path, ("extra", name))
+    return extras
+
+
+def places(root: Node) -> Iterator[tuple[Path, Lifted]]:
+    """Every address of a residue with the path where it stands."""
+    for path, leaf in walk(root):
+        if isinstance(leaf, Lifted):
+            yield path, leaf
+
+
+def own_residue(checkpoint: Checkpoint, dialect: str) -> Node | None:
+    """The root of the residue, where it is one of this PyTorch dialect."""
+    residue = checkpoint.residue
+    if residue is None or (residue.format, residue.dialect) != ("pytorch", dialect):
+        return None
+    return residue.root
