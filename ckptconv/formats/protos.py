@@ -13,7 +13,7 @@ Source: tensorflow v2.21 `tensorflow/core/protobuf/{tensor_bundle,trackable_obje
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
@@ -201,9 +201,9 @@ def new(kind: type[W]) -> W:
     return cast("W", _CLASSES[kind]())
 
 
-def message_class(kind: type[W]) -> type[message.Message]:
-    """The class that makes the messages, for text format and for loops that cannot pay for `parse`."""
-    return _CLASSES[kind]
+def decoder(kind: type[W]) -> Callable[[bytes], W]:
+    """For loops that cannot pay for `parse`: raises protobuf's DecodeError, keeps unknown fields."""
+    return cast("Callable[[bytes], W]", _CLASSES[kind].FromString)
 
 
 def parse(kind: type[W], data: bytes, loc: Loc) -> W:
