@@ -317,34 +317,19 @@ def validate(
             show([f"{path}: no problems"])
 
 
-@app.command(short_help="List what is read and written.")
+@app.command(short_help="List what is read and written, and whose state converts.")
 def formats(as_json: AsJson = False) -> None:
-    """List what is read and written: containers, and the dialects of each.
+    """List the containers that are read and written, their dialects, and the optimizers that convert.
 
     Example: ckptconv formats
     """
     with outcome(as_json=as_json):
-        from ckptconv.detect import load_registries
-        from ckptconv.dialects.base import DIALECTS
-        from ckptconv.formats.base import FORMATS
+        from ckptconv import listing
 
-        load_registries()
-        listing = [
-            {
-                "name": name,
-                "summary": format_.summary,
-                "suffixes": list(format_.suffixes),
-                "dialects": [
-                    {"name": d.name, "framework": d.framework, "summary": d.summary}
-                    for (of_format, _), d in sorted(DIALECTS.items())
-                    if of_format == name
-                ],
-            }
-            for name, format_ in sorted(FORMATS.items())
-        ]
+        containers, optimizers = listing.formats(), listing.optimizers()
         if as_json:
-            print_json({"formats": listing})
+            print_json({"formats": containers, "optimizers": optimizers})
             return
         from ckptconv.rendering import formats_view
 
-        show(formats_view(listing))
+        show(formats_view(containers, optimizers))

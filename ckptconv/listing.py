@@ -1,4 +1,4 @@
-"""Every leaf of a raw tree under the file's own keys, as plain data: what `inspect --raw` shows.
+"""What there is, as plain data: the leaves of a raw tree (`inspect --raw`), the formats, the optimizers.
 
 Keys are the path from the root joined with `/`. Containers are not leaves, unless they are empty. An object
 that is only described (a global of a pickle) has its name under `<key>/@name`, its parts beside it.
@@ -9,7 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
+from ckptconv.detect import load_registries
+from ckptconv.dialects.base import DIALECTS
 from ckptconv.facts import value_to_json
+from ckptconv.formats.base import FORMATS
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, RawTree, children
 from ckptconv.tensor import TensorRef
 
@@ -75,16 +79,45 @@ def rows(raw: RawTree, *, digests: bool = False) -> Iterator[dict[str, object]]:
         if not isinstance(leaf, TensorRef):
             yield {"key": key_of(path), "value": plain(leaf)}
             continue
-        row: dict[str, object] = {
+        listed: dict[str, object] = {
             "key": key_of(path),
             "dtype": leaf.dtype.name,
             "shape": list(leaf.shape),
         }
         if digests:
-            row["sha256"] = digest(leaf)
-        yield row
+            listed["sha256"] = digest(leaf)
+        yield listed
 
 
 def to_json(raw: RawTree, dialect: str | None, *, digests: bool = False) -> dict[str, object]:
     """The whole listing as one JSON object; `dialect` is null where no convention was recognised."""
     return {"format": raw.format, "dialect": dialect, "leaves": list(rows(raw, digests=digests))}
+
+
+def formats() -> list[dict[str, object]]:
+    """Every container that is read and written, each with its dialects."""
+    load_registries()
+    return [
+        {
+            "name": name,
+            "summary": format_.summary,
+            "suffixes": list(format_.suffixes),
+            "dialects": [
+                {"name": dialect.name, "framework": dialect.framework, "summary": dialect.summary}
+                for (of_format, _), dialect in sorted(DIALECTS.items())
+                if of_format == name
+            ],
+        }
+        for name, format_ in sorted(FORMATS.items())
+    ]
+
+
+def optimizers() -> list[dict[str, object]]:
+    """Every algorithm whose state converts, with its class in each framework."""
+    return [
+        {
+            "algorithm": name,
+            "classes": {f: found.class_name for f in FRAMEWORKS if (found := row(name, f)) is not None},
+        }
+        for name in algorithms()
+    ]

@@ -255,7 +255,8 @@ def test_formats_list_their_dialects() -> None:
         "suffixes": [".pt"],
         "dialects": [{"name": "plain", "framework": "torch", "summary": "a dictionary"}],
     }
-    text = plain(formats_view([entry]))
+    text = plain(formats_view([entry], [{"algorithm": "adam", "classes": {"torch": "torch.optim.Adam"}}]))
+    assert "torch.optim.Adam" in text
     assert "pytorch:plain" in text
     assert ".pt" in text
 

@@ -8,7 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ckptconv.rendering.text import clean, clip, count, fields, shape_text
+from ckptconv.rendering.text import clean, clip, count, fields, heading, shape_text
 
 
 def raw_view(format_: str, dialect: str | None, rows: Iterable[Mapping[str, object]]) -> list[RenderableType]:
@@ -34,16 +34,24 @@ def _raw_cell(row: Mapping[str, object]) -> str:
     return f"{row['dtype']} {shape_text(shape)}{digest}"
 
 
-def formats_view(formats: Sequence[Mapping[str, object]]) -> list[RenderableType]:
-    """The registered containers and, below each, its dialects."""
+def formats_view(
+    formats: Sequence[Mapping[str, object]], optimizers: Sequence[Mapping[str, object]]
+) -> list[RenderableType]:
+    """The registered containers with their dialects, then the optimizers with their classes."""
     views: list[RenderableType] = []
     for entry in formats:
         suffixes, dialects = entry["suffixes"], entry["dialects"]
         assert isinstance(suffixes, list)
         assert isinstance(dialects, list)
-        ends = f"  ({', '.join(suffixes)})" if suffixes else ""
+        ends = f" ({', '.join(suffixes)})" if suffixes else ""
         views.append(Text.assemble((str(entry["name"]), "bold"), f": {entry['summary']}{ends}"))
         if dialects:
             views.append(fields([(f"{entry['name']}:{d['name']}", str(d["summary"])) for d in dialects]))
         views.append(Text())
-    return views[:-1]
+    views.append(heading("Optimizers whose state converts"))
+    rows: list[tuple[str, str | Text]] = []
+    for entry in optimizers:
+        classes = entry["classes"]
+        assert isinstance(classes, dict)
+        rows.append((str(entry["algorithm"]), ", ".join(str(name) for name in classes.values())))
+    return [*views, fields(rows)]
