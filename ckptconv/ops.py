@@ -391,7 +391,7 @@ class Cast(_Op):
                 return _within(self, part, result)
             back = result.astype(part.dtype)
             # The signs too: -1 comes back equal from the largest unsigned integer.
-            changed = int(np.count_nonzero((back != part) | ((result < 0) != (part < 0))))
+            changed = int(np.count_nonzero((back != part) | (np.less(result, 0) != np.less(part, 0))))
         if changed:
             raise LossError(
                 Problem(

@@ -1,0 +1,212 @@
+"""What one worker does: streams neighbouring tensors into one file, with their checksums in the same pass.
+
+A `Job` is a value that can be pickled: any `concurrent.futures.Executor` whose workers see the same files
+can run it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+
+import google_crc32c
+
+from ckptconv import dtypes
+from ckptconv.errors import CkptError, Code, FormatError, Problem
+from ckptconv.formats.base import ChecksumKind, Placement
+from ckptconv.tensor import Bytes, Checksum, Extent, FileSource, StoredTensor, TensorRef, TensorSpec
+
+_CRC32C_NBYTES = 64 << 10
+"""crc32c takes only `bytes`: windows are handed over in copies small enough to stay in the cache."""
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One placement, and the source checksums that are checked with it."""
+
+    placement: Placement
+    inline: Checksum | None = None
+    """Of the extent that the placement streams whole and in order: checked on the way."""
+    before: tuple[Extent, ...] = ()
+    """Checked in a pass of their own, which brings them into the system's cache too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Neighbouring placements of one file."""
+
+    path: str
+    """The file, which exists."""
+    steps: tuple[Step, ...]
+    window_nbytes: int
+    panel_nbytes: int
+    digests: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(step.placement.tensor.spec.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobResult:
+    """What a worker computed, by placement key."""
+
+    contents: dict[str, Checksum] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def plan_steps(placements: Sequence[Placement]) -> dict[str, Step]:
+    """By placement key: each source extent is checked exactly once, on the way where that is possible."""
+    inline: dict[Hashable, str] = {}
+    for placement in placements:
+        if recorded_whole(placement.tensor) is not None:
+            inline.setdefault(placement.tensor.extents[0].id, placement.key)
+    seen = set(inline)
+    steps = {}
+    for placement in placements:
+        before = []
+        for extent in placement.tensor.extents:
+            if extent.checksum is not None and extent.id not in seen:
+                seen.add(extent.id)
+                before.append(extent)
+        recorded = recorded_whole(placement.tensor)
+        if recorded is not None and inline[placement.tensor.extents[0].id] != placement.key:
+            recorded = None
+        assert placement.key not in steps, f"two placements have the key {placement.key!r}"
+        steps[placement.key] = Step(placement=placement, inline=recorded, before=tuple(before))
+    return steps
+
+
+def recorded_whole(tensor: TensorRef) -> Checksum | None:
+    """The recorded checksum of a tensor whose windows are its extent's bytes, all of them in order."""
+    if not isinstance(tensor, StoredTensor) or not tensor.is_dense or tensor.offset:
+        return None
+    extent = tensor.extent
+    swapped = extent.big_endian and tensor.dtype.swap > 1
+    return None if swapped or extent.nbytes != tensor.spec.nbytes else extent.checksum
+
+
+def checksum(kind: ChecksumKind, window: Bytes, value: int = 0) -> int:
+    """Continue a running checksum."""
+    if kind == "crc32":
+        return zlib.crc32(window.data, value)
+    for low in range(0, len(window), _CRC32C_NBYTES):
+        value = google_crc32c.extend(value, window[low : low + _CRC32C_NBYTES].tobytes())
+    return value
+
+
+def running_checksum(
+    kind: ChecksumKind,
+    tensor: TensorRef,
+    window_nbytes: int,
+    panel_nbytes: int,
+    advance: Advance | None = None,
+) -> int:
+    """Checksum of the tensor's C-order little-endian bytes, streamed."""
+    value = 0
+    for window in tensor.windows(window_nbytes, panel_nbytes):
+        value = checksum(kind, window, value)
+        if advance is not None:
+            advance(len(window))
+    return value
+
+
+def run_job(job: Job, advance: Advance | None = None) -> JobResult:
+    """Write the job's tensors; problems of all of them are collected.
+
+    Raises: checksum-mismatch, truncated-tensor, source-changed, and what the tensors' ops raise.
+    """
+    result = JobResult()
+    failures: list[CkptError] = []
+    sources: dict[int, FileSource] = {}
+    fd = os.open(job.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+    try:
+        for step in job.steps:
+            tensor, key = step.placement.tensor, step.placement.key
+            sources.update(
+                (id(e.source), e.source) for e in tensor.extents if isinstance(e.source, FileSource)
+            )
+            try:
+                for extent in step.before:
+                    _check(extent, key, job)
+                _write(step, fd, job, result, advance)
+            except CkptError as error:
+                failures.append(_located(error, key))
+    finally:
+        os.close(fd)
+    for source in sources.values():
+        source.check_unchanged()
+    if failures:
+        raise type(failures[0])(*(problem for failure in failures for problem in failure.problems))
+    return result
+
+
+def _located(error: CkptError, key: str) -> CkptError:
+    """The error with the tensor's key in each location: an op does not know whose it is."""
+    return type(error)(*(p if key in p.loc else replace(p, loc=(*p.loc, key)) for p in error.problems))
+
+
+def _write(step: Step, fd: int, job: Job, result: JobResult, advance: Advance | None) -> None:
+    placement, inline = step.placement, step.inline
+    kind: ChecksumKind = placement.checksum or "crc32c"
+    sha = hashlib.sha256() if job.digests else None
+    offset, content, recorded = placement.offset, 0, 0
+    for window in placement.tensor.windows(job.window_nbytes, job.panel_nbytes):
+        content = checksum(kind, window, content)
+        if inline is not None and inline.kind != kind:
+            recorded = checksum(inline.kind, window, recorded)
+        if sha is not None:
+            sha.update(window.data)
+        pwrite(fd, window.data, offset)
+        offset += len(window)
+        if advance is not None:
+            advance(len(window))
+    got, expected = offset - placement.offset, placement.tensor.spec.nbytes
+    if got != expected:
+        raise _damaged(
+            "truncated-tensor", (placement.key,), f"'{placement.key}': expected {expected} bytes, got {got}"
+        )
+    if inline is not None:
+        _compare(
+            inline, content if inline.kind == kind else recorded, placement.tensor.extents[0], placement.key
+        )
+    result.contents[placement.key] = Checksum(kind=kind, value=content)
+    if sha is not None:
+        result.digests[placement.key] = sha.hexdigest()
+
+
+def pwrite(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:] if done else data, offset + done)
+
+
+def _check(extent: Extent, key: str, job: Job) -> None:
+    assert extent.checksum is not None
+    spec = TensorSpec(dtype=dtypes.BY_NAME["uint8"], shape=(extent.nbytes,))
+    whole = StoredTensor.dense(spec, extent)
+    value = running_checksum(extent.checksum.kind, whole, job.window_nbytes, job.panel_nbytes)
+    _compare(extent.checksum, value, extent, key)
+
+
+def _compare(recorded: Checksum, value: int, extent: Extent, key: str) -> None:
+    if value == recorded.value:
+        return
+    name = extent.source.name
+    where = f"{name}@{extent.offset}..{extent.offset + extent.nbytes}"
+    raise _damaged(
+        "checksum-mismatch",
+        (name, key),
+        f"{recorded.kind} of '{key}': expected {recorded.value:#010x}, got {value:#010x} [{where}]",
+    )
+
+
+def _damaged(code: Code, loc: tuple[str, ...], message: str) -> FormatError:
+    hint = "The source is damaged: copy the file again; nothing was written."
+    return FormatError(Problem(code=code, loc=loc, message=message, hint=hint))

@@ -1,0 +1,249 @@
+"""Files that appear whole or not at all: written in a staging directory beside the target, then renamed.
+
+The staging directory is `.<target>.ckptconv-<random>.tmp`, in the target's own directory, so that a rename
+is within one file system. In it the files have their final names: a reader takes `<staging>/<target>` for the
+target itself. What a killed process leaves behind has that name and can be deleted at any time.
+
+Replacing (`force`): one file is replaced by one rename. Several files cannot be replaced in one step by any
+POSIX call; so the old commit (index, manifest; a directory as a whole) is first moved into the staging
+directory, then the rest of the old files, then the new files are moved out, the new commit last. A process
+that is killed in between leaves no target, never a mixture, and no file of either is lost; any other failure
+puts the old one back. Windows has no fsync of directories: there a power failure may undo a publication
+that was reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckptconv.errors import Code, Problem, TargetError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+
+
+def target_error(code: Code, target: Path, message: str, hint: str) -> TargetError:
+    """The error about one target."""
+    return TargetError(Problem(code=code, loc=(target.name,), message=message, hint=hint))
+
+
+@contextlib.contextmanager
+def reported(target: Path, needed_nbytes: int) -> Iterator[None]:
+    """Turn what the system says while the target is written into no-space or target-unwritable."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise no_space(target, needed_nbytes, error.strerror) from error
+        raise target_error(
+            "target-unwritable",
+            target,
+            f"cannot write '{error.filename or target}': {error.strerror}",
+            "Check the path and its permissions, or choose another target; nothing was written.",
+        ) from error
+
+
+def no_space(target: Path, needed_nbytes: int, reason: str | None = None) -> TargetError:
+    """The error of a full disk, with both numbers and what earlier runs left behind."""
+    free = shutil.disk_usage(target.parent).free
+    stale = [path.name for path in leftovers(target)]
+    left = f", and perhaps delete what a killed run left: {', '.join(stale)}" if stale else ""
+    return target_error(
+        "no-space",
+        target,
+        f"the target needs {needed_nbytes} bytes, {free} are free in '{target.parent}'"
+        + (f" ({reason})" if reason else ""),
+        f"Free some space{left}; nothing was written.",
+    )
+
+
+def leftovers(target: Path) -> tuple[Path, ...]:
+    """Staging directories of runs to this target, those that are running now too."""
+    prefix = f".{target.name}.ckptconv-"
+    try:
+        names = sorted(os.listdir(target.parent))
+    except OSError:
+        return ()
+    return tuple(target.parent / name for name in names if name.startswith(prefix) and name.endswith(".tmp"))
+
+
+def fsync_directory(path: Path) -> None:
+    """Make renames in the directory survive a power failure."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """One target on its way: where its files are written, and how they become the target."""
+
+    kind: Literal["file", "prefix", "directory"]
+    target: Path
+    names: tuple[str, ...]
+    """Final names in the order of publication, relative as in `Layout`; the last one is the commit."""
+    force: bool
+    staging: Path
+
+    @classmethod
+    def of(
+        cls, kind: Literal["file", "prefix", "directory"], target: Path, names: Iterable[str], force: bool
+    ) -> Publication:
+        """A publication that has not begun; touches nothing."""
+        target = Path(os.path.abspath(target))
+        return cls(
+            kind=kind,
+            target=target,
+            names=tuple(names),
+            force=force,
+            staging=target.with_name(f".{target.name}.ckptconv-{secrets.token_hex(4)}.tmp"),
+        )
+
+    @property
+    def staged(self) -> Path:
+        """Where the target stands before it is published."""
+        return self.staging / self.target.name
+
+    def path(self, name: str) -> Path:
+        """Where the file of that name is written."""
+        return _below(self.kind, self.staged, name)
+
+    def check(self) -> None:
+        """Refuse a target that exists, or that could not be put in its place.
+
+        Raises: target-exists, target-unwritable.
+        """
+        parent = self.target.parent
+        if not parent.is_dir():
+            raise target_error(
+                "target-unwritable",
+                self.target,
+                f"there is no directory '{parent}'",
+                f"Run: mkdir -p '{parent}'.",
+            )
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise target_error(
+                "target-unwritable",
+                self.target,
+                f"no permission to create files in '{parent}'",
+                "Choose another target, or change the permissions.",
+            )
+        existing = self.existing()
+        if existing and not self.force:
+            raise self._exists(existing[0])
+        for path in existing:
+            self._check_replaceable(path)
+
+    def _check_replaceable(self, path: Path) -> None:
+        if path.is_symlink() or not path.is_dir():
+            return
+        if self.kind == "directory" and (not any(path.iterdir()) or (path / self.names[-1]).exists()):
+            return
+        raise target_error(
+            "target-exists",
+            self.target,
+            f"'{path}' is a directory without a '{self.names[-1]}', no checkpoint to replace"
+            if self.kind == "directory"
+            else f"'{path}' is a directory, the target is a file",
+            "Delete it yourself, or choose another target.",
+        )
+
+    def _exists(self, path: Path) -> TargetError:
+        return target_error(
+            "target-exists",
+            self.target,
+            f"'{path}' exists",
+            "Pass --force to replace it, or choose another target.",
+        )
+
+    def existing(self) -> list[Path]:
+        """What the target replaces, its commit first; shards of an older, larger set too."""
+        if self.kind != "prefix":
+            return [self.target] if os.path.lexists(self.target) else []
+        parent = self.target.parent
+        there = sorted(os.listdir(parent))
+        finals = [_below(self.kind, self.target, name) for name in reversed(self.names)]
+        paths = [path for path in finals if path.parent != parent or path.name in there]
+        for stem in {_SHARD.sub("\0", path.name) for path in finals if _SHARD.search(path.name)}:
+            before, after = (re.escape(part) for part in stem.split("\0", 1))
+            shard = re.compile(before + _SHARD.pattern + after)
+            paths += [parent / name for name in there if shard.fullmatch(name)]
+        return [path for path in dict.fromkeys(paths) if os.path.lexists(path)]
+
+    def begin(self) -> None:
+        """Make the staging directory, and every directory in it that a file needs."""
+        self.staging.mkdir(mode=0o700)
+        for name in self.names:
+            self.path(name).parent.mkdir(parents=True, exist_ok=True)
+
+    def commit(self) -> None:
+        """Put the written files in the target's place; the staged files are fsynced already."""
+        for directory in {self.staging, *(self.path(name).parent for name in self.names)}:
+            fsync_directory(directory)
+        if self.kind == "file":
+            self._commit_file()
+        else:
+            self._commit_several()
+        fsync_directory(self.target.parent)
+
+    def _commit_file(self) -> None:
+        if self.force:
+            os.replace(self.staged, self.target)
+            return
+        try:
+            os.link(self.staged, self.target)  # unlike a rename it never replaces
+        except FileExistsError:
+            raise self._exists(self.target) from None
+        except OSError:  # a file system without hard links
+            if os.path.lexists(self.target):
+                raise self._exists(self.target) from None
+            os.rename(self.staged, self.target)
+
+    def _commit_several(self) -> None:
+        existing = self.existing()
+        if existing and not self.force:
+            raise self._exists(existing[0])
+        old = self.staging / "replaced"
+        old.mkdir()
+        moves = [(path, old / path.name) for path in existing]
+        if self.kind == "directory":
+            moves.append((self.staged, self.target))
+        else:
+            moves += [(self.path(name), _below(self.kind, self.target, name)) for name in self.names]
+        done: list[tuple[Path, Path]] = []
+        try:
+            for position, (source, destination) in enumerate(moves):
+                if position == len(moves) - 1:
+                    fsync_directory(self.target.parent)  # the commit after what it speaks of
+                done.append((source, destination))
+                os.rename(source, destination)
+                if existing and position in (0, len(existing) - 1):
+                    fsync_directory(self.target.parent)  # no commit on disk beside files that are not its own
+        except BaseException:
+            for source, destination in reversed(done):
+                if not os.path.lexists(source) and os.path.lexists(destination):
+                    os.rename(destination, source)
+            raise
+
+    def end(self) -> None:
+        """Delete the staging directory and whatever is still in it."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _below(kind: str, target: Path, name: str) -> Path:
+    if not name:
+        return target
+    return (target if kind == "directory" else target.parent) / name
