@@ -1,4 +1,4 @@
-"""The command line as a user meets it: exit codes, which stream holds what, JSON, pipes, terminals, Ctrl-C."""
+"""The command line as a user meets it: exit codes, streams, JSON, pipes, terminals, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -349,13 +349,17 @@ def test_output_survives_an_encoding_that_lacks_the_characters(tmp_path: Path) -
 
 
 INTERRUPTED = """
-import os, signal, sys
+import os, signal
 from ckptconv import convert
+
 real = convert.convert
-def slow(*arguments, progress=None, **options):
-    os.kill(os.getpid(), signal.SIGINT)
-    return real(*arguments, progress=progress, **options)
-convert.convert = slow
+
+def interrupted(*arguments, **options):
+    def midway(done, total):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments, **(options | {"progress": midway}))
+
+convert.convert = interrupted
 from ckptconv.cli import main
 main()
 """
