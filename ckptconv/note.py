@@ -36,7 +36,7 @@ from ckptconv.optimizer_json import optimizer_from_json, optimizer_to_json
 from ckptconv.rawtree import Path
 from ckptconv.strictjson import Json, dump, parse
 from ckptconv.tensor import TensorRef, TensorSpec
-from ckptconv.validation import schema_problems
+from ckptconv.validation import validate_note
 
 KEY = "ckptconv"
 """Under which the note stands, wherever the container lets us choose."""
@@ -57,7 +57,7 @@ class Note:
     schedules: tuple[Schedule, ...] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> the first of its tie group."""
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
 
 
 def write_note(checkpoint: Checkpoint) -> str:
@@ -98,7 +98,7 @@ def read_note(text: str, location: str = KEY) -> Note:
             "Update ckptconv.",
             loc=(location, "schema_version"),
         )
-    problems = schema_problems(obj, "checkpoint", "note")
+    problems = validate_note(obj)
     if problems:
         raise SchemaError(*(_below(location, problem) for problem in problems))
     progress = progress_from_json(obj["progress"])

@@ -100,6 +100,17 @@ def validate_manifest(obj: Json) -> list[Problem]:
     return problems or list(_references(manifest))
 
 
+def validate_note(obj: Json) -> list[Problem]:
+    """What is wrong with a parsed embedded note; its parameters are those that its groups name."""
+    problems = schema_problems(obj, "checkpoint", "note")
+    if problems:
+        return problems
+    for i, optimizer in enumerate(obj["optimizers"]):
+        own = {name: None for group in optimizer["groups"] for name in group["params"]}
+        problems += _optimizer(optimizer, ("optimizers", i), own)
+    return [*problems, *_steps(obj)]
+
+
 def checked(obj: Json) -> dict[str, Json]:
     """The manifest in the current version, valid.
 

@@ -1,0 +1,178 @@
+"""One safetensors file as tensors and metadata, and as part of a layout: what single files, shards and the
+neutral directory have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptconv.errors import Code, FormatError, Problem
+from ckptconv.formats.base import Placement, TargetFile
+from ckptconv.formats.safetensors_header import METADATA, file_order, make_header, read_header, tag_of
+from ckptconv.rawtree import DictNode, Node
+from ckptconv.tensor import (
+    DerivedTensor,
+    Extent,
+    FileSource,
+    StoredTensor,
+    TensorRef,
+    TensorSpec,
+    dense_strides,
+)
+
+SUFFIX = ".safetensors"
+NOTE = "ckptconv"
+_OURS = frozenset({NOTE, "format"})
+"""Metadata keys that are never aliases."""
+
+Tensors = dict[str, TensorRef]
+
+
+def format_error(code: Code, message: str, hint: str, *loc: str | int) -> FormatError:
+    return FormatError(Problem(code=code, loc=loc, message=message, hint=hint))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """One file as read."""
+
+    tensors: Tensors
+    """In the header's order, aliases last."""
+    stored: frozenset[str]
+    """The names that are in the header."""
+    metadata: Mapping[str, str]
+    """Without aliases and note."""
+    note: str | None
+
+
+def read_file(path: Path) -> Contents:
+    """Tensors and metadata of one file.
+
+    I/O: reads the header only.
+    Raises: missing-file and those of `read_header`.
+    """
+    if not path.is_file():
+        raise format_error(
+            "missing-file", f"'{path.name}' is not there or is no file", "Copy it too.", path.name
+        )
+    source = FileSource(path)
+    header = read_header(source)
+    tensors = {key: _tensor(source, *place) for key, place in header.tensors.items()}
+    metadata: dict[str, str] = {}
+    aliases: Tensors = {}
+    for key, text in header.metadata.items():
+        if key not in _OURS and key not in tensors and text in tensors:
+            aliases[key] = tensors[text]
+        elif key != NOTE:
+            metadata[key] = text
+    return Contents(
+        tensors={**tensors, **aliases},
+        stored=frozenset(tensors),
+        metadata=metadata,
+        note=header.metadata.get(NOTE),
+    )
+
+
+def _tensor(source: FileSource, spec: TensorSpec, offset: int) -> TensorRef:
+    return StoredTensor.dense(spec, Extent(source=source, offset=offset, nbytes=spec.nbytes))
+
+
+def identity(tensor: TensorRef) -> Hashable | None:
+    """Equal for tensors that are the same view of the same memory; None where there is no memory or byte."""
+    if tensor.spec.nbytes == 0:
+        return None
+    if isinstance(tensor, StoredTensor):
+        strides = tuple(s for s, n in zip(tensor.strides, tensor.shape, strict=True) if n > 1)
+        if tensor.is_dense:
+            strides = dense_strides(tensor.shape)
+        return ("stored", tensor.extent.id, tensor.offset, strides, tensor.spec)
+    if isinstance(tensor, DerivedTensor):
+        parts = tuple(identity(part) for part in tensor.parts)
+        return None if None in parts else ("derived", tensor.op, parts)
+    return None
+
+
+def dedupe(tensors: Mapping[str, TensorRef]) -> tuple[Tensors, dict[str, str]]:
+    """The tensors to store, and dropped name -> kept name for those that are another's twin."""
+    kept: Tensors = {}
+    first: dict[Hashable, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        key = identity(tensor)
+        if key is not None and key in first and name not in _OURS:
+            aliases[name] = first[key]
+            continue
+        if key is not None:
+            first[key] = name
+        kept[name] = tensor
+    return kept, aliases
+
+
+def check_tensors(root: Node, hint: str) -> Tensors:
+    """The tensors of a flat tree.
+
+    Raises: unsupported-feature for anything that is no named tensor; duplicate-key; unknown-dtype.
+    """
+    if not isinstance(root, DictNode):
+        raise format_error("unsupported-feature", "safetensors holds named tensors only", hint)
+    problems: list[Problem] = []
+    tensors: Tensors = {}
+    for key, value in root.items:
+        loc = (key if isinstance(key, (str, int)) else repr(key)[:80],)
+        if not isinstance(key, str) or key == METADATA or not isinstance(value, TensorRef):
+            message = f"'{key!r:.80}': safetensors holds tensors under text keys only"
+            problems.append(Problem(code="unsupported-feature", loc=loc, message=message, hint=hint))
+        elif key in tensors:
+            message = f"'{key}' stands twice"
+            problems.append(Problem(code="duplicate-key", loc=loc, message=message, hint=hint))
+        elif tag_of(value.spec) is None:
+            message = f"'{key}' is {value.dtype.name} {list(value.shape)}, for which safetensors has no type"
+            problems.append(Problem(code="unknown-dtype", loc=loc, message=message, hint=hint))
+        else:
+            tensors[key] = value
+    if problems:
+        raise FormatError(*problems)
+    return tensors
+
+
+def target_file(
+    name: str, title: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]
+) -> TargetFile:
+    """One safetensors file of a layout; `title` names it in keys and messages."""
+    specs = {key: tensor.spec for key, tensor in tensors.items()}
+    order = file_order(specs)
+    head, offsets = make_header(((key, specs[key]) for key in order), metadata, title)
+    placements = tuple(
+        Placement(key=f"{title}/{key}", offset=offsets[key], tensor=tensors[key]) for key in order
+    )
+    return TargetFile(name=name, placements=placements, finish=constant([(0, head)]))
+
+
+def file_nbytes(file: TargetFile) -> int:
+    """Size of a file made by `target_file`."""
+    pieces = [offset + len(data) for offset, data in file.finish({})]
+    return max([*pieces, *(p.offset + p.tensor.spec.nbytes for p in file.placements)])
+
+
+def constant(pieces: list[tuple[int, bytes]]) -> Callable[[Mapping[str, int]], Iterable[tuple[int, bytes]]]:
+    return lambda checksums: pieces
+
+
+def split(tensors: Mapping[str, TensorRef], limit: int | None) -> list[Tensors]:
+    """Consecutive shards of at most `limit` bytes each; a larger tensor has one of its own."""
+    shards: list[Tensors] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        nbytes = tensor.spec.nbytes
+        if limit is not None and shards[-1] and filled + nbytes > limit:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += nbytes
+    return shards
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    """File names of `count` shards."""
+    return [f"{stem}-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)]
