@@ -1,4 +1,4 @@
-"""Executes a layout: streams every tensor to its place in windows, several at a time, and publishes the whole.
+"""Executes a layout: streams every tensor to its place in windows, several at once, and publishes the whole.
 
 Memory is bounded by `BUDGET_NBYTES` over all workers, however large the checkpoint or a single tensor is.
 One pass reads a tensor, checks the source's checksum, computes the target's, and writes (`ckptconv.jobs`).
