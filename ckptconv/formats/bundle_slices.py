@@ -57,7 +57,7 @@ def _joined(boxes: list[Box], start: Index, stop: Index, cuts: int, loc: Loc) ->
             continue
         edges = [start[axis], *(min(box.start[axis] for box in group) for group in groups[1:]), stop[axis]]
         parts = []
-        for group, low, high in zip(groups, edges, edges[1:], strict=True):
+        for group, low, high in zip(groups, edges[:-1], edges[1:], strict=True):
             begin = tuple(low if a == axis else i for a, i in enumerate(start))
             end = tuple(high if a == axis else i for a, i in enumerate(stop))
             parts.append(_joined(group, begin, end, cuts - 1, loc))
