@@ -362,9 +362,10 @@ def test_a_failure_while_publishing_puts_the_old_target_back(
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "at"), [("file", 0), ("directory", 0), ("directory", 1), *(("prefix", at) for at in (0, 1, 3, 5))]
-)
+DEATHS = [("file", 0), ("directory", 0), ("directory", 1), *(("prefix", at) for at in (0, 1, 3, 5))]
+
+
+@pytest.mark.parametrize(("kind", "at"), DEATHS)
 def test_a_death_while_publishing_never_leaves_a_mixture(tmp_path: Path, kind: str, at: int) -> None:
     write(layout(kind, {name: [] for name in SETS[kind]}, b"old"), tmp_path / "ck")
     script = f"""
@@ -383,7 +384,7 @@ def dying(act):
 os.rename, os.replace = dying(os.rename), dying(os.replace)
 write(of_kind({kind!r}), Path({str(tmp_path)!r}) / "ck", force=True)
 """
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == -signal.SIGKILL
     new = expected_tree(kind)
     now = {name: data for name, data in tree(tmp_path).items() if not name.startswith(".")}
     commit = {"file": "ck", "prefix": "ck.index", "directory": "ck/manifest.json"}[kind]
@@ -394,9 +395,9 @@ write(of_kind({kind!r}), Path({str(tmp_path)!r}) / "ck", force=True)
 def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
-    write(of_kind("directory"), tmp_path / "ck")
+        write(of_kind("directory"), tmp_path / "ck")
     finally:
-    os.umask(old)
+        os.umask(old)
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "ck", *(tmp_path / "ck").iterdir())}
     assert modes == {"ck": 0o750, "w.bin": 0o640, "manifest.json": 0o640, "sub": 0o750}
 
@@ -406,12 +407,12 @@ def test_another_executor_runs_the_same_jobs(tmp_path: Path) -> None:
     tensor = file_tensor(tmp_path / "s", values, "crc32").apply(Permute((1, 0)))
     seen = []
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-    write(single(tensor), tmp_path / "out", executor=pool, progress=lambda *n: seen.append(n))
-    assert (tmp_path / "out").read_bytes() == values.T.tobytes()
-    assert seen == [(values.nbytes, values.nbytes)]
-    wrong = file_tensor(tmp_path / "t", values, "crc32", wrong=1)
-    with pytest.raises(CkptError) as caught:
-        write(single(wrong), tmp_path / "out2", executor=pool)
+        write(single(tensor), tmp_path / "out", executor=pool, progress=lambda *n: seen.append(n))
+        assert (tmp_path / "out").read_bytes() == values.T.tobytes()
+        assert seen == [(values.nbytes, values.nbytes)]
+        wrong = file_tensor(tmp_path / "t", values, "crc32", wrong=1)
+        with pytest.raises(CkptError) as caught:
+            write(single(wrong), tmp_path / "out2", executor=pool)
     assert codes(caught) == [("checksum-mismatch", ("t", "w"))]
 
 
@@ -419,7 +420,7 @@ def test_bookkeeping_is_done_last(tmp_path: Path) -> None:
     seen = []
     plan = of_kind("prefix")
     plan = Layout(
-    kind=plan.kind, files=plan.files, bookkeeping=(lambda path: seen.append(tree(path.parent)),)
+        kind=plan.kind, files=plan.files, bookkeeping=(lambda path: seen.append(tree(path.parent)),)
     )
     write(plan, tmp_path / "ck")
     assert seen == [expected_tree("prefix")]
@@ -427,7 +428,7 @@ def test_bookkeeping_is_done_last(tmp_path: Path) -> None:
 
 def test_jobs_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(CkptError) as caught:
-    write(of_kind("file"), tmp_path / "ck", jobs=0)
+        write(of_kind("file"), tmp_path / "ck", jobs=0)
     assert codes(caught) == [("usage", ("jobs",))]
 
 
