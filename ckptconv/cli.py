@@ -314,7 +314,9 @@ def validate(
         if as_json:
             print_json({"problems": []})
         else:
-            show([f"{path}: no problems"])
+            from ckptconv.rendering.text import clean
+
+            write(f"{clean(path)}: no problems\n")
 
 
 @app.command(short_help="List what is read and written, and whose state converts.")

@@ -14,7 +14,7 @@ import typer
 from ckptconv.errors import CkptError, Problem
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from ckptconv.rendering import View
 
 DONE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -39,7 +39,7 @@ def print_json(value: object) -> None:
     write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def show(views: Iterable[RenderableType]) -> None:
+def show(views: Iterable[View]) -> None:
     from rich.console import Console
 
     from ckptconv.rendering import plain

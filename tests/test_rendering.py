@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -107,7 +108,7 @@ def run(params: int = 2, **changes: object) -> Checkpoint:
     return Checkpoint(**(fields | changes))  # type: ignore[arg-type]
 
 
-def on_terminal(views: list[object], width: int = 80) -> str:
+def on_terminal(views: Sequence[object], width: int = 80) -> str:
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=True, highlight=False, emoji=False, markup=False)
     for view in views:

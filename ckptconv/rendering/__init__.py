@@ -1,6 +1,6 @@
 """Checkpoints, reports and problems for people: what the command line shows.
 
-Every view is a list of rich renderables without a frame. On a terminal rich colours and wraps them; `plain`
+A view is a list of texts and aligned rows, without a frame. On a terminal rich colours and wraps them; `plain`
 gives the same text for a pipe: no colour, nothing wrapped, nothing cut off. What comes from a file is shown
 with its control characters escaped, so that a name cannot write to the terminal.
 """
@@ -9,6 +9,6 @@ from ckptconv.rendering.checkpoint import inspect_view
 from ckptconv.rendering.problems import problems_view
 from ckptconv.rendering.registry import formats_view, raw_view
 from ckptconv.rendering.report import report_view
-from ckptconv.rendering.text import plain
+from ckptconv.rendering.text import View, plain
 
-__all__ = ["formats_view", "inspect_view", "plain", "problems_view", "raw_view", "report_view"]
+__all__ = ["View", "formats_view", "inspect_view", "plain", "problems_view", "raw_view", "report_view"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from ckptconv.document import (
@@ -23,15 +21,15 @@ from ckptconv.document import (
 )
 from ckptconv.rendering.text import (
     LISTED,
+    Rows,
+    View,
     clean,
     count,
     fields,
-    grid,
     heading,
     listed,
     shape_text,
     size,
-    table,
     value_text,
 )
 
@@ -110,9 +108,9 @@ def _short(name: str, fact: Fact) -> str:
             return f"{name} not in use"
 
 
-def inspect_view(checkpoint: Checkpoint, *, path: str, all_params: bool = False) -> list[RenderableType]:
+def inspect_view(checkpoint: Checkpoint, *, path: str, all_params: bool = False) -> list[View]:
     """What a checkpoint is: progress first, then optimizers, schedules, parameters, and what is odd."""
-    views: list[RenderableType] = [_title(checkpoint, path), Text(), *_progress(checkpoint)]
+    views: list[View] = [*_title(checkpoint, path), Text(), *_progress(checkpoint)]
     for optimizer in checkpoint.optimizers:
         views += [Text(), *_optimizer(optimizer, len(checkpoint.params), all_groups=all_params)]
     for schedule in checkpoint.schedules:
@@ -127,14 +125,14 @@ def inspect_view(checkpoint: Checkpoint, *, path: str, all_params: bool = False)
     return views
 
 
-def _bullets(sentences: Iterable[str]) -> Table:
-    rows = grid("", "")
+def _bullets(sentences: Iterable[str]) -> Rows:
+    rows = Rows(styles=("", ""), indent=2, whole=frozenset({0}))
     for sentence in sentences:
-        rows.add_row("", "-", Text(clean(sentence)))
+        rows.add("-", clean(sentence))
     return rows
 
 
-def _title(checkpoint: Checkpoint, path: str) -> RenderableType:
+def _title(checkpoint: Checkpoint, path: str) -> list[View]:
     origin = checkpoint.provenance
     what = "training run" if checkpoint.optimizers else "weights"
     if checkpoint.is_skeleton:
@@ -149,24 +147,24 @@ def _title(checkpoint: Checkpoint, path: str) -> RenderableType:
         rows.append(("written by", clean(origin.producer)))
     if origin.history:
         rows.append(("history", "; ".join(clean(line) for line in origin.history)))
-    return Group(name, fields(rows)) if rows else name
+    return [name, fields(rows)] if rows else [name]
 
 
-def _progress(checkpoint: Checkpoint) -> list[RenderableType]:
-    rows = grid("cyan", "", "")
+def _progress(checkpoint: Checkpoint) -> list[View]:
+    rows = Rows(styles=("cyan", "", ""), indent=2, whole=frozenset({0, 1}))
     silent = []
     for name in PROGRESS_FIELDS:
         fact: Fact = getattr(checkpoint.progress, name)
         if fact == NOT_RECORDED:
             silent.append(name)
             continue
-        rows.add_row("", name, *_fact(name, fact, _GLOSS[name]))
+        rows.add(name, *_fact(name, fact, _GLOSS[name]))
     if silent:
-        rows.add_row("", "the rest", "not recorded", ", ".join(silent))
+        rows.add("the rest", "not recorded", ", ".join(silent))
     return [heading("Progress"), rows]
 
 
-def _optimizer(optimizer: Optimizer, param_count: int, *, all_groups: bool) -> list[RenderableType]:
+def _optimizer(optimizer: Optimizer, param_count: int, *, all_groups: bool) -> list[View]:
     name = "" if optimizer.name == "optimizer" else f" '{clean(optimizer.name)}'"
     title = f"Optimizer{name}: {clean(optimizer.algorithm)} (as in {clean(optimizer.framework)})"
     rows: list[tuple[str, str | Text]] = []
@@ -218,7 +216,7 @@ def _by_interest(hyperparameters: Mapping[str, Fact]) -> list[tuple[str, Fact]]:
     return sorted(hyperparameters.items(), key=lambda item: item[0] != "learning_rate")
 
 
-def _schedule(schedule: Schedule) -> list[RenderableType]:
+def _schedule(schedule: Schedule) -> list[View]:
     value, note = _fact("position", schedule.position, f"counted in {schedule.unit}s")
     rows: list[tuple[str, str | Text]] = [("position", Text.assemble(value, "  ", note))]
     if schedule.parameters:
@@ -228,24 +226,19 @@ def _schedule(schedule: Schedule) -> list[RenderableType]:
     return [heading(f"Schedule '{clean(schedule.name)}': {clean(schedule.family)}"), fields(rows)]
 
 
-def _params(checkpoint: Checkpoint, *, all_params: bool) -> list[RenderableType]:
+def _params(checkpoint: Checkpoint, *, all_params: bool) -> list[View]:
     params = list(checkpoint.params.values())
     if not params:
         return [Text("No parameters.")]
     shown = params if all_params or len(params) <= TABLE_ROWS else params[:TABLE_ROWS]
-    rows = table(
-        "parameter",
-        "layer",
-        "role",
-        "axes and sizes",
-        "dtype",
-        "trained",
-        "axes are",
-        whole=("trained", "axes are"),
+    rows = Rows(
+        titles=("parameter", "layer", "role", "axes and sizes", "dtype", "trained", "axes are"),
+        styles=("cyan", "", "", "", "", "", ""),
+        whole=frozenset({5, 6}),
     )
     for param in shown:
-        rows.add_row(*(Text(cell) for cell in _param_row(param)))
-    views: list[RenderableType] = [heading("Parameters"), rows]
+        rows.add(*_param_row(param))
+    views: list[View] = [heading("Parameters"), rows]
     if len(shown) < len(params):
         views.append(Text(f"... and {len(params) - len(shown):,} more: --tensors shows all"))
     views.append(Text(_total(checkpoint)))
@@ -289,7 +282,7 @@ def _total(checkpoint: Checkpoint) -> str:
     return "Total: " + ", ".join(parts) + "."
 
 
-def _also(checkpoint: Checkpoint) -> list[RenderableType]:
+def _also(checkpoint: Checkpoint) -> list[View]:
     rows: list[tuple[str, str | Text]] = [
         ("random state", f"{clean(block.name)} ({block.library}); stays in its framework")
         for block in checkpoint.rng

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import RenderableType
 from rich.text import Text
 
 from ckptconv.errors import Problem
-from ckptconv.rendering.text import clean
+from ckptconv.rendering.text import View, clean
 
 
-def problems_view(problems: Sequence[Problem]) -> list[RenderableType]:
+def problems_view(problems: Sequence[Problem]) -> list[View]:
     """Each problem: code, message, location, next step."""
-    views: list[RenderableType] = []
+    views: list[View] = []
     for problem in problems:
         where = ".".join(clean(step) for step in problem.loc)
         head = Text.assemble((problem.code, "bold red"), ": ", clean(problem.message))

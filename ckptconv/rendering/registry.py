@@ -4,22 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from ckptconv.rendering.text import clean, clip, count, fields, heading, shape_text
+from ckptconv.rendering.text import Rows, View, clean, clip, count, fields, heading, shape_text
 
 
-def raw_view(format_: str, dialect: str | None, rows: Iterable[Mapping[str, object]]) -> list[RenderableType]:
+def raw_view(format_: str, dialect: str | None, rows: Iterable[Mapping[str, object]]) -> list[View]:
     """Every leaf under the file's own key: dtype and shape, or the value."""
-    lines = Table.grid(padding=(0, 2, 0, 0))
-    lines.add_column(overflow="fold", style="cyan")
-    lines.add_column(overflow="fold")
+    lines = Rows(styles=("cyan", ""))
     total = 0
     for row in rows:
         total += 1
-        lines.add_row(Text(clean(row["key"])), Text(_raw_cell(row)))
+        lines.add(clean(row["key"]), _raw_cell(row))
     known = f"dialect {clean(dialect)}" if dialect else "no known dialect"
     return [Text(f"{clean(format_)}, {known}, {count(total, 'leaf', 'leaves')}"), Text(), lines]
 
@@ -36,9 +32,9 @@ def _raw_cell(row: Mapping[str, object]) -> str:
 
 def formats_view(
     formats: Sequence[Mapping[str, object]], optimizers: Sequence[Mapping[str, object]]
-) -> list[RenderableType]:
+) -> list[View]:
     """The registered containers with their dialects, then the optimizers with their classes."""
-    views: list[RenderableType] = []
+    views: list[View] = []
     for entry in formats:
         suffixes, dialects = entry["suffixes"], entry["dialects"]
         assert isinstance(suffixes, list)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
-from ckptconv.rendering.text import clean, fields, heading, listed, size, table, value_text
+from ckptconv.rendering.text import Rows, View, clean, fields, heading, listed, size, value_text
 from ckptconv.report import Entry, Report
 
 _FATES: Mapping[str, str] = {
@@ -26,14 +24,14 @@ _NAMED_FATES = ("supplied", "created", "kept-from-template", "noted", "left")
 """Fates of which a summary names the items."""
 
 
-def report_view(report: Report, *, verbose: bool = False) -> list[RenderableType]:
+def report_view(report: Report, *, verbose: bool = False) -> list[View]:
     """What a conversion did or would do; the ledger line by line only if `verbose`."""
     arrow = Text.assemble(
         (clean(report.source), "bold"), _dialect(report.source_dialect),
         " -> ",
         (clean(report.target), "bold"), _dialect(report.target_dialect),
     )  # fmt: skip
-    views: list[RenderableType] = [arrow, fields(_outcome(report))]
+    views: list[View] = [arrow, fields(_outcome(report))]
     if verbose and report.ledger:
         views += [Text(), heading("Ledger"), _ledger(report.ledger)]
     if report.target_requires:
@@ -87,14 +85,14 @@ def _address(entry: Entry) -> str:
     return ".".join(str(step) for step in entry.item)
 
 
-def _ledger(entries: Iterable[Entry]) -> Table:
-    rows = table("source item", "fate", "target", "how and why")
+def _ledger(entries: Iterable[Entry]) -> Rows:
+    rows = Rows(styles=("", "", "", ""), titles=("source item", "fate", "target", "how and why"))
     for entry in entries:
         how = [*(_op(op) for op in entry.ops), *filter(None, (entry.evidence, entry.detail))]
         if entry.allowed_by:
             how.append(f"allowed by {entry.allowed_by}")
         cells = (_address(entry), entry.fate, entry.target, "; ".join(how))
-        rows.add_row(*(Text(clean(cell)) for cell in cells))
+        rows.add(*(clean(cell) for cell in cells))
     return rows
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from rich.console import Console, RenderableType
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +17,8 @@ LISTED = 8
 _VALUE_LENGTH = 300
 """Longer strings of a file are cut, and it is said how long they are."""
 
-_PLAIN_WIDTH = 1 << 16
+_GAP = 2
+"""Blanks between columns."""
 
 
 def clean(value: object) -> str:
@@ -36,15 +37,54 @@ def clip(value: object) -> str:
     return f"{clean(text[:_VALUE_LENGTH])} [{len(text):,} characters in all]"
 
 
-def plain(views: Iterable[RenderableType]) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Aligned cells without a frame. A terminal folds them where it is narrow, a pipe gets them whole."""
+
+    styles: tuple[str, ...]
+    """Per column."""
+    titles: tuple[str, ...] = ()
+    indent: int = 0
+    whole: frozenset[int] = frozenset()
+    """Columns that are never folded."""
+    cells: list[tuple[str | Text, ...]] = field(default_factory=list)
+
+    def add(self, *cells: str | Text) -> None:
+        """One row more; as many cells as columns."""
+        self.cells.append(cells)
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), show_header=bool(self.titles))
+        if self.indent:
+            table.add_column(width=max(self.indent - _GAP, 0), no_wrap=True)
+        for column, style in enumerate(self.styles):
+            title = self.titles[column] if self.titles else ""
+            table.add_column(
+                title, style=style, header_style="bold", overflow="fold", no_wrap=column in self.whole
+            )
+        for cells in self.cells:
+            texts = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+            table.add_row(*([""] if self.indent else []), *texts)
+        return table
+
+    def lines(self) -> Iterator[str]:
+        """The rows as plain text, nothing folded."""
+        rows = [tuple(str(cell) for cell in cells) for cells in (self.titles, *self.cells) if cells]
+        widths = [max(cell_len(row[column]) for row in rows) for column in range(len(self.styles))]
+        for row in rows:
+            padded = (cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True))
+            yield (" " * self.indent + (" " * _GAP).join(padded)).rstrip()
+
+
+View = Text | Rows
+
+
+def plain(views: Iterable[View]) -> str:
     """The views as text for a pipe."""
-    out = io.StringIO()
-    console = Console(
-        file=out, width=_PLAIN_WIDTH, color_system=None, force_terminal=False, highlight=False, emoji=False
-    )
+    lines: list[str] = []
     for view in views:
-        console.print(view, markup=False, soft_wrap=False)
-    return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
+        lines += view.lines() if isinstance(view, Rows) else [view.plain.rstrip()]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def size(nbytes: int) -> str:
@@ -88,30 +128,9 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(clean(name) for name in names[:LISTED]) + more
 
 
-def grid(*columns: str) -> Table:
-    """An indented list without a frame; `columns` are styles, the last column wraps, the others do not."""
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(width=0, no_wrap=True)
-    for style in columns[:-1]:
-        table.add_column(no_wrap=True, style=style)
-    table.add_column(overflow="fold", style=columns[-1])
-    return table
-
-
-def table(*titles: str, whole: Sequence[str] = ()) -> Table:
-    """A table without a frame; cells fold where a terminal is narrow, except in the columns `whole`."""
-    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    for title in titles:
-        result.add_column(title, overflow="fold", no_wrap=title in whole)
-    return result
-
-
-def fields(rows: Iterable[tuple[str, str | Text]]) -> Table:
+def fields(rows: Iterable[tuple[str, str | Text]]) -> Rows:
     """Labels with their contents."""
-    result = grid("cyan", "")
-    for label, content in rows:
-        result.add_row("", label, content if isinstance(content, Text) else Text(content))
-    return result
+    return Rows(styles=("cyan", ""), indent=_GAP, whole=frozenset({0}), cells=list(rows))
 
 
 def heading(text: str) -> Text:
