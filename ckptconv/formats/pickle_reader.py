@@ -1,0 +1,138 @@
+"""An opcode machine for pickles that builds descriptions and runs nothing.
+
+Byte layout: a stream of opcodes, each one byte and its argument; numbers little-endian but for BINFLOAT;
+protocols 0 to 5 of Python 2 and 3. Every opcode is read but NEXT_BUFFER (the buffers are elsewhere) and
+EXT1..4 (the registry is elsewhere), which are `unsupported-feature`.
+
+What comes out, before `decode` is asked:
+
+| in the pickle | node |
+|---|---|
+| None, bool, int, float, str, bytes | itself |
+| dict, list, tuple, set, frozenset | `DictNode`, `ListNode(kind=...)` |
+| a global | `Opaque(kind="global", name="module.qualname")`, `"module:Outer.Inner"` for a nested one |
+| REDUCE | `Opaque(kind="call", name=callee, args=...)` |
+| REDUCE of what is no global | `Opaque(kind="apply", args=(callee, tuple))` |
+| NEWOBJ, OBJ, INST | `Opaque(kind="object", name=class, args=...)` |
+| NEWOBJ_EX | `Opaque(kind="call", name="copyreg.__newobj_ex__", args=(class, args, kwargs))` |
+| BUILD, APPEND(S)/ADDITEMS, SETITEM(S) on those | `state`, `items`, `pairs` |
+| bytearray (protocol 5) | `Opaque(kind="call", name="builtins.bytearray", args=(bytes,))` |
+| PERSID, BINPERSID | `Opaque(kind="persistent", args=(id,))` |
+| a container inside itself | `Opaque(kind="cycle", name=kind of the container)` where it closes |
+
+An object that the pickle refers to twice is the same node twice. Names are Python 3's, also where the pickle
+has Python 2's (`__builtin__`, `copy_reg`). A Python 2 `str` is text where it is UTF-8, else bytes.
+
+Refused: lengths beyond the bytes that are there, unknown memo keys, stack underflow, items for what is no
+container, nesting deeper than `MAX_DEPTH`, descriptions that grow beyond a multiple of the pickle by
+references to references.
+
+Source: CPython 3.11 `Lib/pickletools.py`, `Lib/pickle.py`, `Lib/_compat_pickle.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from ckptconv.formats.pickle_machine import Machine, Made, Value, error, parts_of
+from ckptconv.formats.pickle_opcodes import run
+from ckptconv.rawtree import DictNode, ListNode, Node, Opaque
+
+MAX_DEPTH: Final = 200
+"""Nested containers and calls; what walks a tree recurses once or twice per level."""
+_GROWTH: Final = 16
+_GROWTH_FLOOR: Final = 100_000
+"""A tree may have this many nodes, or `_GROWTH` times the pickle's bytes."""
+
+Decode = Callable[[Opaque], Node]
+"""Asked once for each `Opaque` whose parts are final; answers what stands in the tree."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unpickled:
+    """One pickle as read."""
+
+    root: Node
+    protocol: int
+    end: int
+    """Offset behind the STOP."""
+
+
+def unpickle(data: bytes, *, decode: Decode, name: str, start: int = 0) -> Unpickled:
+    """Read the pickle at `start`.
+
+    Raises: malformed-pickle, limit-exceeded, unsupported-feature, and what `decode` raises.
+    """
+    machine = Machine(data, start, name)
+    made = run(machine)
+    root = _Freezer(decode, name, max(_GROWTH_FLOOR, _GROWTH * len(data))).freeze(made)
+    return Unpickled(root=root, protocol=machine.protocol, end=machine.at)
+
+
+class _Freezer:
+    """Turns what the machine made into nodes: parts first, each once, with depth and growth limited."""
+
+    __slots__ = ("_decode", "_depths", "_done", "_limit", "_name", "_open", "_sizes")
+
+    def __init__(self, decode: Decode, name: str, limit: int) -> None:
+        self._decode, self._name, self._limit = decode, name, limit
+        self._done: dict[int, Node] = {}
+        self._depths: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
+        self._open: set[int] = set()
+
+    def freeze(self, root: Value) -> Node:
+        """The root's node. An explicit stack: the pickle's depth is not ours."""
+        todo: list[tuple[Value, bool]] = [(root, False)]
+        while todo:
+            value, parts_done = todo.pop()
+            if not isinstance(value, Made) or id(value) in self._done:
+                continue
+            if parts_done:
+                self._open.discard(id(value))
+                self._measure(value)
+                self._done[id(value)] = self._node(value)
+            elif id(value) not in self._open:
+                self._open.add(id(value))
+                todo.append((value, True))
+                todo.extend((part, False) for part in parts_of(value)[::-1])
+        return self._get(root)
+
+    def _get(self, value: Value) -> Node:
+        if not isinstance(value, Made):
+            return value
+        if id(value) not in self._done:
+            return Opaque(kind="cycle", name=value.name or value.kind)
+        return self._done[id(value)]
+
+    def _measure(self, value: Made) -> None:
+        parts = parts_of(value)
+        made = [id(part) for part in parts if isinstance(part, Made)]
+        depth = 1 + max((self._depths.get(part, 0) for part in made), default=0)
+        size = 1 + len(parts) + sum(self._sizes.get(part, 0) for part in made)
+        if depth > MAX_DEPTH:
+            raise error("limit-exceeded", self._name, f"nested deeper than {MAX_DEPTH} levels")
+        if size > self._limit:
+            raise error(
+                "limit-exceeded", self._name, f"more than {self._limit} values by references to references"
+            )
+        self._depths[id(value)], self._sizes[id(value)] = depth, size
+
+    def _node(self, value: Made) -> Node:
+        get = self._get
+        if value.kind == "dict":
+            return DictNode(items=tuple((get(key), get(item)) for key, item in value.pairs))
+        if value.kind in ("list", "tuple", "set", "frozenset"):
+            return ListNode(items=tuple(get(item) for item in value.items), kind=value.kind)
+        return self._decode(
+            Opaque(
+                kind=value.kind,
+                name=value.name,
+                args=tuple(get(arg) for arg in value.args),
+                state=get(value.state),
+                items=tuple(get(item) for item in value.items),
+                pairs=tuple((get(key), get(item)) for key, item in value.pairs),
+            )
+        )

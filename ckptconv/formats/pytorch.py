@@ -1,0 +1,344 @@
+"""PyTorch's zip format: what `torch.save` has written since 1.6.
+
+Byte layout: a zip (`zip_container`) whose records all stand under one prefix, the archive's name:
+`data.pkl` (the object, `pickle_reader`), `data/<key>` (the raw bytes of one storage each), `byteorder`
+(`little` or `big`; absent means little), `.format_version`, `.storage_alignment`, `version` (1 to 10),
+`.data/serialization_id`. In the pickle a storage is a persistent id `('storage', class, key, location,
+numel)` and a tensor a call on it; offset and strides count elements. Written are torch 2.13's records in its
+order, pickle protocol 2, little-endian.
+
+The tree of the object:
+
+- dict: `DictNode(kind="dict")`; OrderedDict, Counter, defaultdict: `DictNode(kind="collections.OrderedDict")`
+  and so on, attributes (`_metadata`) in `state`, the factory in `args`;
+- list, tuple, set, frozenset, torch.Size: `ListNode` of that kind;
+- numbers, text, None, bytes, complex: themselves;
+- tensor: `StoredTensor`, strided, equal `storage_id` where storages are shared; one with a conj or neg flag:
+  `DerivedTensor(op=ResolveBits)` of the stored one, which reads as the values that torch shows;
+- tensor with requires_grad, hooks or other metadata: `Opaque("torch.tensor", args=(tensor,), state=dict)`
+  with the keys `requires_grad`, `backward_hooks`, `metadata` as far as set;
+- nn.Parameter: `Opaque("torch.parameter", args=(tensor, requires_grad))`, its attributes in `state`;
+- tensor of a subclass or with attributes: `Opaque("torch.subclass", name=class, args=(inner,),
+  state=attributes)`;
+- quantized tensor: `Opaque("torch.quantized", args=(integers, quantizer, requires_grad, hooks))`;
+- bare storage: `Opaque("torch.storage", name=class, args=(1-D tensor,))`;
+- dtype, class, function: `Opaque("global", name="torch.float32")`;
+- numpy array, numpy scalar: `Opaque("numpy.ndarray")`, `Opaque("numpy.scalar")`, args `(tensor,)` over the
+  pickled bytes;
+- sparse, nested, meta and wrapper tensors, devices, everything else: `Opaque` of kind `call`, `object`,
+  `apply` or `global` as in `pickle_reader`; the tensors in it are reachable.
+
+`RawTree.attributes`: `archive`, `protocol`, `byteorder`, `version`, `alignment`; where they occur `locations`
+(devices other than cpu; written as cpu) and `other_records`. `RawTree.note` is the record `ckptconv.json`.
+A big-endian file's tensors are swapped by their own dtype. (torch does not swap the dtypes that have no typed
+storage class, such as uint16, and so reads them wrongly on another machine.)
+
+Refused: TorchScript archives, the legacy and tar formats of torch < 1.6, records shorter than their storage,
+tensors beyond their storage, storages that are claimed under two classes or lengths. Globals that are neither
+torch's own (its `weights_only` list) nor plain containers are written only where
+`attributes["allow_opaque_globals"]` is True.
+
+Source: torch 2.13 `torch/serialization.py`, `caffe2/serialize/inline_container.cc`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from ckptconv.errors import CkptError, Code, FormatError, UnsafeContentError
+from ckptconv.formats import torch_names
+from ckptconv.formats.base import ChecksumKind, Layout, Placement, TargetFile, register
+from ckptconv.formats.pickle_reader import unpickle
+from ckptconv.formats.pickle_writer import pickle_tree
+from ckptconv.formats.torch_decode import Decoder
+from ckptconv.formats.torch_encode import Encoder, Storage
+from ckptconv.formats.zip_container import (
+    LOCAL_SIGNATURE,
+    Archive,
+    read_archive,
+)
+from ckptconv.formats.zip_layout import NewRecord, PlannedRecord, archive_frame, plan_archive
+from ckptconv.rawtree import RawTree, Scalar
+from ckptconv.source import ByteSource, FileSource
+from ckptconv.tensor import Extent
+
+NOTE_RECORD = "ckptconv.json"
+"""Record of the embedded note; torch passes over records that it does not know."""
+
+_ALIGNMENT = 64
+_MAX_ALIGNMENT = 1 << 15
+_VERSIONS = range(1, 11)
+_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
+_TAR_MAGIC_AT = 257
+_KNOWN_RECORDS = frozenset(
+    {
+        "data.pkl",
+        ".format_version",
+        ".storage_alignment",
+        "byteorder",
+        "version",
+        ".data/version",
+        ".data/serialization_id",
+        NOTE_RECORD,
+    }
+)
+_ID_DIGITS = 40
+
+
+class PyTorchFormat:
+    """`torch.save` files."""
+
+    name = "pytorch"
+    summary = "PyTorch checkpoint, as torch.save writes it since 1.6 (zip)"
+    suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
+    checksums: tuple[ChecksumKind, ...] = ("crc32",)
+
+    def sniff(self, path: Path) -> bool:
+        """Whether it is a zip with `<prefix>/data.pkl`; judged by the first record where the end is lost."""
+        if not path.is_file():
+            return False
+        source = FileSource(path)
+        head = bytearray(min(source.nbytes, 1024))
+        source.read_into(0, memoryview(head))
+        if not head.startswith(LOCAL_SIGNATURE):
+            return False
+        try:
+            return any(
+                name.count("/") == 1 and name.endswith("/data.pkl") for name in read_archive(source).records
+            )
+        except CkptError:
+            first = bytes(head[30 : 30 + int.from_bytes(head[26:28], "little")])
+            return first.endswith((b"/data.pkl", b"/version"))
+
+    def read(self, path: Path) -> RawTree:
+        """The object that was saved; reads directory, headers and pickle, no storage.
+
+        Raises: see `zip_container.read_archive`, `pickle_reader.unpickle`, `torch_decode.Decoder`.
+        """
+        return _read(FileSource(path), str(path))
+
+    def layout(self, raw: RawTree, path: Path) -> Layout:
+        """Where each record goes; reads arrays that stand inside the pickle, no storage.
+
+        Raises: unknown-dtype, opaque-globals, limit-exceeded, unsupported-feature, reference-broken.
+        """
+        encoder = Encoder(raw.root)
+        pickled, names = pickle_tree(raw.root, encoder.encode)
+        _refuse_opaque(names, raw)
+        alignment = _attribute_int(raw.attributes, "alignment", _ALIGNMENT)
+        if not 1 <= alignment <= _MAX_ALIGNMENT:
+            raise FormatError.of(
+                "unsupported-feature",
+                f"an alignment of {alignment} bytes, 1 to {_MAX_ALIGNMENT} are possible",
+                "Leave the attribute 'alignment' out.",
+            )
+        records = _records(pickled, encoder.storages, raw.note, alignment)
+        planned = plan_archive(_archive_name(raw, path), records, alignment)
+        offsets = {place.record.name: place.offset for place in planned}
+        placements = tuple(
+            Placement(
+                key=f"data/{storage.key}",
+                offset=offsets[f"data/{storage.key}"],
+                tensor=storage.tensor,
+                checksum="crc32",
+            )
+            for storage in encoder.storages
+            if storage.tensor.spec.nbytes
+        )
+        target = TargetFile(name="", placements=placements, finish=partial(_finish, planned))
+        return Layout(kind="file", files=(target,))
+
+
+def _finish(planned: tuple[PlannedRecord, ...], checksums: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
+    return archive_frame(planned, checksums)
+
+
+# Reading
+
+
+def _problem(code: Code, source: ByteSource, member: str, message: str, hint: str = "") -> FormatError:
+    error = FormatError.of(
+        code,
+        f"{message} [{source.name}]",
+        hint or "Copy or save the file again; nothing was written.",
+        loc=(source.name, member) if member else (source.name,),
+    )
+    assert isinstance(error, FormatError)
+    return error
+
+
+def _read(source: ByteSource, location: str) -> RawTree:
+    _refuse_relatives(source)
+    archive = read_archive(source)
+    prefix = _prefix(archive)
+    names = {name.removeprefix(f"{prefix}/") for name in archive.records}
+    if "constants.pkl" in names:
+        raise _problem(
+            "unsupported-feature",
+            source,
+            "constants.pkl",
+            "this is a TorchScript archive, which is not read yet",
+            "Save model.state_dict() with torch.save instead.",
+        )
+
+    def small(name: str) -> bytes | None:
+        record = archive.records.get(f"{prefix}/{name}")
+        return None if record is None else archive.data(record)
+
+    order = small("byteorder") or b"little"
+    if order not in (b"little", b"big"):
+        raise _problem("corrupt-file", source, "byteorder", f"byteorder is {order[:20]!r}, not little or big")
+    version = _number(source, "version", small("version") or small(".data/version"))
+    if version not in _VERSIONS:
+        raise _problem("unsupported-feature", source, "version", f"version {version}, 1 to 10 are read")
+    alignment = _number(source, ".storage_alignment", small(".storage_alignment") or b"64")
+    pickled = small("data.pkl")
+    if pickled is None:
+        raise _problem("corrupt-file", source, "data.pkl", "the archive has no record data.pkl")
+
+    extents: dict[str, Extent] = {}
+
+    def find(key: str) -> Extent | None:
+        record = archive.records.get(f"{prefix}/data/{key}")
+        if record is not None and key not in extents:
+            extents[key] = archive.extent(record, big_endian=order == b"big")
+        return extents.get(key)
+
+    decoder = Decoder(find, name=source.name, file_nbytes=source.nbytes)
+    result = unpickle(pickled, decode=decoder.decode, name=f"{source.name}!data.pkl")
+    if result.end != len(pickled):
+        raise _problem(
+            "malformed-pickle",
+            source,
+            "data.pkl",
+            f"the pickle ends at {result.end} of {len(pickled)} bytes",
+        )
+    attributes: dict[str, Scalar | tuple[str, ...]] = {
+        "archive": prefix,
+        "protocol": result.protocol,
+        "byteorder": order.decode(),
+        "version": version,
+        "alignment": alignment,
+    }
+    if locations := tuple(place for place in decoder.locations if place != "cpu"):
+        attributes["locations"] = locations
+    if others := tuple(sorted(names - _KNOWN_RECORDS - {f"data/{key}" for key in extents})):
+        attributes["other_records"] = others
+    return RawTree(
+        format="pytorch",
+        root=result.root,
+        attributes=attributes,
+        note=_note(source, small(NOTE_RECORD)),
+        location=location,
+    )
+
+
+def _refuse_relatives(source: ByteSource) -> None:
+    """Name the formats that older torch versions wrote under the same suffixes."""
+    head = bytearray(min(source.nbytes, 512))
+    source.read_into(0, memoryview(head))
+    if head.startswith(_LEGACY_MAGIC) or head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
+        raise _problem(
+            "unsupported-feature",
+            source,
+            "",
+            "this is a file in the format of torch before 1.6, which is not read yet",
+            "Load it with torch and save it again: torch.save(torch.load(path), path).",
+        )
+    if not head.startswith(LOCAL_SIGNATURE):
+        raise _problem(
+            "unknown-format", source, "", f"the file begins with {bytes(head[:4])!r}, not as a zip"
+        )
+
+
+def _prefix(archive: Archive) -> str:
+    """The archive's name: text before the first slash of the first record, and the same for all."""
+    prefixes = {name.partition("/")[0] if "/" in name else "" for name in archive.records}
+    if len(prefixes) == 1 and (prefix := prefixes.pop()):
+        return prefix
+    raise _problem(
+        "corrupt-file",
+        archive.source,
+        "",
+        "the records do not stand under one name",
+    )
+
+
+def _number(source: ByteSource, name: str, raw: bytes | None) -> int:
+    text = (raw or b"").strip()
+    if not text.isdigit() or len(text) > 9:
+        found = "missing" if raw is None else repr(raw[:20])
+        raise _problem("corrupt-file", source, name, f"'{name}' should hold a number, it is {found}")
+    return int(text)
+
+
+def _note(source: ByteSource, raw: bytes | None) -> str | None:
+    if raw is None:
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise _problem("corrupt-file", source, NOTE_RECORD, "the embedded note is not UTF-8") from None
+
+
+# Writing
+
+
+def _records(
+    pickled: bytes, storages: Iterable[Storage], note: str | None, alignment: int
+) -> Iterator[NewRecord]:
+    """torch's records in torch's order; the note before the version."""
+
+    def known(name: str, data: bytes) -> NewRecord:
+        return NewRecord(name=name, nbytes=len(data), data=data)
+
+    yield known("data.pkl", pickled)
+    yield known(".format_version", b"1")
+    yield known(".storage_alignment", str(alignment).encode())
+    yield known("byteorder", b"little")
+    for storage in storages:
+        yield NewRecord(name=f"data/{storage.key}", nbytes=storage.tensor.spec.nbytes)
+    if note is not None:
+        yield known(NOTE_RECORD, note.encode())
+    yield known("version", b"3\n")
+
+    def serialization_id(checksums: Mapping[str, int]) -> bytes:
+        """40 digits that follow from the content, as torch's do; nothing checks them."""
+        told = hashlib.sha256(pickled)
+        for key in sorted(key for key in checksums if key.startswith("data/")):
+            told.update(f"{key}:{checksums[key]:08x}\n".encode())
+        return str(int.from_bytes(told.digest(), "big") % 10**_ID_DIGITS).zfill(_ID_DIGITS).encode()
+
+    yield NewRecord(name=".data/serialization_id", nbytes=_ID_DIGITS, data=serialization_id)
+
+
+def _archive_name(raw: RawTree, path: Path) -> str:
+    """The name that was read; for a new archive the one that torch gives a file at `path`."""
+    name = raw.attributes.get("archive")
+    if not isinstance(name, str):
+        name = path.name.rpartition(".")[0] or path.name
+    plain = name.isascii() and name.isprintable() and not set(name) & set("/\\") and name.strip(".")
+    return name if plain and len(name) < 256 else "archive"
+
+
+def _attribute_int(attributes: Mapping[str, Scalar | tuple[str, ...]], key: str, default: int) -> int:
+    value = attributes.get(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _refuse_opaque(names: frozenset[str], raw: RawTree) -> None:
+    """Whoever loads the pickle calls what it names: only harmless names are written unasked."""
+    opaque = sorted(names - torch_names.WEIGHTS_ONLY - torch_names.HARMLESS)
+    if opaque and raw.attributes.get("allow_opaque_globals") is not True:
+        raise UnsafeContentError.of(
+            "opaque-globals",
+            f"the new pickle would name {', '.join(opaque[:20])}{' ...' if len(opaque) > 20 else ''}",
+            "Pass --allow opaque-globals if you trust the source; whoever loads the target calls them.",
+            loc=tuple(opaque),
+        )
+
+
+register(PyTorchFormat())
