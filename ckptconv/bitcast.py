@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from ckptconv import dtypes
 from ckptconv.errors import MappingError
-from ckptconv.tensor import Array, Index, StoredTensor, TensorRef, TensorSpec, as_bytes, dense_strides
+from ckptconv.tensor import (
+    Array,
+    Bytes,
+    Index,
+    PlainOp,
+    StoredTensor,
+    TensorRef,
+    TensorSpec,
+    as_bytes,
+    dense_strides,
+)
 
 _U8 = dtypes.BY_NAME["uint8"]
 
 
 @dataclass(frozen=True, slots=True)
-class AsBytes:
+class AsBytes(PlainOp):
     """A tensor's little-endian bytes as U8, with the bytes of one element as one more axis.
 
     Encoded tensors (strings) become one axis of `encoded_nbytes`.
@@ -41,12 +52,15 @@ class AsBytes:
         rows = flat.reshape(*part.shape, tensor.dtype.itemsize)
         return np.ascontiguousarray(rows[..., start[-1] : stop[-1]])
 
+    def windows(self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int) -> Iterator[Bytes]:
+        return inputs[0].windows(nbytes, panel_nbytes)
+
     def to_json(self) -> dict[str, object]:
         return {"op": "as-bytes"}
 
 
 @dataclass(frozen=True, slots=True)
-class FromBytes:
+class FromBytes(PlainOp):
     """The inverse of `AsBytes`."""
 
     dtype: str
@@ -83,6 +97,10 @@ class FromBytes:
         raw = inputs[0].block((*start, 0), (*stop, dtype.itemsize))
         shape = tuple(hi - lo for lo, hi in zip(start, stop, strict=True))
         return raw.reshape(-1).view(dtype.numpy).reshape(shape) if raw.size else np.empty(shape, dtype.numpy)
+
+    def windows(self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int) -> Iterator[Bytes]:
+        item = max(self.result.dtype.itemsize, 1)
+        return inputs[0].windows(max(nbytes - nbytes % item, item), panel_nbytes)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "from-bytes", "dtype": self.dtype, "shape": list(self.shape)}

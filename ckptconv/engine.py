@@ -16,11 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from ckptconv.errors import CkptError, Problem, TargetError
+from ckptconv.errors import CkptError, FormatError, Problem, TargetError
 from ckptconv.formats.base import Layout
-from ckptconv.jobs import Job, JobResult, Step, plan_steps, pwrite, recorded_whole, run_job, running_checksum
+from ckptconv.jobs import (
+    Job,
+    JobResult,
+    Step,
+    check_extent,
+    plan_steps,
+    pwrite,
+    recorded_whole,
+    run_job,
+    running_checksum,
+)
 from ckptconv.publish import Publication, no_space, reported, target_error
-from ckptconv.tensor import Checksum, FileSource, TensorRef
+from ckptconv.tensor import Checksum, Extent, FileSource, TensorRef
 
 BUDGET_NBYTES = 64 << 20
 """What the windows and panels of all workers hold together."""
@@ -68,7 +78,7 @@ def write(
     """
     publication = Publication.of(layout.kind, target, [file.name for file in layout.files], force)
     publication.check()
-    _check_sources(layout, publication)
+    _refuse_sources(layout, publication)
     needed = sum(
         max((p.offset + p.tensor.spec.nbytes for p in file.placements), default=0) for file in layout.files
     )
@@ -134,6 +144,29 @@ def verify_written(
         raise TargetError(*problems)
 
 
+def check_sources(extents: Iterable[Extent], *, jobs: int | None = None) -> None:
+    """Stream every extent that has a recorded checksum, and compare.
+
+    Raises: checksum-mismatch, truncated-tensor; all that are found, together.
+    """
+    workers = _workers(jobs, None)
+    window_nbytes, _ = _sizes(workers)
+
+    def check(extent: Extent) -> tuple[Problem, ...]:
+        meter.advance(0)
+        try:
+            check_extent(extent, "", window_nbytes)
+        except FormatError as error:
+            return error.problems
+        return ()
+
+    meter = _Meter(0, None)
+    with _threads(workers, meter) as pool:
+        problems = [problem for found in pool.map(check, extents) for problem in found]
+    if problems:
+        raise FormatError(*problems)
+
+
 def _name(key: object) -> str:
     return "/".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
@@ -143,7 +176,7 @@ def _verify_problem(key: object, message: str) -> Problem:
     return Problem(code="verify-failed", loc=(_name(key),), message=message, hint=hint)
 
 
-def _check_sources(layout: Layout, publication: Publication) -> None:
+def _refuse_sources(layout: Layout, publication: Publication) -> None:
     """Refuse to replace a file that is read from."""
     sources = {
         id(extent.source): extent.source
@@ -184,7 +217,8 @@ def _sizes(workers: int) -> tuple[int, int]:
     """Bytes of a window and of a panel. An op in floating point holds several times its window."""
     share = BUDGET_NBYTES // workers
     least, most = _WINDOW_NBYTES
-    return min(max(share // 8, least), most), max(share // 2, least)
+    window = min(max(share // 8, least), most)
+    return window - window % 64, max(share // 2, least)
 
 
 def _jobs(layout: Layout, publication: Publication, workers: int, digests: bool) -> list[Job]:

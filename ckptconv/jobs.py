@@ -14,10 +14,9 @@ from dataclasses import dataclass, field, replace
 
 import google_crc32c
 
-from ckptconv import dtypes
 from ckptconv.errors import CkptError, Code, FormatError, Problem
 from ckptconv.formats.base import ChecksumKind, Placement
-from ckptconv.tensor import Bytes, Checksum, Extent, FileSource, StoredTensor, TensorRef, TensorSpec
+from ckptconv.tensor import Bytes, Checksum, Extent, FileSource, StoredTensor, TensorRef
 
 _CRC32C_NBYTES = 64 << 10
 """crc32c takes only `bytes`: windows are handed over in copies small enough to stay in the cache."""
@@ -133,7 +132,7 @@ def run_job(job: Job, advance: Advance | None = None) -> JobResult:
             )
             try:
                 for extent in step.before:
-                    _check(extent, key, job)
+                    check_extent(extent, key, job.window_nbytes)
                 _write(step, fd, job, result, advance)
             except CkptError as error:
                 failures.append(_located(error, key))
@@ -187,12 +186,15 @@ def pwrite(fd: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(fd, data[done:] if done else data, offset + done)
 
 
-def _check(extent: Extent, key: str, job: Job) -> None:
-    assert extent.checksum is not None
-    spec = TensorSpec(dtype=dtypes.BY_NAME["uint8"], shape=(extent.nbytes,))
-    whole = StoredTensor.dense(spec, extent)
-    value = running_checksum(extent.checksum.kind, whole, job.window_nbytes, job.panel_nbytes)
-    _compare(extent.checksum, value, extent, key)
+def check_extent(extent: Extent, key: str, window_nbytes: int) -> None:
+    """Stream an extent and compare its checksum, if it has one; `key` names a tensor that uses it.
+
+    Raises: checksum-mismatch, truncated-tensor.
+    """
+    if extent.checksum is not None:
+        raw = StoredTensor.raw(extent)
+        value = running_checksum(extent.checksum.kind, raw, window_nbytes, window_nbytes)
+        _compare(extent.checksum, value, extent, key)
 
 
 def _compare(recorded: Checksum, value: int, extent: Extent, key: str) -> None:
@@ -202,8 +204,8 @@ def _compare(recorded: Checksum, value: int, extent: Extent, key: str) -> None:
     where = f"{name}@{extent.offset}..{extent.offset + extent.nbytes}"
     raise _damaged(
         "checksum-mismatch",
-        (name, key),
-        f"{recorded.kind} of '{key}': expected {recorded.value:#010x}, got {value:#010x} [{where}]",
+        (name, key) if key else (name,),
+        f"{recorded.kind}{f' of {key!r}' if key else ''}: expected {recorded.value:#010x}, got {value:#010x} [{where}]",
     )
 
 

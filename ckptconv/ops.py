@@ -17,6 +17,7 @@ from ckptconv.tensor import (
     Bytes,
     DerivedTensor,
     Index,
+    PlainOp,
     StoredTensor,
     TensorRef,
     TensorSpec,
@@ -56,22 +57,8 @@ def _within(op: Scale | Cast, before: Array, after: Array) -> Array:
     return after
 
 
-class _Op:
-    """What holds for an op unless it says otherwise."""
-
-    __slots__ = ()
-
-    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
-        return None
-
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return None
-
-
 @dataclass(frozen=True, slots=True)
-class Permute(_Op):
+class Permute(PlainOp):
     """Reorder axes: axis `i` of the result is axis `order[i]` of the input."""
 
     order: tuple[int, ...]
@@ -111,7 +98,7 @@ class Permute(_Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Reshape(_Op):
+class Reshape(PlainOp):
     """The same elements in C order under another shape; `before` is the input's shape."""
 
     before: tuple[int, ...]
@@ -213,7 +200,7 @@ def _reshaped_strides(
 
 
 @dataclass(frozen=True, slots=True)
-class Slice(_Op):
+class Slice(PlainOp):
     """Elements `start` to `stop` (exclusive) of one axis: one part of a split."""
 
     axis: int
@@ -251,7 +238,7 @@ class Slice(_Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Concat(_Op):
+class Concat(PlainOp):
     """Join tensors along one axis; `Slice` of each part's range is the inverse."""
 
     axis: int
@@ -298,7 +285,7 @@ class Concat(_Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Scale(_Op):
+class Scale(PlainOp):
     """Multiply by a number; the product is rounded once, to the tensor's dtype."""
 
     factor: float
@@ -338,7 +325,7 @@ class Scale(_Op):
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(_Op):
+class Cast(PlainOp):
     """Convert to another dtype; exact where the target holds every value of the source."""
 
     dtype: str
@@ -424,7 +411,7 @@ def _elementwise_windows(
     op: Scale | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
 ) -> Iterator[Bytes]:
     after = op.spec((tensor.spec,)).dtype.itemsize
-    room = max(min(nbytes, nbytes * tensor.dtype.itemsize // max(after, 1)), 1)
+    room = max(min(nbytes, nbytes * tensor.dtype.itemsize // after), 1)
     for window in tensor.windows(room, panel_nbytes):
         yield as_bytes(op.of(window.view(tensor.dtype.numpy)))
 

@@ -119,7 +119,7 @@ class Publication:
 
     def path(self, name: str) -> Path:
         """Where the file of that name is written."""
-        return _below(self.kind, self.staged, name)
+        return below(self.kind, self.staged, name)
 
     def check(self) -> None:
         """Refuse a target that exists, or that could not be put in its place.
@@ -175,7 +175,7 @@ class Publication:
             return [self.target] if os.path.lexists(self.target) else []
         parent = self.target.parent
         there = sorted(os.listdir(parent))
-        finals = [_below(self.kind, self.target, name) for name in reversed(self.names)]
+        finals = [below(self.kind, self.target, name) for name in reversed(self.names)]
         paths = [path for path in finals if path.parent != parent or path.name in there]
         for stem in {_SHARD.sub("\0", path.name) for path in finals if _SHARD.search(path.name)}:
             before, after = (re.escape(part) for part in stem.split("\0", 1))
@@ -222,7 +222,7 @@ class Publication:
         if self.kind == "directory":
             moves.append((self.staged, self.target))
         else:
-            moves += [(self.path(name), _below(self.kind, self.target, name)) for name in self.names]
+            moves += [(self.path(name), below(self.kind, self.target, name)) for name in self.names]
         done: list[tuple[Path, Path]] = []
         try:
             for position, (source, destination) in enumerate(moves):
@@ -243,7 +243,8 @@ class Publication:
         shutil.rmtree(self.staging, ignore_errors=True)
 
 
-def _below(kind: str, target: Path, name: str) -> Path:
+def below(kind: str, target: Path, name: str) -> Path:
+    """Where a layout's file of that name stands."""
     if not name:
         return target
     return (target if kind == "directory" else target.parent) / name

@@ -50,6 +50,7 @@ __all__ = [
     "Index",
     "MissingTensor",
     "Op",
+    "PlainOp",
     "StoredTensor",
     "TensorRef",
     "TensorSpec",
@@ -145,10 +146,27 @@ class Op(Protocol):
     def windows(
         self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
     ) -> Iterator[Bytes] | None:
-        """The result's bytes in order, where they follow from the inputs' bytes in order; else None."""
+        """The result's bytes in order, where they follow from the inputs' bytes in order; else None.
+
+        Every window holds whole elements.
+        """
 
     def to_json(self) -> dict[str, object]:
         """For reports and plans: `{"op": name, ...}`."""
+
+
+class PlainOp:
+    """What holds for an op unless it says otherwise."""
+
+    __slots__ = ()
+
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        return None
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return None
 
 
 class TensorRef:
@@ -230,6 +248,11 @@ class StoredTensor(TensorRef):
     def dense(cls, spec: TensorSpec, extent: Extent, offset: int = 0) -> StoredTensor:
         """A C-order tensor that starts `offset` elements into the extent."""
         return cls(spec=spec, extent=extent, offset=offset, strides=dense_strides(spec.shape))
+
+    @classmethod
+    def raw(cls, extent: Extent) -> StoredTensor:
+        """The extent's bytes as they are, as uint8."""
+        return cls.dense(TensorSpec(dtype=dtypes.BY_NAME["uint8"], shape=(extent.nbytes,)), extent)
 
     @classmethod
     def of_array(cls, array: Array, name: str = "<memory>") -> StoredTensor:

@@ -509,3 +509,10 @@ def test_a_failing_worker_stops_the_others(tmp_path: Path, monkeypatch) -> None:
         write(layout("file", {"": placements}), tmp_path / "out", jobs=2)
     assert codes(caught) == [("no-space", ("out",))]
     assert len(written) < 10
+
+
+def test_sources_can_be_checked_without_writing(tmp_path: Path) -> None:
+    tensors = [file_tensor(tmp_path / f"s{i}", array(i, (40,)), "crc32c", wrong=i % 2) for i in range(4)]
+    with pytest.raises(CkptError) as caught:
+        engine.check_sources(tensor.extent for tensor in tensors)
+    assert codes(caught) == [("checksum-mismatch", ("s1",)), ("checksum-mismatch", ("s3",))]
