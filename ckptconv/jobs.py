@@ -201,11 +201,12 @@ def _compare(recorded: Checksum, value: int, extent: Extent, key: str) -> None:
     if value == recorded.value:
         return
     name = extent.source.name
+    what = f"{recorded.kind} of '{key}'" if key else recorded.kind
     where = f"{name}@{extent.offset}..{extent.offset + extent.nbytes}"
     raise _damaged(
         "checksum-mismatch",
         (name, key) if key else (name,),
-        f"{recorded.kind}{f' of {key!r}' if key else ''}: expected {recorded.value:#010x}, got {value:#010x} [{where}]",
+        f"{what}: expected {recorded.value:#010x}, got {value:#010x} [{where}]",
     )
 
 
