@@ -191,9 +191,9 @@ def _hyperparameters(
             node, spot = node.items[index], (*spot, index)
         used.add(key)
         _take_value(node, spot, canonical, position, name, facts, lifter)
-    for key, node in group.items:
-        if isinstance(key, str) and key not in used:
-            _take_value(node, (*here, key), key, position, name, facts, lifter)
+    for native, node in group.items:
+        if isinstance(native, str) and native not in used:
+            _take_value(node, (*here, native), native, position, name, facts, lifter)
     return facts
 
 

@@ -2,8 +2,8 @@
 
 `last_epoch` is the number of `step()` calls, whatever the loop calls it for: per update or per epoch is the
 user's choice and not recorded. `_step_count` is `last_epoch + 1`; `_last_lr` and `base_lrs` repeat the
-groups' `lr` and `initial_lr`. The class is not stored: the family is told by the keys that only it has. Lambdas
-are not stored at all. Source: torch 2.13 `torch/optim/lr_scheduler.py`.
+groups' `lr` and `initial_lr`. The class is not stored: the family is told by the keys that only it has.
+Lambdas are not stored at all. Source: torch 2.13 `torch/optim/lr_scheduler.py`.
 """
 
 from __future__ import annotations

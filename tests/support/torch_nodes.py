@@ -10,7 +10,7 @@ import torch
 
 from ckptconv.dtypes import BY_TORCH
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, RawTree
-from ckptconv.tensor import BufferSource, Extent, StoredTensor, TensorSpec
+from ckptconv.tensor import BufferSource, Extent, StoredTensor, TensorRef, TensorSpec
 
 
 class _Storages:
@@ -64,3 +64,23 @@ def _tensor(value: torch.Tensor, storages: _Storages) -> StoredTensor:
         offset=value.storage_offset(),
         strides=tuple(value.stride()),
     )
+
+
+def comparable(node: Node) -> object:
+    """A node as plain values: tensors by their bytes and by which of them share memory."""
+    storages: dict[object, int] = {}
+
+    def plain(part: Node) -> object:
+        if isinstance(part, TensorRef):
+            storage = storages.setdefault(part.storage_id, len(storages))
+            return "tensor", part.dtype.name, part.shape, part.read().tobytes(), storage
+        if isinstance(part, DictNode):
+            items = [(k, plain(v)) for k, v in part.items]
+            return part.kind, items, plain(part.state), [plain(a) for a in part.args]
+        if isinstance(part, ListNode):
+            return part.kind, [plain(item) for item in part.items]
+        if isinstance(part, Opaque):
+            return part.kind, part.name, [plain(a) for a in part.args], plain(part.state)
+        return type(part).__name__, part
+
+    return plain(node)
