@@ -23,7 +23,7 @@ from ckptconv.catalog.optimizer_rows import Row, relatives, row
 from ckptconv.catalog.residuals import EpsilonResidual
 from ckptconv.catalog.slots import SlotConversion, convert_slots
 from ckptconv.catalog.texts import target_code
-from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Unknown, value_of
+from ckptconv.document import Fact, Group, Known, Optimizer, value_of
 from ckptconv.errors import Problem
 from ckptconv.report import OptimizerVerdict
 from ckptconv.tensor import Op
@@ -264,14 +264,6 @@ def _steps(source: Optimizer, theirs: Row, findings: Findings) -> tuple[Fact, Ma
         step = Known(value=counted.pop(), status="derived", formula="every parameter's step")
     done = value_of(step)
     if isinstance(done, bool) or not isinstance(done, int):
-        tried = "; ".join(f"{c.source}: {c.value} if {c.condition}" for c in candidates(step))
-        findings.stop(
-            "progress-unknown",
-            f"{theirs.class_name} counts its updates and the source tells none"
-            + (f" ({tried})" if tried else ""),
-            "Pass --set step=N.",
-            "step",
-        )
         return step, {}
     if not theirs.step_per_param:
         return step, {}
@@ -286,8 +278,3 @@ def _steps(source: Optimizer, theirs: Row, findings: Findings) -> tuple[Fact, Ma
         return step, source.param_steps
     owners = dict.fromkeys(name for by_param in source.slots.values() for name in by_param)
     return step, dict.fromkeys(owners, done)
-
-
-def candidates(fact: Fact) -> tuple[Candidate, ...]:
-    """The readings that an unknown fact offers."""
-    return fact.candidates if isinstance(fact, Unknown) else ()

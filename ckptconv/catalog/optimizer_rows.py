@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from ckptconv.catalog.loading import Record, load, names
-from ckptconv.document import Value
+from ckptconv.document import Known, Optimizer, Value, value_of
 
 FRAMEWORKS = ("torch", "keras3", "tf_keras", "tf_keras_legacy")
 
@@ -64,6 +64,8 @@ class Row:
     """Canonical slot -> what names the slot's variables (`kernel_momentum`, `Adam/m/kernel`)."""
     slot_conditions: Mapping[str, str]
     """Canonical slot -> hyperparameter without which it does not exist."""
+    slot_readers: Mapping[str, str]
+    """Canonical slot -> hyperparameter without which the rule does not read it, though it may be there."""
     slot_inits: Mapping[str, float]
     """Canonical slot -> its value before the first update."""
     hyperparameters: Mapping[str, HyperRow]
@@ -159,14 +161,16 @@ def _row(
     inits: Mapping[str, float],
     neutral: Mapping[str, Value],
 ) -> Row:
-    slots, variables, conditions = {}, {}, {}
+    slots, variables, conditions, readers = {}, {}, {}, {}
     for slot, entry in record.records("slots"):
         slots[slot] = entry.text("key")
         variable, condition = entry.optional_text("variable"), entry.optional_text("when")
         if variable is not None:
             variables[slot] = variable
         if condition is not None:
-            conditions[slot] = condition
+            conditions[slot] = readers[slot] = condition
+        if entry.has("read_when"):
+            readers[slot] = entry.text("read_when")
         entry.close()
     hyperparameters = {}
     for name, entry in record.records("hyperparameters"):
@@ -195,6 +199,7 @@ def _row(
         slots=slots,
         slot_variables=variables,
         slot_conditions=conditions,
+        slot_readers=readers,
         slot_inits={slot: inits[slot] for slot in slots},
         hyperparameters=hyperparameters,
         neutral=neutral,
@@ -217,6 +222,35 @@ def algorithms() -> tuple[str, ...]:
 def row(algorithm: str, framework: str) -> Row | None:
     """The table row; None where the framework has no such class."""
     return _tables().get(algorithm, {}).get(framework)
+
+
+def hyperparameter_names() -> tuple[str, ...]:
+    """Every canonical hyperparameter of every row."""
+    rows = (one for table in _tables().values() for one in table.values())
+    return tuple(sorted({name for one in rows for name in one.hyperparameters}))
+
+
+def as_algorithm(optimizer: Optimizer, algorithm: str) -> Optimizer:
+    """The optimizer, known to be of this algorithm: its candidates settled, its slots and form named.
+
+    An algorithm that its framework does not have leaves everything but the name as it is.
+    """
+    named = replace(optimizer, algorithm=algorithm, algorithm_candidates=())
+    known = row(algorithm, optimizer.framework)
+    if known is None:
+        return named
+    slots = {known.slot_of(slot) or slot: by_param for slot, by_param in optimizer.slots.items()}
+    return with_form(replace(named, slots=slots))
+
+
+def with_form(optimizer: Optimizer) -> Optimizer:
+    """The optimizer with the form of its class and hyperparameters; unchanged where the class is unknown."""
+    known = row(optimizer.algorithm, optimizer.framework)
+    if known is None:
+        return optimizer
+    first = optimizer.groups[0].hyperparameters if optimizer.groups else {}
+    values = {name: value_of(fact) for name, fact in first.items() if isinstance(fact, Known)}
+    return replace(optimizer, form=known.form(values))
 
 
 def relatives(one: Row) -> tuple[Row, ...]:

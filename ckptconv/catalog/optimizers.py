@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from ckptconv.catalog.conversion import Conversion, convert
-from ckptconv.catalog.optimizer_rows import FRAMEWORKS, HyperRow, Row, algorithms, infer, row
+from ckptconv.catalog.optimizer_rows import (
+    FRAMEWORKS,
+    HyperRow,
+    Row,
+    algorithms,
+    as_algorithm,
+    hyperparameter_names,
+    infer,
+    row,
+    with_form,
+)
 from ckptconv.catalog.residuals import EpsilonResidual, epsilon_residual
 from ckptconv.catalog.slots import SlotConversion
 
@@ -15,8 +25,11 @@ __all__ = [
     "Row",
     "SlotConversion",
     "algorithms",
+    "as_algorithm",
     "convert",
     "epsilon_residual",
+    "hyperparameter_names",
     "infer",
     "row",
+    "with_form",
 ]

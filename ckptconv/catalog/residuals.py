@@ -32,9 +32,9 @@ def epsilon_residual(
     """Largest and median relative error of the next update, per element, when epsilon changes its place.
 
     With c = sqrt(1 - beta_2^(step + 1)) the error is exactly epsilon (1 - c) / (sqrt(v) + epsilon) for
-    `corrected-to-raw`, and epsilon (1 - c) / (sqrt(v) + epsilon c) for `raw-to-corrected`; it falls with v,
-    so the smallest v gives the largest error and the median v the median one. Elements with v = 0 have never had
-    a gradient, do not move under either rule, and are left out. The median is that of a histogram over the
+    `corrected-to-raw`, and epsilon (1 - c) / (sqrt(v) + epsilon c) for `raw-to-corrected`. It falls with v:
+    the smallest v gives the largest error, the median v the median one. Elements with v = 0 have had no
+    gradient, do not move under either rule, and are left out. The median is that of a histogram over the
     upper 16 bits of the float32 value: its error is below 1 %.
 
     I/O: reads every tensor once, in windows.

@@ -39,7 +39,6 @@ def convert_slots(
 ) -> tuple[tuple[SlotConversion, ...], tuple[str, ...]]:
     """The target's slots with their ops, and the source's slots that stay behind."""
     count = len(settings.facts)
-    active = {slot for values in settings.source for slot in ours.slots_present(values)} & set(source.slots)
     if theirs.open_slots:
         wanted = {slot for i in range(count) for slot in theirs.slots_present(settings.target(i))}
         held = [slot for slot in theirs.slots if slot in wanted]
@@ -47,7 +46,8 @@ def convert_slots(
         held = [slot for slot in theirs.slots if slot in target.slots]
     left = tuple(slot for slot in source.slots if slot not in held)
     for slot in left:
-        if slot not in ours.slots or (slot in active and not _is_idle(slot, ours, settings)):
+        # A master copy is no state of the rule: whoever maps the parameters makes the weights from it.
+        if slot != "master" and (slot not in ours.slots or not _is_idle(slot, ours, settings)):
             condition = theirs.slot_conditions.get(slot)
             findings.refuse(
                 "state-dropped",
@@ -70,11 +70,14 @@ def convert_slots(
 
 
 def _is_idle(slot: str, ours: Row, settings: Settings) -> bool:
-    """Whether the rule does not read the slot, although it is there (tf_keras SGD without momentum)."""
-    names = [ours.slot_conditions.get(slot), slot if slot in ours.hyperparameters else None]
-    read = [name for name in names if name is not None]
-    told = [settings.target(i) | dict(values) for i, values in enumerate(settings.source)]
-    return any(all(name in values and not values[name] for values in told) for name in read)
+    """Whether the source's rule does not read the slot, although it is there."""
+    reader = ours.slot_readers.get(slot)
+    if reader is None:
+        return False
+    told = settings.source
+    if slot not in ours.slot_conditions and all(reader not in values for values in told):
+        told = tuple(settings.target(i) for i in range(len(told)))
+    return all(reader in values and not values[reader] for values in told)
 
 
 def _created(
@@ -95,7 +98,7 @@ def _created(
     if not off and isinstance(step, int) and step > 0:
         findings.refuse(
             "slots-missing",
-            f"the source has done {step} updates and has no '{slot}': a step alone is worse than a cold start",
+            f"the source has done {step} updates and has no '{slot}': a step alone is worse than none",
             "Use a source with its optimizer state, or allow slots-missing to begin at the initial value.",
             "slots",
             slot,

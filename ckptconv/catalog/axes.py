@@ -1,0 +1,93 @@
+"""Named axes against shapes: which sizes they have, and the ops that lead from one layout to another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from ckptconv.ops import Permute, Reshape
+from ckptconv.tensor import Op
+
+Shape = tuple[int, ...]
+Axes = tuple[str, ...]
+
+
+def atoms(axis: str) -> tuple[str, ...]:
+    """The atoms of an axis: `in*multiplier` has two, `1` none."""
+    return () if axis == "1" else tuple(axis.split("*"))
+
+
+def expand(axes: Axes, rank: int) -> Axes | None:
+    """The axes for a tensor of that rank: `x...` becomes as many as there are; None where it cannot."""
+    open_ended = [i for i, axis in enumerate(axes) if axis.endswith("...")]
+    if not open_ended:
+        return axes if len(axes) == rank else None
+    position, count = open_ended[0], rank - len(axes) + 1
+    if count < 0:
+        return None
+    name = axes[position][:-3] or "axis"
+    several = (name,) if count == 1 else tuple(f"{name}_{i}" for i in range(count))
+    return (*axes[:position], *several, *axes[position + 1 :])
+
+
+def bind(pairs: Iterable[tuple[Axes, Shape]]) -> Mapping[str, int] | None:
+    """The size of every atom, as far as the shapes tell; None where they contradict each other."""
+    sizes: dict[str, int] = {}
+    merged: list[tuple[tuple[str, ...], int]] = []
+    for axes, shape in pairs:
+        full = expand(axes, len(shape))
+        if full is None:
+            return None
+        for axis, size in zip(full, shape, strict=True):
+            parts = atoms(axis)
+            if len(parts) == 1:
+                if sizes.setdefault(parts[0], size) != size:
+                    return None
+            else:
+                merged.append((parts, size))
+    for _ in range(len(merged) + 1):
+        for parts, size in merged:
+            unknown = [part for part in parts if part not in sizes]
+            known = math.prod(sizes[part] for part in parts if part in sizes)
+            if not unknown and known != size:
+                return None
+            if len(unknown) == 1 and known:
+                if size % known:
+                    return None
+                sizes[unknown[0]] = size // known
+    return sizes
+
+
+def layout_ops(
+    source_axes: Axes, source_shape: Shape, target_axes: Axes, target_shape: Shape
+) -> tuple[Op, ...] | None:
+    """The ops from one layout to the other, at most split, permute, merge; None where the shapes do not fit.
+
+    Sizes are taken from both shapes. An axis that only one side has must have size 1.
+    """
+    sizes = bind([(source_axes, source_shape), (target_axes, target_shape)])
+    source_full, target_full = expand(source_axes, len(source_shape)), expand(target_axes, len(target_shape))
+    if sizes is None or source_full is None or target_full is None:
+        return None
+    before = [atom for axis in source_full for atom in atoms(axis)]
+    after = [atom for axis in target_full for atom in atoms(axis)]
+    if len(set(before)) != len(before) or len(set(after)) != len(after):
+        return None
+    if any(atom not in sizes for atom in (*before, *after)):
+        return None
+    if any(sizes[atom] != 1 for atom in set(before) ^ set(after)):
+        return None
+    shared = set(before) & set(after)
+    kept, wanted = [a for a in before if a in shared], [a for a in after if a in shared]
+    ops: list[Op] = []
+    shape = source_shape
+    split = tuple(sizes[atom] for atom in kept)
+    order = tuple(kept.index(atom) for atom in wanted)
+    if order != tuple(range(len(order))):
+        if shape != split or len(source_full) != len(kept):
+            ops.append(Reshape(shape, split))
+        ops.append(Permute(order))
+        shape = tuple(split[i] for i in order)
+    if shape != target_shape:
+        ops.append(Reshape(shape, target_shape))
+    return tuple(ops) if math.prod(source_shape) == math.prod(target_shape) else None

@@ -1,0 +1,245 @@
+"""The layer table: what the variables of each kind of layer mean, per framework, axis by axis.
+
+`data/layers.json` names axes so that equal names are equal numbers on both sides; a layout op follows from
+two lists of axes and never from a shape alone. `out*in` is a merged axis (the first atom outermost), `1` a
+singleton, `x...` any number of axes.
+
+A kind is possible for a variable where all that is known of its layer fits: every variable of the layer
+is one of the kind's, no obligatory one is missing, and an axis has the same size wherever it occurs. Where
+several kinds fit, all are given; the caller decides, or does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+from ckptconv.catalog.axes import bind, expand, layout_ops
+from ckptconv.catalog.loading import Record, load
+
+__all__ = [
+    "Candidate",
+    "candidates",
+    "declared",
+    "is_framework_only",
+    "keras_candidates",
+    "kind_of_class",
+    "kinds",
+    "layout_ops",
+    "roles",
+    "same_layer",
+    "torch_candidates",
+]
+
+_FRAMEWORKS = frozenset({"torch", "keras3", "tf_keras"})
+_COLUMN = {"tf_keras_legacy": "tf_keras"}
+"""Frameworks whose layers are another one's: the legacy optimizers train tf_keras' layers."""
+
+Shape = tuple[int, ...]
+
+
+class Candidate(NamedTuple):
+    """One thing that a variable may be."""
+
+    kind: str
+    role: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Variable:
+    role: str
+    axes: tuple[str, ...]
+    optional: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    name: str
+    counterpart: str
+    """The kind whose output it equals; its own name where it has no namesake."""
+    variables: Mapping[str, Mapping[str, _Variable]]
+    """Framework -> key of the variable -> what it is."""
+    classes: Mapping[str, tuple[str, ...]]
+    equal_attributes: tuple[str, ...]
+    """Attributes of the live layer that are equal and above 1 where a class stands for two kinds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    kinds: Mapping[str, _Kind]
+    only: Mapping[str, str]
+    """Role -> the one framework that has it."""
+    roles: tuple[str, ...]
+
+    keys: Mapping[str, frozenset[str]]
+    """Framework -> every key that says something about the kind, those of kinds that are not here too."""
+
+
+@cache
+def _table() -> _Table:
+    record = load("layers.json")
+    record.text("source")
+    only, names = {}, []
+    for role, entry in record.records("roles"):
+        entry.text("definition")
+        names.append(role)
+        framework = entry.optional_text("only")
+        if framework is not None:
+            only[role] = framework
+        entry.close()
+    found = {name: _kind(name, entry, names) for name, entry in record.records("kinds")}
+    foreign = record.record("foreign_keys")
+    keys = {
+        framework: frozenset(foreign.texts(framework)).union(
+            *(kind.variables.get(framework, {}) for kind in found.values())
+        )
+        for framework in sorted(_FRAMEWORKS)
+    }
+    foreign.close()
+    table = _Table(kinds=found, only=only, roles=tuple(names), keys=keys)
+    record.close()
+    return table
+
+
+def _kind(name: str, record: Record, names: Collection[str]) -> _Kind:
+    record.text("source")
+    variables: dict[str, dict[str, _Variable]] = {}
+    for role, entry in record.records("roles"):
+        if role not in names:
+            raise ValueError(f"{entry.where}: the role is not defined")
+        optional = entry.flag("optional", False)
+        for framework in sorted(_FRAMEWORKS):
+            if not entry.has(framework):
+                continue
+            column = entry.record(framework)
+            variable = _Variable(role=role, axes=column.texts("axes"), optional=optional)
+            variables.setdefault(framework, {})[column.text("key")] = variable
+            column.close()
+        entry.close()
+    classes = {}
+    if record.has("classes"):
+        inner = record.record("classes")
+        classes = {framework: inner.texts(framework) for framework in inner.keys}
+    kind = _Kind(
+        name=name,
+        counterpart=record.text("counterpart", name),
+        variables=variables,
+        classes=classes,
+        equal_attributes=record.texts("equal_attributes"),
+    )
+    record.close()
+    return kind
+
+
+def kinds() -> tuple[str, ...]:
+    """Names of all kinds of layers."""
+    return tuple(_table().kinds)
+
+
+def roles() -> tuple[str, ...]:
+    """Names of all roles."""
+    return _table().roles
+
+
+def is_framework_only(role: str) -> bool:
+    """Whether only one framework has variables of this role (torch's `batch_count`)."""
+    return role in _table().only
+
+
+def same_layer(kind: str, other: str) -> bool:
+    """Whether two kinds compute the same: equal, or one the other's counterpart (`gpt2_conv1d`, `dense`)."""
+    table = _table().kinds
+    return kind in table and other in table and table[kind].counterpart == table[other].counterpart
+
+
+def candidates(
+    framework: str, key: str, shape: Shape, siblings: Mapping[str, Shape]
+) -> tuple[Candidate, ...]:
+    """What a variable may be, from its key, its shape and the shapes of its layer's variables.
+
+    `key`: the last part of its name (torch) or its edge in the object graph. `siblings` may hold
+    the variable itself.
+    """
+    return _fitting(framework, key, shape, len(shape), {**siblings, key: shape})
+
+
+def torch_candidates(suffix: str, rank: int, siblings: Collection[str]) -> tuple[Candidate, ...]:
+    """What a torch parameter may be, where nothing but names and its rank is known."""
+    return _fitting("torch", suffix, None, rank, dict.fromkeys(siblings))
+
+
+def keras_candidates(
+    framework: str, edge: str, shape: Shape, siblings: Mapping[str, Shape]
+) -> tuple[Candidate, ...]:
+    """`candidates` of a variable of a Keras object graph, `framework` `keras3` or `tf_keras`."""
+    return candidates(framework, edge, shape, siblings)
+
+
+def _fitting(
+    framework: str, key: str, shape: Shape | None, rank: int, siblings: Mapping[str, Shape | None]
+) -> tuple[Candidate, ...]:
+    framework = _COLUMN.get(framework, framework)
+    table = _table()
+    telling = {name: size for name, size in siblings.items() if name in table.keys.get(framework, ())}
+    found = []
+    for kind in table.kinds.values():
+        variables = kind.variables.get(framework, {})
+        if key not in variables or not telling.keys() <= variables.keys():
+            continue
+        if any(not v.optional and name not in siblings for name, v in variables.items() if name != key):
+            continue
+        axes = expand(variables[key].axes, rank)
+        if axes is None or not _is_uniform(variables, key, rank, telling):
+            continue
+        if bind((variables[name].axes, size) for name, size in telling.items() if size is not None) is None:
+            continue
+        found.append(Candidate(kind.name, variables[key].role, axes))
+    return tuple(found)
+
+
+def _is_uniform(
+    variables: Mapping[str, _Variable], key: str, rank: int, siblings: Mapping[str, Shape | None]
+) -> bool:
+    """Whether variables with any number of axes have the same ones; more than one axis needs a witness."""
+    open_ended = [
+        name for name, variable in variables.items() if any("..." in axis for axis in variable.axes)
+    ]
+    shapes = [siblings[name] for name in open_ended if name in siblings]
+    if len(open_ended) < 2 or key not in open_ended or (rank < 2 and None in shapes):
+        return True
+    return len(set(shapes)) == 1 and (rank < 2 or (len(shapes) > 1 and None not in shapes))
+
+
+def declared(framework: str, kind: str, key: str, shape: Shape) -> tuple[str, tuple[str, ...]] | None:
+    """Role and axes of a variable whose layer is known; None where the kind has no such variable."""
+    framework = _COLUMN.get(framework, framework)
+    entry = _table().kinds.get(kind)
+    variable = entry.variables.get(framework, {}).get(key) if entry else None
+    axes = expand(variable.axes, len(shape)) if variable else None
+    return (variable.role, axes) if variable is not None and axes is not None else None
+
+
+def kind_of_class(framework: str, cls: type, layer: object = None) -> str | None:
+    """The kind of a live layer's class, or of the class that it extends; None where the table has none.
+
+    `layer` is the live object: it tells a depthwise convolution from others of its class.
+    """
+    framework = _COLUMN.get(framework, framework)
+    for base in cls.__mro__:
+        name = f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
+        fitting = [kind for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
+        special = [
+            kind for kind in fitting if kind.equal_attributes and _are_equal(layer, kind.equal_attributes)
+        ]
+        plain = [kind for kind in fitting if not kind.equal_attributes]
+        if fitting:
+            return (special or plain)[0].name
+    return None
+
+
+def _are_equal(layer: object, names: tuple[str, ...]) -> bool:
+    values = {getattr(layer, name, None) for name in names}
+    return len(values) == 1 and all(isinstance(value, int) and value > 1 for value in values)
