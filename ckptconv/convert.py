@@ -186,7 +186,7 @@ def _finish(
     if problems or raw is None:
         raise MappingError(*problems)
     verdicts = tuple(_sized(report.verdicts, plan))
-    checker = verification.checker(goal.format, raw) if verify else None
+    checker = verification.checker(goal.format, raw, layout, jobs) if verify else None
     written = engine.write(
         layout, goal.path, force=force, jobs=jobs, executor=executor, verify=checker, progress=progress
     )

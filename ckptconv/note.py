@@ -41,6 +41,9 @@ from ckptconv.validation import validate_note
 KEY = "ckptconv"
 """Under which the note stands, wherever the container lets us choose."""
 
+EXTENSION = "ckptconv/note"
+"""Under which a document that is about to be written carries its note's text, for the dialect to place."""
+
 SOURCE = "embedded note"
 """What `Known.source` says of a fact that was read from a note."""
 

@@ -8,7 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ckptconv.catalog import optimizers
+from ckptconv.catalog import completion
+from ckptconv.catalog.optimizer_rows import algorithms
 from ckptconv.document import (
     PROGRESS_FIELDS,
     Checkpoint,
@@ -59,7 +60,7 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
 
 def settable_fields() -> tuple[str, ...]:
     """Names that `--set` accepts."""
-    return (*PROGRESS_FIELDS, "optimizer", *optimizers.hyperparameter_names())
+    return (*PROGRESS_FIELDS, "optimizer", *completion.hyperparameter_names())
 
 
 def _parsed(name: str, text: str) -> Value:
@@ -83,13 +84,13 @@ def _parsed(name: str, text: str) -> Value:
     raise ValueError(text)
 
 
-def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
-    """The document with the caller's values in place of what was unknown or recorded.
+def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str = BY_CALLER) -> Checkpoint:
+    """The document with the caller's values in place of what was unknown or recorded; `who` is named as their source.
 
     Raises: usage for an optimizer's field where the document has no optimizer.
     """
     for name, value in values.items():
-        fact = Known(value=value, status="supplied", source=BY_CALLER)
+        fact = Known(value=value, status="supplied", source=who)
         if name in PROGRESS_FIELDS:
             checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: fact}))
             if name == "step":
@@ -103,7 +104,7 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoin
         else:
             changed = tuple(_with_hyperparameter(o, name, fact) for o in checkpoint.optimizers)
             checkpoint = replace(checkpoint, optimizers=changed)
-        checkpoint = _supplied(checkpoint, name, BY_CALLER)
+        checkpoint = _supplied(checkpoint, name, who)
     return checkpoint
 
 
@@ -118,15 +119,15 @@ def with_step(checkpoint: Checkpoint, fact: Known) -> Checkpoint:
 
 
 def _with_algorithm(checkpoint: Checkpoint, algorithm: str) -> Checkpoint:
-    if algorithm not in optimizers.algorithms():
-        close = difflib.get_close_matches(algorithm, optimizers.algorithms(), n=1)
+    if algorithm not in algorithms():
+        close = difflib.get_close_matches(algorithm, algorithms(), n=1)
         raise CkptError(
             Problem(
                 code="optimizer-unknown",
                 loc=("optimizer",),
                 message=f"the catalog has no optimizer '{algorithm}'"
                 + (f" (did you mean '{close[0]}'?)" if close else ""),
-                hint="Known: " + ", ".join(optimizers.algorithms()) + ".",
+                hint="Known: " + ", ".join(algorithms()) + ".",
             )
         )
     changed = []
@@ -141,7 +142,7 @@ def _with_algorithm(checkpoint: Checkpoint, algorithm: str) -> Checkpoint:
                     hint="Set one of those.",
                 )
             )
-        changed.append(optimizers.as_algorithm(optimizer, algorithm))
+        changed.append(completion.as_algorithm(optimizer, algorithm))
     return replace(checkpoint, optimizers=tuple(changed))
 
 
@@ -149,7 +150,7 @@ def _with_hyperparameter(optimizer: Optimizer, name: str, fact: Fact) -> Optimiz
     groups = tuple(
         replace(group, hyperparameters={**group.hyperparameters, name: fact}) for group in optimizer.groups
     )
-    return optimizers.with_form(replace(optimizer, groups=groups))
+    return completion.with_form(replace(optimizer, groups=groups))
 
 
 def _supplied(checkpoint: Checkpoint, name: str, who: str) -> Checkpoint:
@@ -258,7 +259,7 @@ def _completed(optimizer: Optimizer, other: Optimizer) -> Optimizer:
     if optimizer.algorithm == "unknown" or len(optimizer.algorithm_candidates) > 1:
         fits = not optimizer.algorithm_candidates or other.algorithm in optimizer.algorithm_candidates
         if fits and other.algorithm != "unknown":
-            optimizer = optimizers.as_algorithm(optimizer, other.algorithm)
+            optimizer = completion.as_algorithm(optimizer, other.algorithm)
     groups = []
     for position, group in enumerate(optimizer.groups):
         theirs: Group | None = other.groups[position] if position < len(other.groups) else None
@@ -267,7 +268,7 @@ def _completed(optimizer: Optimizer, other: Optimizer) -> Optimizer:
             if isinstance(fact, Known) and not isinstance(facts.get(name), Known):
                 facts[name] = Known(value=fact.value, status="supplied", source=BY_SPEC)
         groups.append(replace(group, hyperparameters=facts))
-    return optimizers.with_form(replace(optimizer, groups=tuple(groups)))
+    return completion.with_form(replace(optimizer, groups=tuple(groups)))
 
 
 def rename_optimizer_params(

@@ -57,7 +57,9 @@ def shared_hyperparameters(optimizer: Optimizer) -> dict[str, Value]:
     return values
 
 
-def with_arguments(optimizer: Optimizer, class_name: str, arguments: Mapping[str, object], who: str) -> Optimizer:
+def with_arguments(
+    optimizer: Optimizer, class_name: str, arguments: Mapping[str, object], who: str
+) -> Optimizer:
     """The optimizer as a live object declares it: its class, and its constructor's arguments by their own names.
 
     Arguments that are no plain number or flag (a schedule object) are left out; recorded values win.
