@@ -13,6 +13,7 @@ from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Unknown
 from ckptconv.errors import CkptError, FormatError, Problem, TargetError
 from ckptconv.formats import neutral
 from ckptconv.formats.base import Format, Layout
+from ckptconv.formats.bundle_write import NOTE_KEY
 from ckptconv.manifest import to_json
 from ckptconv.publish import below
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, RawTree, children
@@ -38,6 +39,8 @@ def checker(
         differing = next(_differences(raw.root, again.root, ()), None)
         if differing is not None:
             raise _failed(*differing)
+        if again.note != raw.note:
+            raise _failed((NOTE_KEY,), "the embedded note is another text")
         keys = {
             (os.path.basename(below(layout.kind, staged, file.name)), placement.offset): placement.key
             for file in layout.files
@@ -51,7 +54,9 @@ def checker(
             if key is None:
                 raise _failed((extent.source.name,), f"bytes at {extent.offset} belong to no tensor that was written")
             found[key] = StoredTensor.raw(extent)
-        engine.verify_written(result.contents, found.items(), jobs=jobs)
+        # The note is no part of the tree; its text was compared above.
+        expected = {key: content for key, content in result.contents.items() if key != NOTE_KEY}
+        engine.verify_written(expected, found.items(), jobs=jobs)
 
     return check
 
