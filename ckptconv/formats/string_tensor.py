@@ -1,9 +1,9 @@
 """String and variant tensors as a bundle stores them: one encoding of the whole tensor.
 
 String (DT_STRING): varint length of each element, `u32` masked crc32c of the lengths, the elements' bytes.
-Variant (DT_VARIANT): per element varint length, the serialized VariantTensorDataProto, `u32` masked running
-checksum. In every checksum, the entry's too, a length counts as `u32` (`u64` above 2^32 - 1) little-endian,
-not as its varint; everything else as it is stored.
+Variant (DT_VARIANT): per element varint length, the serialized VariantTensorDataProto, `u32` masked checksum
+of everything so far. In every checksum, the entry's too, a string's length counts as `u32` (`u64` above
+2^32 - 1) and a variant's as `u64`, little-endian, not as its varint; all else as it is stored.
 
 Refused: lengths that do not add up to the bytes that are there, checksums that do not match.
 
@@ -122,7 +122,7 @@ class Scan:
         self._left -= position - start
         if self._body > self._left:
             raise self._corrupt(f"elements of {self._body} bytes are stated, {self._left} are there")
-        self._crc = crc.extend(self._crc, _counted(short))
+        self._crc = crc.extend(self._crc, _counted(short, wide=self._interleaved))
         if short and (self._interleaved or not self._remaining):
             self._want_crc = not self._interleaved or not self._body
         return position
@@ -164,8 +164,10 @@ def _mismatch(what: str, stored: int, found: int, loc: Loc) -> CkptError:
     )
 
 
-def _counted(lengths: list[int]) -> bytes:
+def _counted(lengths: list[int], *, wide: bool = False) -> bytes:
     """Lengths as the checksums see them."""
+    if wide:
+        return struct.pack(f"<{len(lengths)}Q", *lengths)
     if max(lengths, default=0) <= _U32:
         return struct.pack(f"<{len(lengths)}I", *lengths)
     return b"".join(struct.pack("<I" if length <= _U32 else "<Q", length) for length in lengths)
