@@ -1,0 +1,349 @@
+"""The optimizers of an object graph: where each stands, which variable each slot belongs to, what it counts.
+
+Three generations, told apart by the edges of the optimizer's node:
+
+| | Keras 3 | tf_keras >= 2.11 | tf_keras legacy |
+|---|---|---|---|
+| step | `_iterations` (<= 3.4: `iterations`), always `_variables/0` too | `_iterations` = `_variables/0` | `iter` |
+| learning rate | `_learning_rate` = `_variables/1`; neither under a schedule | `_learning_rate`, not in `_variables` | `learning_rate` |
+| slots | lists beside `_trainable_variables`, element by element | full name `[scope/]slot/variable` | `slot_variables` of the node |
+
+A Keras 3 optimizer that was built has its variables in `_trainable_variables`. tf_keras keeps no such list, and
+its slot lists (`_momentums`) are edges only after `fit`, so the names of the slots decide there.
+`LossScaleOptimizer` of Keras 3 wraps an inner optimizer and never counts itself; that of tf_keras is transparent.
+
+Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py`, `loss_scale_optimizer.py`; tf_keras 2.21
+`tf_keras/src/optimizers/optimizer.py`, `legacy/optimizer_v2.py`, `mixed_precision/loss_scale_optimizer.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ckptconv.dialects.object_paths import Graph
+from ckptconv.errors import CkptError, MappingError
+
+Generation = Literal["keras3", "tf_keras", "tf_keras_legacy"]
+Shapes = Mapping[int, tuple[int, ...]]
+"""Shape of every variable node."""
+
+_LEGACY_MARKS = frozenset({"iter", "decay", "beta_1", "beta_2", "learning_rate", "momentum", "rho"})
+_BOOKKEEPING = frozenset(
+    {"_variables", "_trainable_variables", "_trainable_variables_indices", "_index_dict", "_model_variables"}
+)
+_SETTINGS = frozenset({"_iterations", "iterations", "_learning_rate", "_current_learning_rate"})
+AVERAGES = "_model_variables_moving_average"
+ACCUMULATORS = "_accumulated_gradients"
+_NOT_SLOTS = frozenset({AVERAGES, ACCUMULATORS, "average", "gradient_accumulator"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerNode:
+    """One optimizer, in the numbers of the graph's nodes."""
+
+    node: int
+    generation: Generation
+    path: tuple[str, ...]
+    """Edges from the root to the outermost wrapper."""
+    step: int | None
+    """The variable that counts; None where none was made yet."""
+    learning_rate: int | None
+    scalars: Mapping[str, int] = field(default_factory=dict)
+    """Other hyperparameters that stand in variables, by edge (legacy: `beta_1`, `decay`, ...)."""
+    variables: tuple[int, ...] = ()
+    """The variables it trains, in its own order; what it has slots for where it keeps no list."""
+    slots: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """Name of the list edge (Keras 3, tf_keras) or of the slot -> (variable, slot variable)."""
+    lists: frozenset[str] = frozenset()
+    """Names of the slot lists, the empty ones too."""
+    named_slots: bool = False
+    """Whether `slots` has the slots' own names (`m`) for want of list edges."""
+    slot_names: frozenset[str] = frozenset()
+    """The slots' own names, where their variables' full names have them."""
+    scalar_state: frozenset[str] = frozenset()
+    """Edges to single variables beside counter and learning rate (Nadam's `_u_product`)."""
+    averages: tuple[int, ...] = ()
+    accumulators: tuple[int, ...] = ()
+    scope: str | None = None
+    """What its variables' names begin with: the name the class gives itself."""
+    built: bool = True
+    order: Literal["named", "declaration-order", "unknown"] = "named"
+    loss_scale: int | None = None
+    """Variable of the current loss scale."""
+
+
+def optimizer_nodes(graph: Graph) -> dict[int, tuple[str, ...]]:
+    """Every optimizer, wrappers included, with the shortest path to it."""
+    paths: dict[int, tuple[str, ...]] = {0: ()}
+    found: dict[int, tuple[str, ...]] = {}
+    queue = deque([0])
+    while queue:
+        node = queue.popleft()
+        if node and _is_optimizer(graph, node):
+            found[node] = paths[node]
+        for edge, child in graph.children[node]:
+            if child not in paths:
+                paths[child] = (*paths[node], edge)
+                queue.append(child)
+    return found
+
+
+def _is_optimizer(graph: Graph, node: int) -> bool:
+    edges = graph.edges(node)
+    if graph.graph.nodes[node].slot_variables or "_iterations" in edges:
+        return True
+    if "iterations" in edges and "_variables" in edges:
+        return True
+    step = edges.get("iter")
+    return step in graph.variables and edges.keys() - {"iter"} <= _LEGACY_MARKS | {
+        "loss_scale",
+        "base_optimizer",
+    }
+
+
+def optimizers(graph: Graph, model_variables: Sequence[int], shapes: Shapes) -> tuple[OptimizerNode, ...]:
+    """The optimizers in the order in which the graph reaches them; of a wrapped one the inner.
+
+    `model_variables`: those of the models, in model order.
+
+    Raises: order-ambiguous where slots cannot be given to variables.
+    """
+    paths = optimizer_nodes(graph)
+    inner = {child: node for node in paths if (child := graph.child(node, "inner_optimizer")) is not None}
+    wrappers = set(inner.values())
+    result = []
+    for node, path in paths.items():
+        if node in wrappers:
+            continue
+        outer = inner.get(node)
+        scale = graph.child(outer, "dynamic_scale") if outer is not None else None
+        if scale is None:
+            scale = graph.child(node, "loss_scale", "current_loss_scale")
+        reader = _READERS[generation_of(graph, node)]
+        result.append(
+            reader(graph, node, paths[outer] if outer is not None else path, model_variables, shapes, scale)
+        )
+    return tuple(result)
+
+
+def generation_of(graph: Graph, node: int) -> Generation:
+    """Which generation of optimizers a node is one of."""
+    edges = graph.edges(node)
+    if graph.graph.nodes[node].slot_variables or "iter" in edges:
+        return "tf_keras_legacy"
+    if "_trainable_variables" in edges or "iterations" in edges:
+        return "keras3"
+    variables = graph.elements(edges.get("_variables"))
+    learning_rate = edges.get("_learning_rate")
+    return "keras3" if learning_rate is not None and learning_rate in variables else "tf_keras"
+
+
+def _keras3(
+    graph: Graph,
+    node: int,
+    path: tuple[str, ...],
+    model_variables: Sequence[int],
+    shapes: Shapes,
+    loss_scale: int | None,
+) -> OptimizerNode:
+    edges = graph.edges(node)
+    own = graph.elements(edges.get("_variables"))
+    variables = graph.elements(edges.get("_trainable_variables"))
+    lists = {
+        edge: graph.elements(child)
+        for edge, child in edges.items()
+        if edge not in _BOOKKEEPING
+        and child not in graph.variables
+        and (graph.is_list(child) or not graph.children[child])
+    }
+    slots = {}
+    for edge, elements in lists.items():
+        fits = len(elements) == len(variables) and all(
+            shapes.get(slot) == shapes.get(variable)
+            for slot, variable in zip(elements, variables, strict=True)
+        )
+        if edge not in _NOT_SLOTS and elements and fits:
+            slots[edge] = tuple(zip(variables, elements, strict=True))
+    step = edges.get("_iterations", edges.get("iterations", own[0] if own else None))
+    return OptimizerNode(
+        node=node,
+        generation="keras3",
+        path=path,
+        step=step,
+        learning_rate=edges.get("_learning_rate"),
+        variables=variables,
+        slots=slots,
+        lists=frozenset(lists) - _NOT_SLOTS,
+        scalar_state=_scalar_state(graph, edges),
+        averages=lists.get(AVERAGES, ()),
+        accumulators=lists.get(ACCUMULATORS, ()),
+        scope=_scope(graph, step, ("iteration", "iterations")),
+        built=bool(variables),
+        loss_scale=loss_scale,
+    )
+
+
+def _scalar_state(graph: Graph, edges: Mapping[str, int]) -> frozenset[str]:
+    return frozenset(edge for edge, child in edges.items() if child in graph.variables) - _SETTINGS
+
+
+def _scope(graph: Graph, step: int | None, names: tuple[str, ...]) -> str | None:
+    """The part before the counter's own name in its full name: `adam` of `adam/iteration`."""
+    if step not in graph.variables:
+        return None
+    assert step is not None
+    parts = graph.variables[step].full_name.split("/")
+    return parts[-2] if len(parts) > 1 and parts[-1] in names else None
+
+
+def _tf_keras(
+    graph: Graph,
+    node: int,
+    path: tuple[str, ...],
+    model_variables: Sequence[int],
+    shapes: Shapes,
+    loss_scale: int | None,
+) -> OptimizerNode:
+    edges = graph.edges(node)
+    step = edges.get("_iterations")
+    own = tuple(v for v in graph.elements(edges.get("_variables")) if v != step)
+    matched, scope, order = _match_by_name(graph, own, model_variables, shapes)
+    lists = {
+        edge: graph.elements(child)
+        for edge, child in edges.items()
+        if edge not in _BOOKKEEPING and graph.is_list(child) and set(graph.elements(child)) <= set(own)
+    }
+    list_of = {slot: edge for edge, elements in lists.items() for slot in elements}
+    by_edge = all(slot in list_of for slot, (name, _) in matched.items() if name not in _NOT_SLOTS)
+    slots: dict[str, list[tuple[int, int]]] = {}
+    averages = []
+    for slot, (name, variable) in matched.items():
+        if name in _NOT_SLOTS:
+            averages.append(slot)
+        else:
+            slots.setdefault(list_of[slot] if by_edge else name, []).append((variable, slot))
+    variables = tuple(dict.fromkeys(variable for pairs in slots.values() for variable, _ in pairs))
+    return OptimizerNode(
+        node=node,
+        generation="tf_keras",
+        path=path,
+        step=step,
+        learning_rate=edges.get("_learning_rate"),
+        variables=variables,
+        slots={name: tuple(pairs) for name, pairs in slots.items()},
+        lists=frozenset(lists) if by_edge else frozenset(slots),
+        named_slots=not by_edge,
+        slot_names=frozenset(name for name, _ in matched.values()) - _NOT_SLOTS,
+        scalar_state=_scalar_state(graph, edges),
+        averages=tuple(averages),
+        scope=scope,
+        built=bool(own),
+        order=order,
+        loss_scale=loss_scale,
+    )
+
+
+Matches = dict[int, tuple[str, int]]
+"""Slot variable -> (name of the slot, the variable it belongs to)."""
+
+
+def _match_by_name(
+    graph: Graph, own: Sequence[int], model_variables: Sequence[int], shapes: Shapes
+) -> tuple[Matches, str | None, Literal["named", "declaration-order", "unknown"]]:
+    """Give each slot variable to the variable whose full name its own ends with.
+
+    Variables of one name are told apart by order: slots follow the model's variables. That needs as many
+    slots as variables, and equal shapes.
+
+    Raises: order-ambiguous.
+    """
+    by_name: dict[str, list[int]] = {}
+    for variable in model_variables:
+        full_name = graph.variables[variable].full_name
+        if full_name:
+            by_name.setdefault(full_name, []).append(variable)
+    named: dict[tuple[str, str], list[int]] = {}
+    scopes: Counter[str] = Counter()
+    for slot in own:
+        parsed = _parse_slot_name(graph.variables[slot].full_name, by_name)
+        if parsed is None:
+            continue
+        scope, name, variable_name = parsed
+        scopes[scope] += 1
+        named.setdefault((name, variable_name), []).append(slot)
+    matched: Matches = {}
+    order: Literal["named", "declaration-order", "unknown"] = "named"
+    for (name, variable_name), slots in named.items():
+        variables = by_name[variable_name]
+        if len(variables) > 1:
+            order = "declaration-order"
+        same = len(slots) == len(variables) and all(
+            shapes.get(slot) == shapes.get(variable) for slot, variable in zip(slots, variables, strict=True)
+        )
+        if not same:
+            raise _ambiguous(name, variable_name, len(slots), len(variables))
+        matched.update({slot: (name, variable) for slot, variable in zip(slots, variables, strict=True)})
+    ordered = {slot: matched[slot] for slot in own if slot in matched}
+    scope = scopes.most_common(1)[0][0] if scopes else ""
+    return ordered, scope or None, order
+
+
+def _parse_slot_name(full_name: str, by_name: Mapping[str, list[int]]) -> tuple[str, str, str] | None:
+    """`Adam/m/dense/kernel` -> (`Adam`, `m`, `dense/kernel`), by the longest variable name that it ends with."""
+    parts = full_name.split("/")
+    for start in range(1, len(parts)):
+        rest = "/".join(parts[start:])
+        if rest in by_name:
+            return "/".join(parts[: start - 1]).rpartition("/")[2], parts[start - 1], rest
+    return None
+
+
+def _ambiguous(slot: str, variable: str, slots: int, variables: int) -> CkptError:
+    return MappingError.of(
+        "order-ambiguous",
+        f"{slots} slots '{slot}' are named after '{variable}', which is the name of {variables} variables",
+        "Give the model's layers distinct names and save again.",
+        loc=("optimizer", slot, variable),
+    )
+
+
+def _legacy(
+    graph: Graph,
+    node: int,
+    path: tuple[str, ...],
+    model_variables: Sequence[int],
+    shapes: Shapes,
+    loss_scale: int | None,
+) -> OptimizerNode:
+    edges = graph.edges(node)
+    position = {variable: place for place, variable in enumerate(model_variables)}
+    slots: dict[str, list[tuple[int, int]]] = {}
+    for slot in graph.graph.nodes[node].slot_variables:
+        slots.setdefault(slot.name, []).append((slot.original, slot.slot))
+    variables = dict.fromkeys(variable for pairs in slots.values() for variable, _ in pairs)
+    last = len(position)
+    step = edges.get("iter")
+    return OptimizerNode(
+        node=node,
+        generation="tf_keras_legacy",
+        path=path,
+        step=step,
+        learning_rate=edges.get("learning_rate"),
+        scalars={
+            edge: child
+            for edge, child in edges.items()
+            if child in graph.variables and edge not in ("iter", "learning_rate")
+        },
+        variables=tuple(sorted(variables, key=lambda variable: position.get(variable, last))),
+        slots={name: tuple(pairs) for name, pairs in slots.items()},
+        lists=frozenset(slots),
+        scope=_scope(graph, step, ("iter",)),
+        built=len(edges) > 1,
+        loss_scale=loss_scale,
+    )
+
+
+_READERS = {"keras3": _keras3, "tf_keras": _tf_keras, "tf_keras_legacy": _legacy}
