@@ -264,7 +264,7 @@ def _steps(source: Optimizer, theirs: Row, findings: Findings) -> tuple[Fact, Ma
         step = Known(value=counted.pop(), status="derived", formula="every parameter's step")
     done = value_of(step)
     if isinstance(done, bool) or not isinstance(done, int):
-        return step, {}
+        return step, source.param_steps if theirs.step_per_param else {}
     if not theirs.step_per_param:
         return step, {}
     if max([done, *source.param_steps.values()]) >= _FLOAT32_COUNTS:

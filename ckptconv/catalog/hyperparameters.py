@@ -119,7 +119,7 @@ def _own(
                 "hyperparameters",
                 name,
             )
-    for name, value in ours.neutral.items():
+    for name, value in {**theirs.neutral, **ours.neutral}.items():
         if name not in told and name not in ours.hyperparameters:
             told[name] = Known(value=value, status="derived", formula=f"{ours.class_name} has none")
     for slot, name in ours.slot_conditions.items():
@@ -227,6 +227,14 @@ def _learning_rate(
     dampening = own.get("dampening")
     if dampening is not None and dampening.value and "dampening" not in theirs.hyperparameters:
         assert isinstance(dampening.value, (int, float))
+        if dampening.value == 1:
+            refuse(
+                "form-mismatch",
+                f"dampening = 1 keeps the gradient out of the buffer; {theirs.class_name} would get the rate 0",
+                "Allow form-mismatch if that is what the run does: the buffer alone goes on moving the weights.",
+                *loc,
+                "dampening",
+            )
         value *= 1 - dampening.value
         formulas.append(f"learning_rate * (1 - {dampening.value})")
     if formulas:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 
 from ckptconv.catalog.loading import Record, load, names
-from ckptconv.document import Known, Optimizer, Value, value_of
+from ckptconv.document import Value
 
 FRAMEWORKS = ("torch", "keras3", "tf_keras", "tf_keras_legacy")
 
@@ -222,35 +222,6 @@ def algorithms() -> tuple[str, ...]:
 def row(algorithm: str, framework: str) -> Row | None:
     """The table row; None where the framework has no such class."""
     return _tables().get(algorithm, {}).get(framework)
-
-
-def hyperparameter_names() -> tuple[str, ...]:
-    """Every canonical hyperparameter of every row."""
-    rows = (one for table in _tables().values() for one in table.values())
-    return tuple(sorted({name for one in rows for name in one.hyperparameters}))
-
-
-def as_algorithm(optimizer: Optimizer, algorithm: str) -> Optimizer:
-    """The optimizer, known to be of this algorithm: its candidates settled, its slots and form named.
-
-    An algorithm that its framework does not have leaves everything but the name as it is.
-    """
-    named = replace(optimizer, algorithm=algorithm, algorithm_candidates=())
-    known = row(algorithm, optimizer.framework)
-    if known is None:
-        return named
-    slots = {known.slot_of(slot) or slot: by_param for slot, by_param in optimizer.slots.items()}
-    return with_form(replace(named, slots=slots))
-
-
-def with_form(optimizer: Optimizer) -> Optimizer:
-    """The optimizer with the form of its class and hyperparameters; unchanged where the class is unknown."""
-    known = row(optimizer.algorithm, optimizer.framework)
-    if known is None:
-        return optimizer
-    first = optimizer.groups[0].hyperparameters if optimizer.groups else {}
-    values = {name: value_of(fact) for name, fact in first.items() if isinstance(fact, Known)}
-    return replace(optimizer, form=known.form(values))
 
 
 def relatives(one: Row) -> tuple[Row, ...]:

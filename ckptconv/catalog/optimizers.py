@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
+from ckptconv.catalog.completion import as_algorithm, hyperparameter_names, with_form
 from ckptconv.catalog.conversion import Conversion, convert
-from ckptconv.catalog.optimizer_rows import (
-    FRAMEWORKS,
-    HyperRow,
-    Row,
-    algorithms,
-    as_algorithm,
-    hyperparameter_names,
-    infer,
-    row,
-    with_form,
-)
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, HyperRow, Row, algorithms, infer, row
 from ckptconv.catalog.residuals import EpsilonResidual, epsilon_residual
 from ckptconv.catalog.slots import SlotConversion
 
