@@ -21,6 +21,8 @@ from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, Node, Path
 from ckptconv.tensor import TensorRef
 
+Shape = tuple[int, ...]
+
 _DDP = "module"
 
 
@@ -79,7 +81,7 @@ def lift_module(
     entries = list(_entries(node, path))
     names = _names([entry.raw for entry in entries], path)
     seen = {} if seen is None else seen
-    siblings = _siblings(names.values())
+    siblings = _siblings((names[entry.raw], entry.tensor.shape) for entry in entries)
     params: dict[str, Param] = {}
     raw_names: dict[str, str] = {}
     for entry in entries:
@@ -153,30 +155,30 @@ def _trainable(name: str, entry: _Entry) -> bool | None:
     return entry.trainable
 
 
-def _siblings(names: Iterable[str]) -> dict[str, frozenset[str]]:
-    groups: dict[str, set[str]] = {}
-    for name in names:
+def _siblings(shapes: Iterable[tuple[str, Shape]]) -> dict[str, dict[str, Shape]]:
+    """Owner of the variables -> last part of each one's name -> shape."""
+    groups: dict[str, dict[str, Shape]] = {}
+    for name, shape in shapes:
         owner, _, suffix = name.rpartition(".")
-        groups.setdefault(owner, set()).add(suffix)
-    return {owner: frozenset(suffixes) for owner, suffixes in groups.items()}
+        groups.setdefault(owner, {})[suffix] = shape
+    return groups
 
 
-def _with_layer(param: Param, bare: str, siblings: Mapping[str, frozenset[str]]) -> Param:
-    """The parameter with what its name and rank tell of the layer; never more than all readings agree on."""
+def _with_layer(param: Param, bare: str, siblings: Mapping[str, Mapping[str, Shape]]) -> Param:
+    """The parameter with what its name and shape tell of the layer; never more than all readings agree on."""
     owner, _, suffix = bare.rpartition(".")
-    readings = layers.torch_candidates(suffix, len(param.tensor.shape), siblings[owner])
+    readings = layers.candidates("torch", suffix, param.tensor.shape, siblings[owner])
     kinds = {kind for kind, _, _ in readings}
     roles = {role for _, role, _ in readings}
     axes = {axes for _, _, axes in readings}
-    one_axes = axes.pop() if len(axes) == 1 else None
-    # Torch's names ("weight") say no kind: what a single reading tells is the framework's convention.
+    # Torch's names ("weight") say no kind: what the only reading tells is the framework's convention.
     evidence: Evidence = "unknown"
-    if one_axes is not None:
-        evidence = "named" if suffix in torch_keys.BUFFERS or len(one_axes) < 2 else "assumed"
+    if len(axes) == 1:
+        evidence = "named" if len(kinds) == 1 and suffix in torch_keys.BUFFERS else "assumed"
     return replace(
         param,
         layer=kinds.pop() if len(kinds) == 1 else "unknown",
         role=roles.pop() if len(roles) == 1 else "unknown",
-        axes=one_axes,
+        axes=axes.pop() if len(axes) == 1 else None,
         evidence=evidence,
     )

@@ -18,7 +18,7 @@ from ckptconv.catalog.optimizer_rows import Row, infer, row
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_order import Order, order_of
-from ckptconv.dialects.torch_values import count_of, dotted, number_of, tensor_of
+from ckptconv.dialects.torch_values import count_of, dotted, number_of, tensor_of, unwrapped
 from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Param, Unknown, Value
 from ckptconv.rawtree import DictNode, ListNode, Node, Path
 from ckptconv.tensor import TensorRef
@@ -201,10 +201,11 @@ def _take_value(
     node: Node, where: Path, canonical: str, position: int, name: str, facts: dict[str, Fact], lifter: Lifter
 ) -> None:
     address: Path = ("hyperparameter", name, position, canonical)
-    number = number_of(node)
+    leaf, inside = unwrapped(node)
+    number = number_of(leaf)
     if number is not None:
         facts[canonical] = Known(value=number[0], source=dotted(where))
-        lifter.take(where, address, **number[1])
+        lifter.take((*where, *inside), address, **number[1])
     elif isinstance(node, str):
         facts[canonical] = Known(value=node, source=dotted(where))
         lifter.take(where, address)

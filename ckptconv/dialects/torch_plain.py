@@ -25,8 +25,19 @@ from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_values import dotted, keyed, lift_rest, own_residue, tensor_of
-from ckptconv.document import Block, Checkpoint, Optimizer, Param, Provenance, Residue, Schedule
+from ckptconv.document import (
+    PROGRESS_FIELDS,
+    Block,
+    Checkpoint,
+    Optimizer,
+    Param,
+    Provenance,
+    Residue,
+    Schedule,
+    value_of,
+)
 from ckptconv.errors import CkptError, FormatError, MappingError
+from ckptconv.note import edit_note, read_note
 from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
 from ckptconv.tensor import TensorRef
 
@@ -122,7 +133,7 @@ class Plain:
             raise MappingError(*(problem for error in problems for problem in error.problems))
         filled = fill(root, settled)
         assert isinstance(filled, DictNode)
-        noted = with_note(filled, checkpoint.extensions.get(_NOTE_EXTENSION))
+        noted = with_note(filled, _note(settled, root))
         return RawTree(format=self.format, root=noted, attributes=residue.attributes)
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
@@ -140,6 +151,19 @@ class Plain:
                 keys = "".join(f"[{step!r}]" for step in path)
                 lines.append(f"{variable}.load_state_dict(checkpoint{keys})")
         return "\n".join(lines)
+
+
+def _note(checkpoint: Checkpoint, root: DictNode) -> object:
+    """The note to write: one that came with the file is brought up to date where the document was edited."""
+    text = checkpoint.extensions.get(_NOTE_EXTENSION)
+    if not isinstance(text, str) or text != root.get(torch_keys.NOTE):
+        return text
+    stated = read_note(text).progress
+    now = checkpoint.progress
+    pairs = [(getattr(stated, name), getattr(now, name)) for name in PROGRESS_FIELDS]
+    if all(value_of(new) in (None, value_of(old)) for old, new in pairs):
+        return text
+    return edit_note(text, checkpoint)
 
 
 def provenance(raw: RawTree, dialect: str, evidence: Detection | None) -> Provenance:

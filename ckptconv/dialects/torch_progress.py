@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
-from ckptconv.dialects.torch_values import Encoding, Number, count_of, number_of
+from ckptconv.dialects.torch_values import Encoding, Number, count_of, number_of, unwrapped
 from ckptconv.document import (
     NOT_RECORDED,
     Absent,
@@ -24,9 +24,19 @@ from ckptconv.document import (
     Unknown,
     value_of,
 )
-from ckptconv.rawtree import DictNode
+from ckptconv.rawtree import DictNode, Path
 
 _LAST = "last finished, 0-based"
+
+
+@dataclass(frozen=True, slots=True)
+class _Counter:
+    """A number of the loop."""
+
+    key: str
+    value: Number
+    path: Path
+    how: Encoding
 
 
 @dataclass(slots=True)
@@ -89,46 +99,48 @@ def step_of_optimizers(optimizers: tuple[Optimizer, ...]) -> Fact:
     return Unknown(reason=f"{len(optimizers)} optimizers count for themselves", candidates=candidates)
 
 
-def _counters(root: DictNode, keys: tuple[str, ...]) -> list[tuple[str, Number, Encoding]]:
+def _counters(root: DictNode, keys: tuple[str, ...]) -> list[_Counter]:
     found = []
     for key in keys:
-        counted = count_of(root.get(key)) or number_of(root.get(key))
+        node, inside = unwrapped(root.get(key))
+        counted = count_of(node) or number_of(node)
         if counted is not None and not isinstance(counted[0], bool):
-            found.append((key, *counted))
+            found.append(_Counter(key, counted[0], (key, *inside), counted[1]))
     return found
 
 
 def _step(reading: _Reading) -> Fact:
     fact = step_of_optimizers(reading.optimizers)
-    bare = [(k, v, how) for k, v, how in _counters(reading.root, torch_keys.STEP) if isinstance(v, int)]
+    bare = [c for c in _counters(reading.root, torch_keys.STEP) if isinstance(c.value, int)]
     if isinstance(fact, Known) and isinstance(fact.value, int):
-        for key, value, how in bare:
-            _beside(reading, fact.value, key, value, how)
+        for counter in bare:
+            _beside(reading, fact.value, counter)
         return fact
-    if bare and reading.never_stepped and all(value == 0 for _, value, _ in bare):
-        for key, _, how in bare:
-            reading.lifter.take((key,), ("progress", "step"), **how)
-        return Known(value=0, source=bare[0][0])
+    if bare and reading.never_stepped and all(counter.value == 0 for counter in bare):
+        for counter in bare:
+            reading.lifter.take(counter.path, ("progress", "step"), **counter.how)
+        return Known(value=0, source=bare[0].key)
     if not bare:
         return fact
     candidates = list(fact.candidates) if isinstance(fact, Unknown) else []
-    for key, value, how in bare:
-        candidates += _readings(key, value, "completed updates")
-        reading.lifter.take((key,), ("progress", "step"), **how, raw=value)
+    for counter in bare:
+        candidates += _readings(counter, "completed updates")
+        reading.lifter.take(counter.path, ("progress", "step"), **counter.how, raw=counter.value)
     reason = fact.reason if isinstance(fact, Unknown) else ""
-    names = " and ".join(f"'{key}'" for key, _, _ in bare)
+    names = " and ".join(f"'{counter.key}'" for counter in bare)
     return Unknown(
         reason=f"{reason}; a plain loop's {names} may count updates, name the last, or count batches",
         candidates=tuple(candidates),
     )
 
 
-def _beside(reading: _Reading, step: int, key: str, value: int, how: Encoding) -> None:
+def _beside(reading: _Reading, step: int, counter: _Counter) -> None:
     """A counter of the loop beside the optimizer's own step."""
+    key, value, how = counter.key, counter.value, counter.how
     if value == step:
-        reading.lifter.take((key,), ("progress", "step"), **how)
+        reading.lifter.take(counter.path, ("progress", "step"), **how)
     elif value + 1 == step:
-        reading.lifter.take((key,), ("progress", "step"), **{**how, "plus": -1})
+        reading.lifter.take(counter.path, ("progress", "step"), **{**how, "plus": -1})
         reading.oddities.append(
             f"'{key}' is {value}, the optimizer has made {step} updates: it names the last one."
         )
@@ -136,14 +148,15 @@ def _beside(reading: _Reading, step: int, key: str, value: int, how: Encoding) -
         reading.micro_steps.append(
             Candidate(value=value, source=key, condition="counts backward passes, not updates")
         )
-        reading.lifter.take((key,), ("progress", "micro_steps"), **how, raw=value)
+        reading.lifter.take(counter.path, ("progress", "micro_steps"), **how, raw=value)
         reading.oddities.append(
             f"'{key}' is {value}, the optimizer has made {step} updates: it counts something else (batches, "
             "or updates that a loss scaler skipped). The optimizer's count is taken."
         )
 
 
-def _readings(key: str, value: Number, counted: str) -> list[Candidate]:
+def _readings(counter: _Counter, counted: str) -> list[Candidate]:
+    key, value = counter.key, counter.value
     candidates = []
     if value >= 0:
         candidates.append(Candidate(value=value, source=key, condition=f"count of {counted}"))
@@ -156,25 +169,26 @@ def _epochs(reading: _Reading) -> Fact:
     found = _counters(reading.root, torch_keys.EPOCH)
     if not found:
         return Unknown(reason="the dictionary has no epoch")
-    key, value, how = found[0]
-    address = ("progress", "epochs")
+    counter = found[0]
+    key, value = counter.key, counter.value
+    address: Path = ("progress", "epochs")
     if value == 0 and reading.never_stepped:
-        reading.lifter.take((key,), address, **how)
+        reading.lifter.take(counter.path, address, **counter.how)
         return Known(value=0, source=key)
-    reading.lifter.take((key,), address, **how, raw=value)
+    reading.lifter.take(counter.path, address, **counter.how, raw=value)
     reading.oddities.append(f"'{key}' is {value}: it may count finished epochs or name the last one.")
     plan = ", or the planned total" if key == "epochs" else ""
     return Unknown(
         reason=f"a plain loop's '{key}' may count finished epochs or name the last one{plan}",
-        candidates=tuple(_readings(key, value, "completed epochs")),
+        candidates=tuple(_readings(counter, "completed epochs")),
     )
 
 
 def _recorded(reading: _Reading, keys: tuple[str, ...], field_: str) -> Fact:
-    for key, value, how in _counters(reading.root, keys):
-        if value >= 0:
-            reading.lifter.take((key,), ("progress", field_), **how)
-            return Known(value=value, source=key)
+    for counter in _counters(reading.root, keys):
+        if counter.value >= 0:
+            reading.lifter.take(counter.path, ("progress", field_), **counter.how)
+            return Known(value=counter.value, source=counter.key)
     return NOT_RECORDED
 
 

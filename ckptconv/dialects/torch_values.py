@@ -35,6 +35,13 @@ def tensor_of(node: Node) -> tuple[TensorRef, Path, bool | None] | None:
     return None
 
 
+def unwrapped(node: Node) -> tuple[Node, Path]:
+    """A number's leaf and the path from the node to it: a numpy scalar holds its bytes as a tensor."""
+    if isinstance(node, Opaque) and node.kind == "numpy.scalar" and node.args:
+        return node.args[0], ("@args0",)
+    return node, ()
+
+
 def number_of(node: Node) -> tuple[Number, Encoding] | None:
     """A number that stands as itself or as a tensor of one element, and how it is written there.
 

@@ -330,7 +330,7 @@ def test_several_models_and_optimizers_keep_their_names() -> None:
         }
     )
     checkpoint = Plain().lift(raw)
-    assert list(checkpoint.params)[0] == "generator.weight"
+    assert next(iter(checkpoint.params)) == "generator.weight"
     assert [o.name for o in checkpoint.optimizers] == ["optimizer_g", "optimizer_d"]
     assert checkpoint.optimizers[1].params == ("discriminator.weight", "discriminator.bias")
     assert isinstance(checkpoint.progress.step, Unknown)
