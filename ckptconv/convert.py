@@ -93,6 +93,7 @@ def convert(
         exclude=exclude,
         dtype=dtype,
         allowed=allowed,
+        conventions=supply.conventions(values),
         keep=keep,
         jobs=jobs,
         executor=executor,
@@ -126,6 +127,7 @@ def save(
         exclude=(),
         dtype=None,
         allowed=_allowed(allow),
+        conventions={},
         keep=False,
         jobs=jobs,
         executor=None,
@@ -146,6 +148,7 @@ def _finish(
     exclude: Sequence[str],
     dtype: str | None,
     allowed: frozenset[str],
+    conventions: Mapping[str, str],
     keep: bool,
     jobs: int | None,
     executor: Executor | None,
@@ -155,7 +158,7 @@ def _finish(
     progress: Progress | None,
     started: float,
 ) -> Report:
-    plan = plan_transfer(checkpoint, goal, only=only, exclude=exclude, dtype=dtype, allowed=allowed)
+    plan = plan_transfer(checkpoint, goal, only=only, exclude=exclude, dtype=dtype, allowed=allowed, conventions=conventions)
     report = Report(
         source=source_name,
         target=goal.path.name,
@@ -288,6 +291,7 @@ def plan_transfer(
     exclude: Sequence[str],
     dtype: str | None,
     allowed: frozenset[str],
+    conventions: Mapping[str, str],
 ) -> Transfer:
     """The target's document and the account, before a tensor byte is read."""
     kept, dropped = _selected(checkpoint, only, exclude)
@@ -301,7 +305,7 @@ def plan_transfer(
         cover = mapping.match(kept, goal.template, frameworks=frameworks)
         unsolved = tuple(p for p in cover.problems if _code_to_allow(p) not in allowed)
         cover = replace(cover, problems=())
-        result = transfer(kept, goal.template, cover, allow=allowed)
+        result = transfer(kept, goal.template, cover, allow=allowed, conventions=conventions)
         result = replace(result, problems=(*unsolved, *result.problems))
         if not result.problems:
             result = replace(result, checkpoint=_with_note(result.checkpoint, kept))
@@ -322,7 +326,7 @@ def _framework(checkpoint: Checkpoint) -> str:
 
 
 def _with_note(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
-    text = note.write_note(replace(source, provenance=checkpoint.provenance))
+    text = note.write_note(replace(checkpoint, schedules=source.schedules))
     return replace(checkpoint, extensions={**checkpoint.extensions, note.EXTENSION: text})
 
 

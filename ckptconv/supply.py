@@ -18,6 +18,7 @@ from ckptconv.document import (
     Known,
     Optimizer,
     Param,
+    Unknown,
     Value,
 )
 from ckptconv.errors import CkptError, MappingError, Problem
@@ -25,6 +26,12 @@ from ckptconv.rawtree import Lifted, Node, Path, transform
 
 BY_CALLER = "--set"
 BY_SPEC = "source-spec"
+
+CONVENTIONS = {"epoch_convention": "epochs", "step_convention": "step"}
+"""Setting -> the progress field whose bare counter it explains."""
+
+COUNT, LAST = "count", "last"
+"""A bare counter's two readings: how many are finished, or the 0-based number of the last finished one."""
 
 _FRACTIONAL = frozenset({"epochs", "loss_scale"})
 
@@ -51,8 +58,7 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
         try:
             values[name] = _parsed(name, text)
         except ValueError:
-            kind = "a number" if name in _FRACTIONAL or name not in PROGRESS_FIELDS else "a whole number from 0 on"
-            problems.append(_usage(name, f"'{text}' is not {kind}", f"Write --set {name}=N."))
+            problems.append(_usage(name, f"'{text}' is not {_kind(name)}", f"Write --set {name}=VALUE."))
     if problems:
         raise CkptError(*problems)
     return values
@@ -60,11 +66,22 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
 
 def settable_fields() -> tuple[str, ...]:
     """Names that `--set` accepts."""
-    return (*PROGRESS_FIELDS, "optimizer", *completion.hyperparameter_names())
+    return (*PROGRESS_FIELDS, *CONVENTIONS, "optimizer", *completion.hyperparameter_names())
+
+
+def _kind(name: str) -> str:
+    if name in CONVENTIONS:
+        return f"'{COUNT}' or '{LAST}'"
+    whole = name in PROGRESS_FIELDS and name not in _FRACTIONAL
+    return "a whole number from 0 on" if whole else "a number"
 
 
 def _parsed(name: str, text: str) -> Value:
     if name == "optimizer":
+        return text
+    if name in CONVENTIONS:
+        if text not in (COUNT, LAST):
+            raise ValueError(text)
         return text
     if name in PROGRESS_FIELDS and name not in _FRACTIONAL:
         number = int(text)
@@ -90,6 +107,9 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
     Raises: usage for an optimizer's field where the document has no optimizer.
     """
     for name, value in values.items():
+        if name in CONVENTIONS:
+            checkpoint = _under_convention(checkpoint, CONVENTIONS[name], str(value), who)
+            continue
         fact = Known(value=value, status="supplied", source=who)
         if name in PROGRESS_FIELDS:
             checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: fact}))
@@ -106,6 +126,26 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
             checkpoint = replace(checkpoint, optimizers=changed)
         checkpoint = _supplied(checkpoint, name, who)
     return checkpoint
+
+
+def _under_convention(checkpoint: Checkpoint, name: str, convention: str, who: str) -> Checkpoint:
+    """The document with a bare counter read as the caller says it is meant."""
+    fact = getattr(checkpoint.progress, name)
+    if not isinstance(fact, Unknown):
+        return checkpoint
+    fitting = [c for c in fact.candidates if (LAST in c.condition) == (convention == LAST)]
+    if len(fitting) != 1:
+        return checkpoint
+    known = Known(value=fitting[0].value, status="supplied", source=f"{fitting[0].source}, {who}: {convention}")
+    checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: known}))
+    if name == "step":
+        checkpoint = with_step(checkpoint, known)
+    return _supplied(checkpoint, f"convention of {name}", who)
+
+
+def conventions(values: Mapping[str, Value]) -> dict[str, str]:
+    """Progress field -> how the target's bare counter of it is meant, as far as the caller says."""
+    return {field: str(values[name]) for name, field in CONVENTIONS.items() if name in values}
 
 
 def with_step(checkpoint: Checkpoint, fact: Known) -> Checkpoint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from ckptconv.catalog.conversion import Conversion, convert
 from ckptconv.catalog.optimizer_rows import row
@@ -26,7 +27,9 @@ from ckptconv.document import (
 from ckptconv.errors import Problem
 from ckptconv.mapping import Cover, Pair
 from ckptconv.ops import Cast
+from ckptconv.rawtree import Lifted, Node, Path, transform
 from ckptconv.report import Entry, OptimizerVerdict
+from ckptconv.supply import CONVENTIONS, COUNT, LAST
 from ckptconv.tensor import FilledTensor, Op, TensorRef, TensorSpec
 
 MASTER = "master"
@@ -66,13 +69,20 @@ class _Account:
 
 
 def transfer(
-    source: Checkpoint, template: Checkpoint, cover: Cover, *, allow: frozenset[str] = frozenset()
+    source: Checkpoint,
+    template: Checkpoint,
+    cover: Cover,
+    *,
+    allow: frozenset[str] = frozenset(),
+    conventions: Mapping[str, str] = MappingProxyType({}),
 ) -> Transfer:
     """Fill the template's document with the source's run.
 
+    `conventions`: how bare counters of the target are meant (`supply.CONVENTIONS`).
     Every problem is collected; nothing is read but what is in memory already.
     """
     account = _Account(allow)
+    template = _with_conventions(template, conventions, account)
     pairs = {pair.target: pair for pair in cover.pairs}
     masters = {
         name: tensor for optimizer in source.optimizers for name, tensor in optimizer.slots.get(MASTER, {}).items()
@@ -119,6 +129,42 @@ def transfer(
         residuals=tuple(account.residuals),
         problems=tuple(account.problems),
     )
+
+
+def _with_conventions(
+    template: Checkpoint, conventions: Mapping[str, str], account: _Account
+) -> Checkpoint:
+    """The template with every bare counter's place saying how it is meant.
+
+    The template's own number is of another run: it is no evidence for the convention.
+    """
+    residue = template.residue
+    if residue is None:
+        return template
+
+    def settle(path: Path, node: Node) -> Node:
+        if not isinstance(node, Lifted) or "raw" not in node.encoding or node.to[0] != "progress":
+            return node
+        name = str(node.to[1])
+        if name in conventions:
+            encoding = {key: value for key, value in node.encoding.items() if key != "raw"}
+            return Lifted(to=node.to, encoding={**encoding, "plus": -1 if conventions[name] == LAST else 0})
+        setting = next((key for key, field in CONVENTIONS.items() if field == name), None)
+        where = "/".join(map(str, path))
+        account.problems.append(
+            Problem(
+                code="progress-unknown",
+                loc=path,
+                message=f"the target has a counter at '{where}', and whether it counts what is finished or names "
+                "the last one is not recorded",
+                hint=f"Pass --set {name}=N --set {setting}={COUNT} (or {LAST}), or leave the key out of the template."
+                if setting
+                else f"Leave the key out of the template; {name} is in the embedded note.",
+            )
+        )
+        return node
+
+    return replace(template, residue=replace(residue, root=transform(residue.root, settle)))
 
 
 def _param(
