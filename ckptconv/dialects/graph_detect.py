@@ -1,4 +1,4 @@
-"""What an object graph shows of the framework that made it: its optimizers' generations, its layers' edges."""
+"""What an object graph shows of the framework that made it: optimizers' generations, layers' edges."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckptconv.dialects.graph_document import graph_of
+from ckptconv.dialects.graph_bundle import graph_of
 from ckptconv.dialects.keras_optimizers import Generation, generation_of, optimizer_nodes
 from ckptconv.rawtree import RawTree
 

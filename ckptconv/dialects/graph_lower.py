@@ -1,4 +1,4 @@
-"""From the document back to the bundle of an object graph: the residue filled, every place of a counter rewritten.
+"""From the document back to the bundle of an object graph: the residue filled, every counter rewritten.
 
 An optimizer's step stands in the document twice, in its own record and as the run's progress; whoever edits
 one of them means both. The residue remembers what was read, so the edited one is known; two different edits
@@ -11,18 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ckptconv.dialects.graph_document import graph_of_bytes
+from ckptconv.dialects.graph_bundle import graph_of_bytes
+from ckptconv.dialects.graph_note import ATTRIBUTE, note_of
 from ckptconv.dialects.keras_optimizers import Generation, OptimizerNode, optimizer_nodes, optimizers
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.dialects.residue import fill
-from ckptconv.document import Checkpoint, Fact, Known, Optimizer, Residue, Unknown, value_of
+from ckptconv.document import Checkpoint, Fact, Known, Optimizer, Residue, value_of
 from ckptconv.errors import MappingError, Problem
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
 from ckptconv.formats.string_tensor import of_strings
 from ckptconv.rawtree import DictNode, Lifted, Node, RawTree
-
-NOTE = "ckptconv/note"
-"""The extension that holds the embedded note."""
 
 _BUILD_MODEL = "model.build(input_shape)"
 _BUILD_OPTIMIZER: dict[Generation, str] = {
@@ -36,14 +34,14 @@ _BUILD_OPTIMIZER: dict[Generation, str] = {
 def lower(checkpoint: Checkpoint, dialect: str) -> RawTree:
     """The bundle: the residue (own or the template's) with the document's values.
 
-    Raises: template-required, template-mismatch, template-unbuilt, progress-conflict, residue-stale, and those
-    of `residue.fill`.
+    Raises: template-required, template-mismatch, template-unbuilt, progress-conflict, residue-stale, and
+    those of `residue.fill`.
     """
     residue = checkpoint.residue
     if residue is None or residue.format != "tensorflow":
         raise MappingError.of(
             "template-required",
-            f"a bundle of the dialect '{dialect}' takes keys and object graph from a checkpoint of the target's model",
+            f"a bundle of the dialect '{dialect}' takes its object graph from a checkpoint of the model",
             "Build model and optimizer in the target's framework, save them once with tf.train.Checkpoint, "
             "and pass that file as --template.",
             loc=("residue",),
@@ -58,18 +56,18 @@ def lower(checkpoint: Checkpoint, dialect: str) -> RawTree:
     problems = [problem for problem in unbuilt(checkpoint) if _matters(problem, checkpoint, residue)]
     if problems:
         raise MappingError(*problems)
-    filled = fill(residue.root, _settled(checkpoint, residue.root))
+    settled = _settled(checkpoint, residue.root)
+    filled = fill(residue.root, settled)
     assert isinstance(filled, DictNode)
     items: list[tuple[Node, Node]] = [
         (key, of_strings([node]) if key == OBJECT_GRAPH_KEY and isinstance(node, bytes) else node)
         for key, node in filled.items
     ]
-    note = checkpoint.extensions.get(NOTE)
     return RawTree(
         format=residue.format,
         root=replace(filled, items=tuple(items)),
-        attributes=residue.attributes,
-        note=note if isinstance(note, str) else None,
+        attributes={name: value for name, value in residue.attributes.items() if name != ATTRIBUTE},
+        note=note_of(settled, residue),
     )
 
 
@@ -92,7 +90,7 @@ def unbuilt(checkpoint: Checkpoint) -> tuple[Problem, ...]:
             )
         )
     graph = graph_of_bytes(data)
-    shapes = {node: () for node in graph.variables}
+    shapes: dict[int, tuple[int, ...]] = dict.fromkeys(graph.variables, ())
     known = optimizer_nodes(graph)
     empty = [edge for edge, child in graph.children[0] if "optimizer" in edge and _is_empty(graph, child)]
     for edge in empty:
@@ -142,7 +140,7 @@ def _unbuilt(where: str, message: str, hint: str) -> Problem:
 
 
 def _matters(problem: Problem, checkpoint: Checkpoint, residue: Residue) -> bool:
-    """Whether the document has something for the place that is missing; an unbuilt run goes back as it was."""
+    """Whether the document has something for the missing place; an unbuilt run goes back as it was."""
     lifted = {node.to[0] for node in _lifted(residue.root)}
     if problem.loc[1] == "params":
         return bool(checkpoint.params) and "param" not in lifted
@@ -168,7 +166,11 @@ def _settled(checkpoint: Checkpoint, root: Node) -> Checkpoint:
         return checkpoint
     optimizer = checkpoint.optimizers[0]
     step = _agreed(optimizer.step, checkpoint.progress.step, read.get(optimizer.name))
-    return replace(checkpoint, optimizers=(replace(optimizer, step=step),))
+    return replace(
+        checkpoint,
+        optimizers=(replace(optimizer, step=step),),
+        progress=replace(checkpoint.progress, step=step),
+    )
 
 
 def _agreed(own: Fact, progress: Fact, was: object) -> Fact:
@@ -212,7 +214,7 @@ def _with_micro_steps(checkpoint: Checkpoint) -> Checkpoint:
     if isinstance(micro, int) and not _possible(micro, step):
         raise MappingError.of(
             "residue-stale",
-            f"the optimizer counts {micro} batches, and no number of batches per update makes that {step} updates",
+            f"the optimizer counts {micro} batches: no number per update makes that {step} updates",
             "Pass --set accumulation=N (gradient_accumulation_steps), or --set micro_steps=N.",
             loc=("progress", "micro_steps"),
         )

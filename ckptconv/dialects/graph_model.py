@@ -1,11 +1,11 @@
 """The model's part of an object graph: which variables are parameters, in which order, under which names.
 
 What is found below the root without entering an optimizer is the model, except
-- variables that a user put beside the model (`Checkpoint(model=..., step=tf.Variable(1))`) and `save_counter`,
+- variables that a user put beside the model (`Checkpoint(model=m, step=tf.Variable(1))`) and `save_counter`,
 - metrics, and states of random generators.
 What only an optimizer refers to belongs to the model too: Keras 3 does not track layers in a plain list or
-dictionary, and saves their trainable variables through the optimizer alone (`untracked-0/kernel`). Their other
-variables, such as moving statistics, are in no such file.
+dictionary, and saves their trainable variables through the optimizer alone (`untracked-0/kernel`). Their
+other variables, such as moving statistics, are in no such file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,19 @@ from ckptconv.dialects.keras_optimizers import OptimizerNode
 from ckptconv.dialects.object_paths import Graph, Reach, Steps, is_counted, names
 
 _METRIC = frozenset(
-    """total count true_positives true_negatives false_positives false_negatives accumulator
-    total_confusion_matrix squared_sum residual num_samples""".split()
+    {
+        "total",
+        "count",
+        "true_positives",
+        "true_negatives",
+        "false_positives",
+        "false_negatives",
+        "accumulator",
+        "total_confusion_matrix",
+        "squared_sum",
+        "residual",
+        "num_samples",
+    }
 )
 _GENERATOR = frozenset({"_state_var", "seed_generator_state", "_alg_var"})
 _SAVE_COUNTER = "save_counter"
@@ -59,7 +70,7 @@ def model_variables(graph: Graph, found: Reach) -> ModelVariables:
 
 
 def _is_metric(graph: Graph, found: Reach, parent: int, edge: str) -> bool:
-    """Whether a variable belongs to a metric: by Keras' edge, or an object with nothing but a metric's variables."""
+    """Whether a variable belongs to a metric: by Keras' edge, or its object has nothing else."""
     if edge not in _METRIC:
         return False
     if "keras_api" in found.edges(parent):
@@ -135,8 +146,8 @@ def param_names(
 
 
 def _owners(graph: Graph, optimizers: Iterable[OptimizerNode]) -> dict[int, str]:
-    """Variable -> the name of its layer as the slots' names have it: `m_dense_1` of `adam/m_dense_1_kernel_momentum`."""
-    result = {}
+    """Variable -> its layer as its slots' names have it: `m_dense_1` of `adam/m_dense_1_kernel_momentum`."""
+    result: dict[int, str] = {}
     for optimizer in optimizers:
         for pairs in optimizer.slots.values():
             for variable, slot in pairs:
@@ -166,9 +177,9 @@ def readings(
             layer, _, leaf = named[node].rpartition("/")
             siblings.setdefault(layer, {})[leaf] = node
     result: dict[int, Reading] = {}
-    for layer, nodes in siblings.items():
+    for owner, nodes in siblings.items():
         read = _read(framework, nodes, shapes)
-        if isinstance(layer, str):
+        if isinstance(owner, str):
             # Without edges `_kernel` and `kernel` cannot be told apart: both are tried.
             other = {
                 f"_{leaf}" if leaf in ("kernel", "embeddings") else leaf: node for leaf, node in nodes.items()

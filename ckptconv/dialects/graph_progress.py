@@ -1,4 +1,4 @@
-"""Progress of a run as an object graph tells it: optimizers' counters, and counters that users keep beside the model.
+"""Progress of a run as an object graph tells it: the optimizers' counters, and those of users.
 
 A user's `step` variable has no defined meaning. Where its value is the optimizer's count, or one more (the
 tutorial's loop counts from 1), it is taken to follow it and is rewritten with it; that is said. An `epoch`
@@ -9,23 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from ckptconv.dialects.graph_bundle import Bundle
 from ckptconv.dialects.keras_optimizers import OptimizerNode
 from ckptconv.document import Absent, Candidate, Fact, Known, Optimizer, Progress, Unknown, value_of
-from ckptconv.tensor import TensorRef
 
 _STEP_NAMES = frozenset({"step", "global_step", "steps", "iteration", "iterations", "iter"})
 _EPOCH_NAMES = frozenset({"epoch", "epochs", "cur_epoch", "current_epoch"})
-
-
-class Bundle(Protocol):
-    """What is needed of a bundle while it is lifted."""
-
-    def tensor(self, node: int) -> TensorRef: ...
-    def source(self, node: int) -> str: ...
-    def number(self, node: int) -> int | float: ...
-    def take_number(self, node: int, to: tuple[str | int, ...], **more: int | float) -> None: ...
 
 
 def progress_of(bundle: Bundle, nodes: Sequence[OptimizerNode], lifted: Sequence[Optimizer]) -> Progress:

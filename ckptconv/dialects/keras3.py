@@ -1,4 +1,4 @@
-"""Keras 3 under `tf.train.Checkpoint`: layers below `_operations` or attributes, optimizers with `_variables`.
+"""Keras 3 under `tf.train.Checkpoint`: layers below `_operations` or attributes, optimizer `_variables`.
 
 What the file holds: every variable that the model tracks, the optimizer's counter, learning rate (not under a
 schedule) and slots. What it lacks: hyperparameters other than the learning rate; layers in a plain list or

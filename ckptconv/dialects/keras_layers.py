@@ -1,4 +1,4 @@
-"""What kind of layer an object of a TensorFlow object graph is, read off its edges and the shapes behind them.
+"""What kind of layer an object of a TensorFlow object graph is, read off its edges and shapes.
 
 The table is `catalog/layers`; here is only how evidence of one layer's variables adds up: a kind is possible
 where every variable of the layer fits it. If all possible kinds mean the same axes, the axes are *named*.

@@ -4,13 +4,14 @@ Three generations, told apart by the edges of the optimizer's node:
 
 | | Keras 3 | tf_keras >= 2.11 | tf_keras legacy |
 |---|---|---|---|
-| step | `_iterations` (<= 3.4: `iterations`), always `_variables/0` too | `_iterations` = `_variables/0` | `iter` |
-| learning rate | `_learning_rate` = `_variables/1`; neither under a schedule | `_learning_rate`, not in `_variables` | `learning_rate` |
-| slots | lists beside `_trainable_variables`, element by element | full name `[scope/]slot/variable` | `slot_variables` of the node |
+| step | `_iterations` (<= 3.4: `iterations`), `_variables/0` | `_iterations`, `_variables/0` | `iter` |
+| learning rate | `_learning_rate`, `_variables/1` | `_learning_rate`, not in `_variables` | `learning_rate` |
+| slots | lists beside `_trainable_variables` | full name `[scope/]slot/variable` | `slot_variables` |
 
-A Keras 3 optimizer that was built has its variables in `_trainable_variables`. tf_keras keeps no such list, and
-its slot lists (`_momentums`) are edges only after `fit`, so the names of the slots decide there.
-`LossScaleOptimizer` of Keras 3 wraps an inner optimizer and never counts itself; that of tf_keras is transparent.
+Under a schedule there is no learning rate. A Keras 3 optimizer that was built has its variables in
+`_trainable_variables`. tf_keras keeps no such list, and its slot lists (`_momentums`) are not always edges,
+so the names of the slots decide there. `LossScaleOptimizer` of Keras 3 wraps an inner optimizer and never
+counts itself; that of tf_keras is transparent.
 
 Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py`, `loss_scale_optimizer.py`; tf_keras 2.21
 `tf_keras/src/optimizers/optimizer.py`, `legacy/optimizer_v2.py`, `mixed_precision/loss_scale_optimizer.py`.
@@ -292,7 +293,7 @@ def _match_by_name(
 
 
 def _parse_slot_name(full_name: str, by_name: Mapping[str, list[int]]) -> tuple[str, str, str] | None:
-    """`Adam/m/dense/kernel` -> (`Adam`, `m`, `dense/kernel`), by the longest variable name that it ends with."""
+    """`Adam/m/dense/kernel` -> (`Adam`, `m`, `dense/kernel`), by the longest variable name at its end."""
     parts = full_name.split("/")
     for start in range(1, len(parts)):
         rest = "/".join(parts[start:])

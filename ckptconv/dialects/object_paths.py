@@ -1,18 +1,19 @@
 """Walking the object graph of a TensorFlow checkpoint: what is reached how, and what a person calls it.
 
 TensorFlow names a bundle key by the breadth-first shortest path from the root, whoever it leads through; a
-Keras 3 kernel therefore stands under `optimizer/_trainable_variables/0`. The key says nothing about the model.
-The edges do, and TensorFlow itself restores by nothing else.
+Keras 3 kernel therefore stands under `optimizer/_trainable_variables/0`. The key says nothing about the
+model. The edges do, and TensorFlow itself restores by nothing else.
 
 **Names of variables.** A variable is called by its shortest path from the root that enters no optimizer,
 where several are equally short by the one whose edges a user wrote. Along that path
 - the root edge (`model`, `net`, whatever the keyword was) is left out where every parameter lies below it,
 - `_functional` and `_operations` are Keras' own and left out,
 - one leading underscore is left out (`_kernel`), unless the object has an edge without it too,
-- a layer that the graph only numbers (`_operations/3`, `layer_with_weights-2`) is called by its own name, taken
-  from the full name of its variables (`head/kernel`). Keras numbers layers that were given no name through the
-  whole process (`dense_4`), so such a name is another one in the next process: these layers are numbered within
-  their model instead, from 0 (`dense-0`, `dense-1`). A layer whose own name cannot be told is `layer-3`.
+- a layer that the graph only numbers (`_operations/3`, `layer_with_weights-2`) is called by its own name,
+  taken from the full name of its variables (`head/kernel`). Keras numbers layers that were given no name
+  through the whole process (`dense_4`), so such a name is another one in the next process: these layers are
+  numbered within their model instead, from 0 (`dense-0`, `dense-1`). A layer whose own name cannot be told is
+  `layer-3`.
 The same model gives the same names in every process, built or trained, whatever the checkpoint's keywords.
 
 Source: tensorflow v2.21 `tensorflow/python/checkpoint/graph_view.py`, `trackable_view.py`, `util.py`;
@@ -37,20 +38,70 @@ Steps = tuple[tuple[int, str], ...]
 
 _STRUCTURAL = frozenset({"_functional", "_operations"})
 _OWN = re.compile(r"_operations|_functional|layer_with_weights-\d+")
-_COUNTED = re.compile(r"layer-\d+|_layers|_self_tracked_trackables|keras_api|variables|trainable_variables|"
-                      r"non_trainable_variables|_trainable_variables|_non_trainable_variables|root|signatures|"
-                      r"_trainable_weights|_non_trainable_weights|_tracked|_losses.*|regularization_losses")  # fmt: skip
+_COUNTED = re.compile(
+    r"layer-\d+|_layers|_self_tracked_trackables|keras_api|root|signatures|_tracked|_losses.*"
+    r"|regularization_losses|_?(non_)?trainable_(variables|weights)|variables"
+)
 _NUMBERED_LAYER = re.compile(r"layer(?:_with_weights)?-(\d+)")
 _SUFFIX = re.compile(r"_\d+$")
 
 AUTOMATIC = frozenset(
-    """activation add attention average average_pooling1d average_pooling2d batch_normalization bidirectional
-    concatenate conv1d conv1d_transpose conv2d conv2d_transpose conv3d conv3d_transpose conv_lstm1d conv_lstm2d
-    dense depthwise_conv1d depthwise_conv2d dropout einsum_dense embedding flatten functional
-    global_average_pooling1d global_average_pooling2d group_normalization group_query_attention gru input_layer
-    layer_normalization leaky_re_lu lstm max_pooling1d max_pooling2d model multi_head_attention normalization
-    p_re_lu permute re_lu reshape reversible_embedding rms_normalization rnn separable_conv1d separable_conv2d
-    sequential simple_rnn softmax spectral_normalization time_distributed unit_normalization""".split()
+    {
+        "activation",
+        "add",
+        "attention",
+        "average",
+        "average_pooling1d",
+        "average_pooling2d",
+        "batch_normalization",
+        "bidirectional",
+        "concatenate",
+        "conv1d",
+        "conv1d_transpose",
+        "conv2d",
+        "conv2d_transpose",
+        "conv3d",
+        "conv3d_transpose",
+        "conv_lstm1d",
+        "conv_lstm2d",
+        "dense",
+        "depthwise_conv1d",
+        "depthwise_conv2d",
+        "dropout",
+        "einsum_dense",
+        "embedding",
+        "flatten",
+        "functional",
+        "global_average_pooling1d",
+        "global_average_pooling2d",
+        "group_normalization",
+        "group_query_attention",
+        "gru",
+        "input_layer",
+        "layer_normalization",
+        "leaky_re_lu",
+        "lstm",
+        "max_pooling1d",
+        "max_pooling2d",
+        "model",
+        "multi_head_attention",
+        "normalization",
+        "p_re_lu",
+        "permute",
+        "re_lu",
+        "reshape",
+        "reversible_embedding",
+        "rms_normalization",
+        "rnn",
+        "separable_conv1d",
+        "separable_conv2d",
+        "sequential",
+        "simple_rnn",
+        "softmax",
+        "spectral_normalization",
+        "time_distributed",
+        "unit_normalization",
+    }
 )
 """What Keras calls a layer of its own that was given no name."""
 

@@ -1,4 +1,4 @@
-"""Keras 2 (tf_keras) under `tf.train.Checkpoint` or `save_weights(prefix)`, with either generation of optimizers.
+"""Keras 2 (tf_keras) under `tf.train.Checkpoint` or `save_weights(prefix)`, with either kind of optimizers.
 
 Models: `layer_with_weights-N` (and `layer-N` beside it) for Sequential and Functional, attributes for
 subclassed ones; lists and dictionaries are tracked. `tf-keras` has the optimizers of TensorFlow 2.11 and

@@ -1,9 +1,9 @@
-"""Any other object graph of `tf.train.Checkpoint`: tf.Module, plain variables, Sonnet, and what is written without a template.
+"""Any other object graph of `tf.train.Checkpoint`: tf.Module, plain variables; written without a template.
 
 Lifted, a variable is called by its path (`layers/0/w`); layouts are not known. Written without a residue, a
 document becomes the graph of a module: names are split at dots and slashes into attributes, tensors stay as
 they are. The module hangs on the root as `model` and with its own attributes, so both
-`tf.train.Checkpoint(model=module)` and `tf.train.Checkpoint(module)` restore it, and `assert_consumed()` passes.
+`tf.train.Checkpoint(model=module)` and `tf.train.Checkpoint(module)` restore it and `assert_consumed()`.
 Only parameters are written then: an optimizer's state needs a template that has a place for it.
 
 Refused: names that are one after splitting.
@@ -20,6 +20,7 @@ from ckptconv.dialects import graph_lower
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_document import lift
+from ckptconv.dialects.graph_note import note_of
 from ckptconv.document import Checkpoint
 from ckptconv.errors import MappingError
 from ckptconv.formats.object_graph import (
@@ -157,12 +158,7 @@ def _module(checkpoint: Checkpoint) -> RawTree:
         children = tuple(Edge(child, edge) for edge, child in edges.items())
         nodes.append(Node(children=children, attributes=attributes, has_checkpoint_values=bool(attributes)))
     items.append((OBJECT_GRAPH_KEY, of_strings([ObjectGraph(nodes=tuple(nodes)).serialize()])))
-    note = checkpoint.extensions.get(graph_lower.NOTE)
-    return RawTree(
-        format="tensorflow",
-        root=DictNode(items=tuple(items)),
-        note=note if isinstance(note, str) else None,
-    )
+    return RawTree(format="tensorflow", root=DictNode(items=tuple(items)), note=note_of(checkpoint, None))
 
 
 def _root_edges(tree: _Tree) -> None:

@@ -1,0 +1,122 @@
+"""The embedded note of a bundle: what it adds to the document, and what is written back.
+
+The note tells of the run that was converted, under that run's names and in its framework's terms. What the
+bundle holds itself wins; two different counts are a conflict. Of hyperparameters the note adds those that mean
+the same here: all of one framework, across frameworks the decay only where it acts alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckptconv.catalog.optimizers import as_algorithm, row, with_form
+from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Optimizer, Progress, Residue, value_of
+from ckptconv.errors import MappingError, Problem
+from ckptconv.note import EXTENSION, Note, edit_note, read_note
+
+ATTRIBUTE = "note"
+"""Attribute of the residue that holds the note that the file came with."""
+
+_OF_ITS_OWN = frozenset(
+    {"learning_rate", "base_learning_rate", "learning_rate_decay", "maximize", "dampening"}
+)
+"""Hyperparameters that are no other framework's: converted ones stand in the file, or cannot."""
+
+
+def with_note(checkpoint: Checkpoint, text: str | None) -> Checkpoint:
+    """The document completed from its file's note.
+
+    Raises: progress-conflict, and those of `read_note`.
+    """
+    if text is None or checkpoint.residue is None:
+        return checkpoint
+    note = read_note(text)
+    progress = _progress(checkpoint.progress, note.progress)
+    optimizers = tuple(_completed(one, checkpoint, note) for one in checkpoint.optimizers)
+    residue = checkpoint.residue
+    return replace(
+        checkpoint,
+        progress=progress,
+        optimizers=optimizers,
+        residue=replace(residue, attributes={**residue.attributes, ATTRIBUTE: text}),
+        provenance=replace(checkpoint.provenance, history=note.provenance.history),
+        extensions={**checkpoint.extensions, EXTENSION: text},
+    )
+
+
+def _progress(native: Progress, noted: Progress) -> Progress:
+    problems = []
+    fields: dict[str, Fact] = {}
+    for name in PROGRESS_FIELDS:
+        mine, theirs = getattr(native, name), getattr(noted, name)
+        if not isinstance(theirs, Known):
+            continue
+        if not isinstance(mine, Known):
+            fields[name] = theirs
+        elif mine.value != theirs.value:
+            problems.append(
+                Problem(
+                    code="progress-conflict",
+                    loc=("progress", name),
+                    message=f"'{mine.source}' says {mine.value}, the embedded note says {theirs.value}",
+                    hint="The file was changed after it was converted: convert the original again.",
+                )
+            )
+    if problems:
+        raise MappingError(*problems)
+    return replace(native, **fields)
+
+
+def _completed(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer:
+    noted = _counterpart(optimizer, checkpoint, note)
+    if noted is None:
+        return optimizer
+    if optimizer.algorithm == "unknown" and noted.algorithm in optimizer.algorithm_candidates:
+        optimizer = as_algorithm(optimizer, noted.algorithm)
+    known = row(optimizer.algorithm, optimizer.framework)
+    if known is None or noted.algorithm != optimizer.algorithm or not noted.groups:
+        return optimizer
+    same = noted.framework == optimizer.framework
+    alike = noted.form.get("weight_decay") == optimizer.form.get("weight_decay")
+    added = {
+        name: fact
+        for name, fact in noted.groups[0].hyperparameters.items()
+        if name in known.hyperparameters
+        and isinstance(fact, Known)
+        and (same or name not in _OF_ITS_OWN)
+        and (same or alike or name != "weight_decay")
+    }
+    groups = tuple(
+        replace(
+            group,
+            hyperparameters={
+                **{name: fact for name, fact in added.items() if name not in group.hyperparameters},
+                **group.hyperparameters,
+            },
+        )
+        for group in optimizer.groups
+    )
+    return with_form(replace(optimizer, groups=groups))
+
+
+def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer | None:
+    """The noted optimizer of one group that is this one; several groups are not told apart in a bundle."""
+    if len(checkpoint.optimizers) == len(note.optimizers) == 1:
+        found: Optimizer | None = note.optimizers[0]
+    else:
+        found = next((one for one in note.optimizers if one.name == optimizer.name), None)
+    return found if found is not None and len(found.groups) == 1 else None
+
+
+def note_of(checkpoint: Checkpoint, residue: Residue | None) -> str | None:
+    """The note to write: a new one as it is, the file's own brought up to date where progress was edited."""
+    text = checkpoint.extensions.get(EXTENSION)
+    if not isinstance(text, str):
+        return None
+    if residue is None or residue.attributes.get(ATTRIBUTE) != text:
+        return text
+    stated, now = read_note(text).progress, checkpoint.progress
+    same = all(
+        value_of(getattr(now, name)) in (None, value_of(getattr(stated, name))) for name in PROGRESS_FIELDS
+    )
+    return text if same else edit_note(text, checkpoint)
