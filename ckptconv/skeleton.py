@@ -9,7 +9,7 @@ from ckptconv.document import Checkpoint
 from ckptconv.errors import FormatError, TargetError
 from ckptconv.manifest import from_json, to_json
 from ckptconv.residue_json import STATE_FILE
-from ckptconv.strictjson import dump, parse
+from ckptconv.strictjson import dump_document, parse
 
 _HEAD_NBYTES = 4096
 
@@ -29,7 +29,7 @@ def is_skeleton_file(path: Path) -> bool:
 def write_skeleton(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
     """Write the document without its tensors as one JSON file, whole or not at all."""
     target = Path(path)
-    text = dump(to_json(checkpoint), indent=1) + "\n"
+    text = dump_document(to_json(checkpoint))
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:

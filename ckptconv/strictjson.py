@@ -71,3 +71,21 @@ def dump(value: Json, *, indent: int | None = None) -> str:
             "Names must be Unicode text; numbers in `extensions` must be finite.",
         ) from None
     return text
+
+
+def dump_document(document: dict[str, Json]) -> str:
+    """JSON text of an object for people and for diffs: a line per field, and per item of each field.
+
+    Raises: schema-invalid for what JSON cannot hold.
+    """
+    fields = []
+    for key, value in document.items():
+        if value and isinstance(value, dict):
+            inner = [f"{dump(name)}: {dump(item)}" for name, item in value.items()]
+            text = "{\n  " + ",\n  ".join(inner) + "\n }"
+        elif value and isinstance(value, list):
+            text = "[\n  " + ",\n  ".join(dump(item) for item in value) + "\n ]"
+        else:
+            text = dump(value)
+        fields.append(f" {dump(key)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"

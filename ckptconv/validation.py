@@ -150,7 +150,7 @@ def _references(manifest: dict[str, Json]) -> Iterator[Problem]:
             tensors = [((key, i, "tensors", j), name) for j, name in enumerate(block["tensors"])]
             yield from _exist(tensors, extras, "extra")
     residue, listed = manifest["residue"], {file["path"] for file in manifest["files"]}
-    if residue is not None and "file" in residue:
+    if residue is not None and "file" in residue and listed:
         yield from _exist([(("residue", "file"), residue["file"])], listed, "file")
     yield from _steps(manifest)
 

@@ -80,7 +80,7 @@ class Weights:
             return RawTree(format=self.format, root=root, attributes=attributes, note=note)
         return RawTree(
             format=self.format,
-            root=DictNode(items=tuple(_tensors(checkpoint.params).items())),
+            root=DictNode(items=tuple(param_tensors(checkpoint.params).items())),
             attributes={"format": "pt"},
             note=write_note(checkpoint),
         )
@@ -90,7 +90,7 @@ class Weights:
         return ""
 
 
-def _tensors(params: Mapping[str, Param]) -> dict[str, TensorRef]:
+def param_tensors(params: Mapping[str, Param]) -> dict[str, TensorRef]:
     """Tensor of each parameter; a tied one is its group's, so that it is stored once."""
     result: dict[str, TensorRef] = {}
     for name, param in params.items():

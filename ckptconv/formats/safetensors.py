@@ -3,7 +3,7 @@
 One file: see `safetensors_header`. Shards: `<stem>-00001-of-00002.safetensors`, each a whole file, and
 `<stem>.safetensors.index.json`, `{"metadata": {"total_size": bytes}, "weight_map": {tensor: file}}`; a
 directory with exactly one index is read too. File names in an index are plain names; every mapped tensor is
-in its file, every tensor of a file is mapped (`total_size` is informative: writers count tied weights or not).
+in its file, every tensor of a file is mapped (`total_size` is informative; writers differ on tied weights).
 
 Tied weights: a tensor is stored once, and `__metadata__` has `{dropped name: kept name}`, as `save_model` of
 the safetensors library writes it; reading gives both names the same tensor. The embedded note is
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ckptconv.errors import FormatError, Problem
+from ckptconv.errors import FormatError, Problem, TargetError
 from ckptconv.formats.base import ChecksumKind, Layout, TargetFile, register
 from ckptconv.formats.safetensors_file import (
     NOTE,
@@ -32,6 +32,7 @@ from ckptconv.formats.safetensors_file import (
     dedupe,
     format_error,
     read_file,
+    shard_limit,
     shard_names,
     split,
     target_file,
@@ -129,19 +130,6 @@ def _disagreements(
 def is_plain_name(name: str) -> bool:
     """Whether a name from inside a file names a file of the same directory and nothing else."""
     return name not in ("", ".", "..") and not any(c in "/\\:" or ord(c) < 32 for c in name)
-
-
-def shard_limit(raw: RawTree) -> int | None:
-    """The attribute `shard_nbytes`.
-
-    Raises: usage for a limit that is no positive number.
-    """
-    limit = raw.attributes.get("shard_nbytes")
-    if limit is None:
-        return None
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
-        raise format_error("usage", f"a shard size of {limit!r}", "Give a number of bytes.", "shard_nbytes")
-    return limit
 
 
 def _metadata(raw: RawTree) -> dict[str, str]:

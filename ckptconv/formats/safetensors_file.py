@@ -10,7 +10,7 @@ from pathlib import Path
 from ckptconv.errors import Code, FormatError, Problem
 from ckptconv.formats.base import Placement, TargetFile
 from ckptconv.formats.safetensors_header import METADATA, file_order, make_header, read_header, tag_of
-from ckptconv.rawtree import DictNode, Node
+from ckptconv.rawtree import DictNode, Node, RawTree
 from ckptconv.tensor import (
     DerivedTensor,
     Extent,
@@ -176,3 +176,16 @@ def split(tensors: Mapping[str, TensorRef], limit: int | None) -> list[Tensors]:
 def shard_names(stem: str, count: int) -> list[str]:
     """File names of `count` shards."""
     return [f"{stem}-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)]
+
+
+def shard_limit(raw: RawTree) -> int | None:
+    """The attribute `shard_nbytes`.
+
+    Raises: usage for a limit that is no positive number.
+    """
+    limit = raw.attributes.get("shard_nbytes")
+    if limit is None:
+        return None
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
+        raise format_error("usage", f"a shard size of {limit!r}", "Give a number of bytes.", "shard_nbytes")
+    return limit

@@ -1,0 +1,221 @@
+"""The neutral checkpoint: a directory of a manifest, safetensors files and one file of other state.
+
+    manifest.json                         the document (schema `checkpoint-1.0.0`), written last: the commit
+    weights[-00001-of-00002].safetensors  parameters, under their names
+    optimizer[-...].safetensors           slots, `<param>/<slot>`; with several `<optimizer>/<param>/<slot>`
+    extras[-...].safetensors              other arrays, under the source's keys
+    state.msgpack                         the residue, see `ckptconv.packing`
+
+The manifest's `files` lists every other file with its size, and a digest where one is known. Files that it
+does not list are refused (names that begin with a dot are not looked at); so are files of another size.
+What safetensors has no type for is stored as U8, see `ckptconv.bitcast`; which tensors those are says the
+manifest, so this level shows them as U8.
+
+Tree: `{"manifest": JSON text with empty `files`, "state": bytes or None, "weights", "optimizer", "extras":
+name -> tensor}`. Writing takes `shard_nbytes` among the attributes.
+Producer: ckptconv 0.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckptconv.errors import CkptError, Code, FormatError, Problem
+from ckptconv.formats.base import ChecksumKind, Layout, TargetFile, register
+from ckptconv.formats.safetensors_file import (
+    Tensors,
+    check_tensors,
+    constant,
+    dedupe,
+    file_nbytes,
+    read_file,
+    shard_limit,
+    shard_names,
+    split,
+    target_file,
+)
+from ckptconv.rawtree import DictNode, Node, RawTree
+from ckptconv.residue_json import STATE_FILE
+from ckptconv.strictjson import Json, dump_document, parse
+from ckptconv.validation import migrate, validate_manifest
+
+MANIFEST = "manifest.json"
+SECTIONS = ("weights", "optimizer", "extras")
+_FILE_NAME = re.compile(r"(weights|optimizer|extras)(-\d{5}-of-\d{5})?\.safetensors|state\.msgpack")
+_MARK = b'"ckptconv/checkpoint"'
+_HINT = "Copy the whole directory again, or write the checkpoint again from its source."
+
+
+def _problem(code: Code, loc: tuple[str | int, ...], message: str, hint: str = _HINT) -> Problem:
+    return Problem(code=code, loc=loc, message=message, hint=hint)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        message = f"'{path.name}' cannot be read: {error.strerror}"
+        raise FormatError(_problem("missing-file", (path.name,), message)) from None
+
+
+def _read_manifest(path: Path) -> dict[str, Json]:
+    """The manifest in the current version, so far as its list of files goes.
+
+    Raises: missing-file, corrupt-file, duplicate-key, schema-version, schema-invalid.
+    """
+    manifest = migrate(parse(_read_bytes(path / MANIFEST), MANIFEST))
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, list) or not all(_is_entry(entry) for entry in files):
+        message = f"'files' is no list of files with their sizes [{MANIFEST}]"
+        raise FormatError(_problem("schema-invalid", ("files",), message))
+    result: dict[str, Json] = manifest
+    return result
+
+
+def _is_entry(entry: Json) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("path"), str) and type(entry.get("bytes")) is int
+
+
+def _file_problems(path: Path, files: list[dict[str, Json]]) -> Iterator[Problem]:
+    """Names that are none of ours, files that are missing, of another size, or not listed."""
+    for i, entry in enumerate(files):
+        name, nbytes, loc = entry["path"], entry["bytes"], ("files", i)
+        if not _FILE_NAME.fullmatch(name):
+            message = f"'{name}' is no file of a neutral checkpoint"
+            yield _problem("unsafe-path", (*loc, "path"), message)
+        elif not (path / name).is_file():
+            yield _problem("missing-file", (*loc, "path"), f"'{name}' is not there")
+        elif (got := (path / name).stat().st_size) != nbytes:
+            code: Code = "truncated-file" if got < nbytes else "corrupt-file"
+            yield _problem(code, (*loc, "bytes"), f"'{name}' should have {nbytes} bytes, it has {got}")
+    listed = {MANIFEST, *(entry["path"] for entry in files)}
+    for other in sorted(item.name for item in path.iterdir()):
+        if other not in listed and not other.startswith("."):
+            hint = "Move it elsewhere; if it belongs to the checkpoint, the manifest does not."
+            yield _problem("corrupt-file", (other,), f"'{other}' is not listed in {MANIFEST}", hint)
+
+
+def check_directory(path: Path) -> list[Problem]:
+    """Everything that is wrong with a neutral directory short of its tensors' specs.
+
+    I/O: streams every file that has a digest.
+    """
+    try:
+        manifest = _read_manifest(path)
+        problems = [*validate_manifest(manifest), *_file_problems(path, manifest["files"])]
+        if not problems:
+            problems = list(_digest_problems(path, manifest["files"]))
+        if not problems:
+            FORMAT.read(path)
+    except CkptError as error:
+        return list(error.problems)
+    return problems
+
+
+def _digest_problems(path: Path, files: list[dict[str, Json]]) -> Iterator[Problem]:
+    for i, entry in enumerate(files):
+        if entry["digest"] is None:
+            continue
+        with (path / entry["path"]).open("rb") as file:
+            got = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        if got != entry["digest"]:
+            message = f"'{entry['path']}' should have {entry['digest']}, it has {got}"
+            yield _problem("digest-mismatch", ("files", i, "digest"), message)
+
+
+def _merge(tensors: Tensors, more: Tensors, file: str, problems: list[Problem]) -> None:
+    for key, tensor in more.items():
+        if key in tensors:
+            problems.append(_problem("duplicate-key", (file, key), f"'{key}' stands in another shard too"))
+        tensors[key] = tensor
+
+
+class Neutral:
+    """The format object."""
+
+    name = "neutral"
+    summary = "ckptconv's own: a directory of manifest.json, safetensors files and state.msgpack"
+    suffixes: tuple[str, ...] = (".neutral",)
+    checksums: tuple[ChecksumKind, ...] = ()
+
+    def sniff(self, path: Path) -> bool:
+        """Whether it is a directory with our manifest."""
+        try:
+            with (path / MANIFEST).open("rb") as file:
+                return _MARK in file.read(4096)
+        except OSError:
+            return False
+
+    def read(self, path: Path) -> RawTree:
+        """Manifest, state and tensors.
+
+        I/O: reads the manifest, the state and headers.
+        Raises: missing-file, truncated-file, corrupt-file, unsafe-path, duplicate-key, schema-version,
+        schema-invalid, and those of safetensors.
+        """
+        manifest = _read_manifest(path)
+        problems = list(_file_problems(path, manifest["files"]))
+        if problems:
+            raise FormatError(*problems)
+        sections: dict[str, Tensors] = {section: {} for section in SECTIONS}
+        state: bytes | None = None
+        for entry in manifest["files"]:
+            name = entry["path"]
+            if name == STATE_FILE:
+                state = _read_bytes(path / name)
+            else:
+                section = sections[re.split(r"[-.]", name)[0]]
+                _merge(section, read_file(path / name).tensors, name, problems)
+        if problems:
+            raise FormatError(*problems)
+        parts: list[tuple[Node, Node]] = [
+            ("manifest", dump_document({**manifest, "files": []})),
+            ("state", state),
+        ]
+        parts += [(section, DictNode(items=tuple(tensors.items()))) for section, tensors in sections.items()]
+        return RawTree(format=self.name, root=DictNode(items=tuple(parts)), location=path.name)
+
+    def layout(self, raw: RawTree, path: Path) -> Layout:
+        """A directory; the manifest gets its list of files here and is the last to be published.
+
+        Raises: unsupported-feature, unknown-dtype, limit-exceeded, usage.
+        """
+        root = raw.root
+        text = root.get("manifest") if isinstance(root, DictNode) else None
+        if not isinstance(root, DictNode) or not isinstance(text, str):
+            message = "the tree has no manifest"
+            raise FormatError(
+                _problem("unsupported-feature", ("manifest",), message, "Lower it with 'neutral'.")
+            )
+        files: list[TargetFile] = []
+        for section in SECTIONS:
+            files += _section_files(section, root.get(section), shard_limit(raw))
+        entries = [{"path": file.name, "bytes": file_nbytes(file), "digest": None} for file in files]
+        state = root.get("state")
+        if isinstance(state, bytes):
+            files.append(TargetFile(name=STATE_FILE, finish=constant([(0, state)])))
+            digest = f"sha256:{hashlib.sha256(state).hexdigest()}"
+            entries.append({"path": STATE_FILE, "bytes": len(state), "digest": digest})
+        manifest = dump_document({**parse(text, MANIFEST), "files": entries}).encode("utf-8")
+        files.append(TargetFile(name=MANIFEST, finish=constant([(0, manifest)])))
+        return Layout(kind="directory", files=tuple(files))
+
+
+def _section_files(section: str, node: Node, limit: int | None) -> list[TargetFile]:
+    """The safetensors files of one section; none where it is empty."""
+    if not isinstance(node, DictNode) or not node.items:
+        return []
+    tensors, aliases = dedupe(check_tensors(node, "This is a fault of the dialect, please report it."))
+    shards = split(tensors, limit)
+    names = [f"{section}.safetensors"] if len(shards) == 1 else shard_names(section, len(shards))
+    files = []
+    for name, shard in zip(names, shards, strict=True):
+        own = {dropped: kept for dropped, kept in aliases.items() if kept in shard}
+        files.append(target_file(name, name, shard, {"format": "pt", **own}))
+    return files
+
+
+FORMAT = register(Neutral())
