@@ -65,9 +65,15 @@ def layout_ops(
 
     Sizes are taken from both shapes. An axis that only one side has must have size 1.
     """
-    sizes = bind([(source_axes, source_shape), (target_axes, target_shape)])
     source_full, target_full = expand(source_axes, len(source_shape)), expand(target_axes, len(target_shape))
-    if sizes is None or source_full is None or target_full is None:
+    if source_full is None or target_full is None:
+        return None
+    # An axis that is merged on both sides need not be split, and its atoms' sizes need not be known.
+    whole = {axis: axis.replace("*", "&") for axis in set(source_full) & set(target_full)}
+    source_full = tuple(whole.get(axis, axis) for axis in source_full)
+    target_full = tuple(whole.get(axis, axis) for axis in target_full)
+    sizes = bind([(source_full, source_shape), (target_full, target_shape)])
+    if sizes is None:
         return None
     before = [atom for axis in source_full for atom in atoms(axis)]
     after = [atom for axis in target_full for atom in atoms(axis)]

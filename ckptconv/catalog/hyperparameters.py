@@ -230,8 +230,8 @@ def _learning_rate(
         if dampening.value == 1:
             refuse(
                 "form-mismatch",
-                f"dampening = 1 keeps the gradient out of the buffer; {theirs.class_name} would get the rate 0",
-                "Allow form-mismatch if that is what the run does: the buffer alone goes on moving the weights.",
+                f"dampening = 1 keeps the gradient out of the buffer: {theirs.class_name} gets the rate 0",
+                "Allow form-mismatch if the run is meant so: the buffer alone goes on moving the weights.",
                 *loc,
                 "dampening",
             )

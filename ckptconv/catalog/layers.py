@@ -231,15 +231,16 @@ def kind_of_class(framework: str, cls: type, layer: object = None) -> str | None
     for base in cls.__mro__:
         name = f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
         fitting = [kind for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
-        special = [
-            kind for kind in fitting if kind.equal_attributes and _are_equal(layer, kind.equal_attributes)
-        ]
-        plain = [kind for kind in fitting if not kind.equal_attributes]
+        if len(fitting) > 1:
+            special = any(_are_equal(layer, kind.equal_attributes) for kind in fitting)
+            fitting = [kind for kind in fitting if bool(kind.equal_attributes) == special]
         if fitting:
-            return (special or plain)[0].name
+            return fitting[0].name
     return None
 
 
 def _are_equal(layer: object, names: tuple[str, ...]) -> bool:
     values = {getattr(layer, name, None) for name in names}
-    return len(values) == 1 and all(isinstance(value, int) and value > 1 for value in values)
+    return (
+        len(names) > 1 and len(values) == 1 and all(isinstance(value, int) and value > 1 for value in values)
+    )
