@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckptconv.catalog import layers
@@ -96,7 +96,55 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
             problems.append(found)
         else:
             chosen.update(found)
-    return _collect(source, template, sources, targets, chosen, by_name, problems)
+    cover = _collect(source, template, sources, targets, chosen, by_name, problems)
+    if _image_layout(frameworks[0]) == _image_layout(frameworks[1]):
+        return cover
+    return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, source, template)))
+
+
+def _image_layout(framework: str) -> str:
+    """Where a framework's images have their channels."""
+    return "channels-first" if framework == "torch" else "channels-last"
+
+
+def _behind_flatten(cover: Cover, source: Checkpoint, template: Checkpoint) -> Iterator[Problem]:
+    """Dense layers whose rows may be the flattened positions of an image, in another order on each side.
+
+    Suspicious is an input width that is a proper multiple of an earlier convolution's channels and that no
+    earlier layer gives out.
+    """
+    channels: list[tuple[str, int]] = []
+    widths: set[int] = set()
+    for pair in cover.pairs:
+        axes = _known_sizes(source.params[pair.source], template.params[pair.target])
+        if axes is None:
+            continue
+        kind, sizes = axes
+        width = sizes.get("in")
+        if kind == "dense" and width is not None and width not in widths:
+            behind = [(name, n) for name, n in channels if width > n and width % n == 0]
+            if behind:
+                name, n = behind[-1]
+                yield Problem(
+                    code="flatten-layout",
+                    loc=("params", pair.target),
+                    message=f"'{pair.target}' takes {width} inputs, {width // n} times the {n} channels of '{name}': "
+                    "if it stands behind a flatten, its rows are in another order in the other framework",
+                    hint="Pool instead of flattening, or --allow flatten-layout if no image is flattened here.",
+                )
+        out = sizes.get("out") or sizes.get("features")
+        if kind.startswith("conv") and out is not None:
+            channels.append((pair.target, out))
+        if out is not None:
+            widths.add(out)
+
+
+def _known_sizes(source: Param, target: Param) -> tuple[str, dict[str, int]] | None:
+    """Kind of a kernel and its sizes by axis, from whichever side knows them."""
+    for param in (target, source):
+        if param.axes is not None and param.layer != "unknown" and len(param.axes) > 1:
+            return param.layer, dict(zip(param.axes, param.tensor.shape, strict=True))
+    return None
 
 
 def _collect(
@@ -275,9 +323,6 @@ def _no_order(
         a += 1
     if a < min(len(rest_s), len(rest_t)):
         left, right = sources[rest_s[a]], targets[rest_t[a]]
-        flatten = _flatten_problem(left, right)
-        if flatten is not None:
-            return flatten
         return Problem(
             code="shape-mismatch",
             loc=("params", right.params[0].name),
@@ -296,10 +341,6 @@ def _no_order(
         f"({len(rest_s)} modules against {len(rest_t)})",
         hint="Use a template of the same model.",
     )
-
-
-def _flatten_problem(left: _Module, right: _Module) -> Problem | None:
-    return None
 
 
 def _shapes(module: _Module) -> str:
