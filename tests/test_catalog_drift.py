@@ -1,0 +1,223 @@
+"""The optimizer and schedule tables against the installed classes: arguments, defaults, keys of the state."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ckptconv.catalog import optimizers, schedules
+from ckptconv.catalog.optimizer_rows import Row
+
+TORCH = [name for name in optimizers.algorithms() if optimizers.row(name, "torch")]
+KERAS = [
+    (framework, name)
+    for framework in optimizers.FRAMEWORKS[1:]
+    for name in optimizers.algorithms()
+    if optimizers.row(name, framework)
+]
+ON = {"momentum": 0.9, "amsgrad": True}
+"""What makes every slot of a class exist."""
+
+
+def class_of(row: Row) -> Any:
+    module, _, name = row.class_name.rpartition(".")
+    pytest.importorskip(module.partition(".")[0])
+    return getattr(importlib.import_module(module), name)
+
+
+def row_of(algorithm: str, framework: str) -> Row:
+    row = optimizers.row(algorithm, framework)
+    assert row is not None
+    return row
+
+
+def check_arguments(row: Row, cls: Any) -> None:
+    parameters = inspect.signature(cls.__init__).parameters
+    for name, entry in row.hyperparameters.items():
+        if entry.argument is None:
+            continue
+        if name == "learning_rate_decay":  # taken from **kwargs by the legacy base class
+            assert cls(**{entry.argument: 0.25}).get_config()[entry.argument] == 0.25
+            continue
+        default = parameters[entry.argument].default
+        assert (default if entry.index is None else default[entry.index]) == entry.default, name
+
+
+def arguments(row: Row) -> dict[str, Any]:
+    """The class with all its slots."""
+    return {ON_NAME: value for ON_NAME, value in ON.items() if ON_NAME in row.slot_conditions.values()}
+
+
+@pytest.mark.parametrize("algorithm", TORCH)
+def test_torch(algorithm: str) -> None:
+    torch = pytest.importorskip("torch")
+    row = row_of(algorithm, "torch")
+    cls = class_of(row)
+    check_arguments(row, cls)
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = cls([weight], **arguments(row))
+    weight.grad = torch.full((2, 3), 0.5)
+    optimizer.step()
+    state = optimizer.state_dict()
+    (group,), (slots,) = state["param_groups"], state["state"].values()
+    for name, entry in row.hyperparameters.items():
+        if entry.optional:
+            continue
+        assert entry.key in group, name
+        assert entry.index is None or len(group[entry.key]) > entry.index
+    assert set(row.slots.values()) | ({row.step_key} if row.step_key else set()) == set(slots)
+    for slot, init in row.slot_inits.items():
+        assert init == 0.0, slot
+    keys = {key: value for key, value in group.items() if key != "params"}
+    assert optimizers.infer("torch", frozenset(set(slots) - {row.step_key}), keys) == (algorithm,)
+
+
+def test_torch_others_are_not_taken_for_ours() -> None:
+    torch = pytest.importorskip("torch")
+    known = {row_of(name, "torch").class_name for name in TORCH}
+    seen = 0
+    for name in dir(torch.optim):
+        cls = getattr(torch.optim, name)
+        if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer):
+            continue
+        if f"torch.optim.{name}" in known or name == "Optimizer":
+            continue
+        weight = torch.nn.Parameter(torch.ones(2, 3))
+        optimizer = cls([weight], lr=0.1)
+        weight.grad = torch.ones(2, 3).to_sparse() if name == "SparseAdam" else torch.ones(2, 3)
+        if name == "LBFGS":
+            optimizer.step(lambda: torch.tensor(1.0))
+        else:
+            optimizer.step()
+        state = optimizer.state_dict()
+        keys = {key: value for key, value in state["param_groups"][0].items() if key != "params"}
+        slots = frozenset(state["state"][0]) - {"step"}
+        assert optimizers.infer("torch", slots, keys) == (), name
+        assert optimizers.infer("torch", frozenset(), keys) == (), name
+        seen += 1
+    assert seen >= 10
+
+
+def steps_done(framework: str, optimizer: Any) -> tuple[Any, Any]:
+    """One update of one variable: the variable, and the module that has `Checkpoint`."""
+    tf = pytest.importorskip("tensorflow")
+    if framework == "keras3":
+        keras = pytest.importorskip("keras")
+        variable = keras.Variable(np.ones((2, 3), np.float32), name="kernel")
+        optimizer.apply([tf.fill((2, 3), 0.5)], [variable])
+    else:
+        variable = tf.Variable(np.ones((2, 3), np.float32), name="kernel")
+        optimizer.apply_gradients([(tf.fill((2, 3), 0.5), variable)])
+    return variable, tf
+
+
+@pytest.mark.parametrize(("framework", "algorithm"), KERAS)
+def test_keras(framework: str, algorithm: str, tmp_path: Any) -> None:
+    row = row_of(algorithm, framework)
+    pytest.importorskip("tensorflow")
+    cls = class_of(row)
+    check_arguments(row, cls)
+    optimizer = cls(**arguments(row))
+    variable, tf = steps_done(framework, optimizer)
+    path = tf.train.Checkpoint(optimizer=optimizer, v=variable).write(str(tmp_path / "c"))
+    keys = [name for name, _ in tf.train.list_variables(path)]
+    stored = {m[1] for key in keys if (m := re.match(r"optimizer/(\w+)/\.ATTRIBUTES", key))}
+    assert row.step_key in stored
+    assert {entry.key for entry in row.hyperparameters.values() if entry.key} == stored - {row.step_key}
+    if framework == "tf_keras_legacy":
+        assert set(row.slots.values()) == set(optimizer.get_slot_names())
+        names = [v.name for v in optimizer.variables()[1:]]
+        found = {name.rpartition("/")[2].partition(":")[0] for name in names}
+        scopes = {name.partition("/")[0] for name in names}
+    else:
+        lists = {slot: getattr(optimizer, edge) for slot, edge in row.slots.items()}
+        assert all(len(entries) == 1 for entries in lists.values())
+        if framework == "keras3":
+            names = [v.path for entries in lists.values() for v in entries]
+            found = {name.rpartition("kernel_")[2] for name in names}
+            scopes = {re.sub(r"_\d+$", "", name.partition("/")[0]) for name in names}
+        else:
+            names = [v.name for entries in lists.values() for v in entries]
+            found = {name.split("/")[-2] for name in names}
+            scopes = {optimizer.name}
+    assert found == set(row.slot_variables.values())
+    assert scopes == {row.scope}
+    scope = row.scope
+    assert optimizers.infer(framework, frozenset(row.slots.values()), dict.fromkeys(stored, 0.0), scope) == (
+        algorithm,
+    )
+
+
+@pytest.mark.parametrize("framework", optimizers.FRAMEWORKS[1:])
+def test_keras_others_are_not_taken_for_ours(framework: str) -> None:
+    pytest.importorskip("tensorflow")
+    ours = {name: row for name in optimizers.algorithms() if (row := optimizers.row(name, framework))}
+    module_name = ours["adam"].class_name.rpartition(".")[0]
+    pytest.importorskip(module_name.partition(".")[0])
+    module = importlib.import_module(module_name)
+    seen = 0
+    for name in ("Adadelta", "Adagrad", "Adamax", "Ftrl", "Lamb", "Lion", "Nadam", "RMSprop"):
+        cls = getattr(module, name, None)
+        if cls is None:
+            continue
+        optimizer = cls(momentum=0.9) if name == "RMSprop" else cls()
+        steps_done(framework, optimizer)
+        hypers: dict[str, Any] = {}
+        if framework == "tf_keras_legacy":
+            slots = frozenset(optimizer.get_slot_names())
+            hypers = {key: 0.0 for key in optimizer._hyper if not callable(optimizer._hyper[key])}
+        else:
+            edges = optimizer._trackable_children()
+            slots = frozenset(e for e, v in edges.items() if e.startswith("_") and is_slot_list(optimizer, v))
+        scope = getattr(optimizer, "_name" if framework == "tf_keras_legacy" else "name")
+        assert not set(optimizers.infer(framework, slots, hypers, scope)) & set(ours), name
+        guesses = set(optimizers.infer(framework, slots, hypers))
+        assert not guesses or name.lower() in guesses, name
+        seen += 1
+    assert seen >= 6
+
+
+def is_slot_list(optimizer: Any, value: Any) -> bool:
+    own = optimizer.variables if not callable(optimizer.variables) else optimizer.variables()
+    if not hasattr(value, "__len__") or value is own or len(value) == 0 or len(value) >= len(own):
+        return False
+    ids = {id(v) for v in own}
+    return all(id(v) in ids for v in value)
+
+
+@pytest.mark.parametrize("name", schedules.families())
+def test_schedules(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    family = schedules.family(name)
+    assert family is not None
+    arguments: list[dict[str, Any]] = [
+        {},
+        {"step_size": 2},
+        {"milestones": [2, 3]},
+        {"gamma": 0.9},
+        {"T_max": 5},
+        {"T_0": 5},
+        {"lr_lambda": lambda epoch: 1.0},
+        {"base_lr": 0.1, "max_lr": 1.0},
+        {"max_lr": 1.0, "total_steps": 10},
+        {"swa_lr": 0.1},
+    ]
+    for path in family.classes:
+        module, _, cls_name = path.rpartition(".")
+        cls = getattr(importlib.import_module(module), cls_name)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1, momentum=0.9)
+        parts = [torch.optim.lr_scheduler.ConstantLR(optimizer) for _ in range(2)]
+        made = None
+        for more in [*arguments, {"schedulers": parts}, {"schedulers": parts, "milestones": [3]}]:
+            try:
+                made = cls(**more) if cls_name == "ChainedScheduler" else cls(optimizer, **more)
+                break
+            except TypeError:
+                continue
+        assert made is not None, path
+        assert schedules.infer(made.state_dict().keys()) == name
