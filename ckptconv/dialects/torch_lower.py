@@ -7,14 +7,14 @@ for, whether the residue is a fresh template (`state` is `{}`) or a run of its o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.optimizer_rows import row
-from ckptconv.dialects import torch_keys
-from ckptconv.dialects.torch_scheduler import moved
+from ckptconv.dialects.torch_scheduler import moved, rate_at
 from ckptconv.dialects.torch_values import dotted, places
-from ckptconv.document import Checkpoint, Known, Optimizer, Unknown, value_of
+from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError, LossError, MappingError
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path
 
@@ -110,8 +110,37 @@ def _refuse_stale(
                     problems.append(_stale(path, fact.value, f"the position of schedule '{name}'"))
             case ("progress", "micro_steps") if isinstance(checkpoint.progress.micro_steps, Unknown):
                 problems.append(_stale(path, lifted.encoding.get("raw"), "a counter that is not the step"))
+    for schedule in checkpoint.schedules:
+        if schedule.name in positions:
+            problems += _stale_rates(checkpoint.optimizer(schedule.optimizer), schedule, positions)
     if problems:
         raise MappingError(*(problem for error in problems for problem in error.problems))
+
+
+def _stale_rates(optimizer: Optimizer, schedule: Schedule, positions: Mapping[str, int]) -> list[CkptError]:
+    """Groups whose learning rate is not the one at the schedule's new position: torch goes on from it."""
+    problems = []
+    for number, group in enumerate(optimizer.groups):
+        fact = group.hyperparameters.get("learning_rate")
+        if not isinstance(fact, Known) or fact.status == "supplied":
+            continue
+        rate, base = fact.value, value_of(group.hyperparameters.get("base_learning_rate"))
+        due = None
+        if isinstance(base, (int, float)):
+            due = rate_at(schedule, float(base), positions[schedule.name])
+        if due is not None and isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6):
+            continue
+        wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"
+        problems.append(
+            MappingError.of(
+                "residue-stale",
+                f"the step was edited and '{schedule.name}' moves with it to {positions[schedule.name]}: the "
+                f"learning rate {wanted}, the document has {rate}",
+                "Edit learning_rate as well, with the status 'supplied'.",
+                loc=("optimizers", optimizer.name, "groups", number, "hyperparameters", "learning_rate"),
+            )
+        )
+    return problems
 
 
 def _stale(path: Path, value: object, what: str) -> CkptError:
@@ -216,14 +245,3 @@ def _entry(
     if emptied and all(key == "step" for key, _ in items):
         return None  # its slots are gone: a step without them would be worse than none
     return replace(entry, items=tuple(items))
-
-
-def with_note(root: DictNode, note: object) -> DictNode:
-    """The dictionary with this note and no other."""
-    items = [(k, v) for k, v in root.items if k != torch_keys.NOTE or not isinstance(v, str)]
-    if not isinstance(note, str):
-        return replace(root, items=tuple(items))
-    if torch_keys.NOTE in root:
-        items = [(k, note if k == torch_keys.NOTE else v) for k, v in root.items]
-        return replace(root, items=tuple(items))
-    return replace(root, items=(*items, (torch_keys.NOTE, note)))

@@ -19,14 +19,14 @@ from pathlib import PurePath
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
-from ckptconv.dialects.torch_lower import rebuild_state, settle, with_note
+from ckptconv.dialects.torch_lower import rebuild_state, settle
 from ckptconv.dialects.torch_modules import Module, is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_note import lift_note, note_of, with_note
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_values import dotted, keyed, lift_rest, own_residue, tensor_of
 from ckptconv.document import (
-    PROGRESS_FIELDS,
     Block,
     Checkpoint,
     Optimizer,
@@ -34,14 +34,10 @@ from ckptconv.document import (
     Provenance,
     Residue,
     Schedule,
-    value_of,
 )
 from ckptconv.errors import CkptError, FormatError, MappingError
-from ckptconv.note import edit_note, read_note
 from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
 from ckptconv.tensor import TensorRef
-
-_NOTE_EXTENSION = "ckptconv/note"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +86,8 @@ class Plain:
         schedules, odd_schedules = _lift_schedules(root, survey.schedulers, optimizers, lifter)
         progress, odd_progress = read_progress(root, optimizers, lifter)
         extras = lift_rest(root, lifter)
-        note = root.get(torch_keys.NOTE)
         evidence = self.detect(raw)
-        return Checkpoint(
+        checkpoint = Checkpoint(
             progress=progress,
             params=trained(params, optimizers),
             optimizers=optimizers,
@@ -105,8 +100,8 @@ class Plain:
             ),
             provenance=provenance(raw, self.name, evidence),
             oddities=(*odd, *odd_schedules, *odd_progress),
-            extensions={_NOTE_EXTENSION: note} if isinstance(note, str) else {},
         )
+        return lift_note(checkpoint, root)
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The template's dictionary (or the run's own) with the document's values."""
@@ -133,7 +128,7 @@ class Plain:
             raise MappingError(*(problem for error in problems for problem in error.problems))
         filled = fill(root, settled)
         assert isinstance(filled, DictNode)
-        noted = with_note(filled, _note(settled, root))
+        noted = with_note(filled, note_of(settled, root))
         return RawTree(format=self.format, root=noted, attributes=residue.attributes)
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
@@ -151,19 +146,6 @@ class Plain:
                 keys = "".join(f"[{step!r}]" for step in path)
                 lines.append(f"{variable}.load_state_dict(checkpoint{keys})")
         return "\n".join(lines)
-
-
-def _note(checkpoint: Checkpoint, root: DictNode) -> object:
-    """The note to write: one that came with the file is brought up to date where the document was edited."""
-    text = checkpoint.extensions.get(_NOTE_EXTENSION)
-    if not isinstance(text, str) or text != root.get(torch_keys.NOTE):
-        return text
-    stated = read_note(text).progress
-    now = checkpoint.progress
-    pairs = [(getattr(stated, name), getattr(now, name)) for name in PROGRESS_FIELDS]
-    if all(value_of(new) in (None, value_of(old)) for old, new in pairs):
-        return text
-    return edit_note(text, checkpoint)
 
 
 def provenance(raw: RawTree, dialect: str, evidence: Detection | None) -> Provenance:

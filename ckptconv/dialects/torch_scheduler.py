@@ -8,7 +8,8 @@ Lambdas are not stored at all. Source: torch 2.13 `torch/optim/lr_scheduler.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
@@ -96,3 +97,37 @@ def moved(schedules: tuple[Schedule, ...], edits: Mapping[str, tuple[int, int]])
             if schedule.position.value == old:
                 positions[schedule.name] = new
     return positions
+
+
+def rate_at(schedule: Schedule, base: float, position: int) -> float | None:
+    """The learning rate of a torch schedule in closed form; None where the family has none here.
+
+    Units: `position` as `last_epoch`. Source: the `_get_closed_form_lr` of torch 2.13's classes.
+    """
+    named = {name: fact.value for name, fact in schedule.parameters.items() if isinstance(fact, Known)}
+    values = {name: float(v) for name, v in named.items() if isinstance(v, (int, float))}
+    formula = _FORMULAS.get(schedule.family)
+    if formula is None:
+        return None
+    try:
+        return formula(values, base, position)
+    except (KeyError, ZeroDivisionError, OverflowError):
+        return None
+
+
+def _done(values: Mapping[str, float], position: int) -> float:
+    return min(position, values["total_iters"]) / values["total_iters"]
+
+
+_FORMULAS: Mapping[str, Callable[[Mapping[str, float], float, int], float]] = {
+    "step": lambda v, base, t: base * v["gamma"] ** (t // v["step_size"]),
+    "exponential": lambda v, base, t: base * v["gamma"] ** t,
+    "constant": lambda v, base, t: base * (v["factor"] if t < v["total_iters"] else 1.0),
+    "linear": lambda v, base, t: (
+        base * (v["start_factor"] + (v["end_factor"] - v["start_factor"]) * _done(v, t))
+    ),
+    "polynomial": lambda v, base, t: base * (1.0 - _done(v, t)) ** v["power"],
+    "cosine": lambda v, base, t: (
+        v["eta_min"] + (base - v["eta_min"]) * (1.0 + math.cos(math.pi * t / v["T_max"])) / 2.0
+    ),
+}

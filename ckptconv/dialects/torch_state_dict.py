@@ -77,8 +77,9 @@ def _from_params(params: Mapping[str, Param]) -> Node:
 
 
 def _first(params: Mapping[str, Param], param: Param) -> Param:
-    """The parameter that a tied one shares its memory with."""
-    return params.get(param.tied_to or param.name, param)
+    """The parameter that a tied one shares its memory with, where it has the same layout."""
+    first = params.get(param.tied_to or param.name, param)
+    return first if first.tensor.spec == param.tensor.spec else param
 
 
 register(StateDict())

@@ -12,9 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ckptconv.dialects.torch_plain import Plain  # noqa: E402
+from ckptconv.dialects.torch_scheduler import rate_at  # noqa: E402
 from ckptconv.dialects.torch_state_dict import StateDict  # noqa: E402
 from ckptconv.document import Checkpoint, Known, Unknown, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
+from ckptconv.note import write_note  # noqa: E402
 from ckptconv.rawtree import DictNode, walk  # noqa: E402
 from ckptconv.tensor import StoredTensor, TensorRef  # noqa: E402
 from tests.support.torch_nodes import comparable, tree  # noqa: E402
@@ -365,32 +367,118 @@ def test_scaler_generators_averages_and_the_rest_are_kept() -> None:
 
 def test_the_note_stands_in_the_dictionary_and_never_in_a_state_dict() -> None:
     checkpoint = lifted(trained())
-    noted = replace(checkpoint, extensions={"ckptconv/note": "{}"})
+    noted = replace(checkpoint, extensions={"ckptconv/note": write_note(checkpoint)})
     root = lowered(noted)
     assert root.keys[-1] == "ckptconv"
     again = Plain().lift(replace(tree({}), root=root))
-    assert again.extensions == {"ckptconv/note": "{}"}
+    assert again.extensions == noted.extensions
+    assert comparable(lowered(again)) == comparable(root)
     assert "ckptconv" not in lowered(replace(again, extensions={}))
     bare = StateDict().lower(replace(noted, residue=None)).root
     assert isinstance(bare, DictNode)
     assert bare.keys == ("weight", "bias")
 
 
-def test_a_schedule_that_moves_with_the_step_is_rewritten_and_another_refused() -> None:
+def test_the_note_tells_what_the_dictionary_cannot() -> None:
+    checkpoint = lifted({**trained(torch.optim.SGD), "epoch": 1})
+    told = replace(
+        checkpoint.progress, step=Known(value=9, status="supplied"), epochs=Known(value=2, status="supplied")
+    )
+    note = write_note(replace(checkpoint, progress=told))
+    again = lifted({**trained(torch.optim.SGD), "epoch": 1, "ckptconv": note})
+    assert again.progress.step == Known(value=9, status="supplied", source="embedded note")
+    assert value_of(again.progress.epochs) == 2
+    assert value_of(again.optimizers[0].step) == 9
+    root = lowered(again)
+    assert (number(root, "epoch"), number(root, "ckptconv")) == (1, note)
+    saved_later = lifted({**trained(torch.optim.SGD), "epoch": 6, "ckptconv": note})
+    assert isinstance(saved_later.progress.epochs, Unknown)
+    assert any("note" in odd for odd in saved_later.oddities)
+
+
+def test_an_edited_step_is_edited_in_the_note() -> None:
     parts = trained()
-    model = torch.nn.Linear(1, 1)
-    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 100)
-    state = {**scheduler.state_dict(), "last_epoch": 3, "_step_count": 4}
-    checkpoint = lifted({**parts, "scheduler": state})
+    note = write_note(lifted(parts))
+    checkpoint = lifted({**parts, "ckptconv": note})
     edited = replace(checkpoint, progress=replace(checkpoint.progress, step=Known(value=12)))
-    root = lowered(edited)
-    assert (number(root, "scheduler", "last_epoch"), number(root, "scheduler", "_step_count")) == (12, 13)
-    per_epoch = lifted({**parts, "scheduler": {**state, "last_epoch": 1, "_step_count": 2}})
-    edited = replace(per_epoch, progress=replace(per_epoch.progress, step=Known(value=12)))
+    again = Plain().lift(replace(tree({}), root=lowered(edited)))
+    assert value_of(again.progress.step) == 12
+    assert not again.oddities
+
+
+def scheduled(position: int) -> dict[str, object]:
+    """A run of 3 updates whose StepLR (a decay after 10) stands at `position`."""
+    parts = trained()
+    optimizer = torch.optim.Adam(torch.nn.Linear(3, 3).parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10, gamma=0.5)
+    parts["optimizer"]["param_groups"][0]["initial_lr"] = 0.1  # type: ignore[index]
+    state = {**scheduler.state_dict(), "last_epoch": position, "_step_count": position + 1}
+    return {**parts, "scheduler": state}
+
+
+def with_step(checkpoint: Checkpoint, step: int) -> Checkpoint:
+    return replace(checkpoint, progress=replace(checkpoint.progress, step=Known(value=step)))
+
+
+def test_a_schedule_that_moves_with_the_step_is_rewritten_where_its_rate_stays() -> None:
+    checkpoint = lifted(scheduled(3))
+    root = lowered(with_step(checkpoint, 8))
+    assert (number(root, "scheduler", "last_epoch"), number(root, "scheduler", "_step_count")) == (8, 9)
+    loc = ("optimizers", "optimizer", "groups", 0, "hyperparameters", "learning_rate")
+    assert code_of(with_step(checkpoint, 12)) == ("residue-stale", loc)
+    (optimizer,) = checkpoint.optimizers
+    rates = {
+        **optimizer.groups[0].hyperparameters,
+        "learning_rate": Known(value=0.05, status="supplied", source="edit"),
+    }
+    told = replace(optimizer, groups=(replace(optimizer.groups[0], hyperparameters=rates),))
+    root = lowered(with_step(replace(checkpoint, optimizers=(told,)), 12))
+    assert number(root, "scheduler", "last_epoch") == 12
+    assert number(root, "scheduler", "_last_lr", 0) == 0.05
+
+
+def test_a_schedule_of_another_pace_stops_an_edited_step() -> None:
+    checkpoint = lifted(scheduled(1))
+    edited = with_step(checkpoint, 8)
     assert code_of(edited) == ("residue-stale", ("scheduler", "last_epoch"))
-    (schedule,) = per_epoch.schedules
+    (schedule,) = checkpoint.schedules
     told = replace(schedule, position=Known(value=4, status="supplied"))
     assert number(lowered(replace(edited, schedules=(told,))), "scheduler", "_step_count") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "family"),
+    [
+        ("StepLR", {"step_size": 3, "gamma": 0.5}, "step"),
+        ("ExponentialLR", {"gamma": 0.9}, "exponential"),
+        ("CosineAnnealingLR", {"T_max": 9, "eta_min": 0.01}, "cosine"),
+        ("LinearLR", {"start_factor": 0.2, "total_iters": 4}, "linear"),
+        ("ConstantLR", {"factor": 0.5, "total_iters": 4}, "constant"),
+        ("PolynomialLR", {"total_iters": 9, "power": 2.0}, "polynomial"),
+        ("MultiStepLR", {"milestones": [2, 4]}, "multi-step"),
+        ("CosineAnnealingWarmRestarts", {"T_0": 4}, "cosine-restarts"),
+        ("OneCycleLR", {"max_lr": 0.5, "total_steps": 20}, "one-cycle"),
+        ("CyclicLR", {"base_lr": 0.1, "max_lr": 0.5, "cycle_momentum": False}, "cyclic"),
+        ("LambdaLR", {"lr_lambda": float}, "lambda"),
+        ("ReduceLROnPlateau", {}, "plateau"),
+    ],
+)
+def test_families_of_schedules(name: str, options: dict[str, object], family: str) -> None:
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **options)
+    for _ in range(5):
+        optimizer.step()
+        scheduler.step(1.0) if family == "plateau" else scheduler.step()
+    state = {k: v for k, v in scheduler.state_dict().items() if not callable(v)}
+    raw = tree({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": dict(state)})
+    checkpoint = Plain().lift(raw)
+    (schedule,) = checkpoint.schedules
+    assert (schedule.family, value_of(schedule.position)) == (family, 5)
+    due = rate_at(schedule, 0.1, 5)
+    if due is not None:
+        assert due == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+    assert comparable(Plain().lower(checkpoint).root) == comparable(raw.root)
 
 
 def test_an_edited_rate_is_edited_in_the_scheduler_too() -> None:
