@@ -113,23 +113,14 @@ def _header(data: bytes, loc: Loc) -> tuple[int, bool]:
 
 def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry:
     protos.refuse_unknown(proto, protos.BundleEntryProto, (_text(key),))
-    dtype = dtypes.BY_TENSORFLOW.get(proto.dtype)
-    if dtype is None:
-        raise _refuse("unknown-dtype", f"dtype {proto.dtype} is none of TensorFlow's that are stored", key)
-    sizes, named = [], proto.shape.unknown_rank
-    for dim in proto.shape.dim:
-        sizes.append(dim.size)
-        named = named or bool(dim.name)
-    shape = tuple(sizes)
-    if named:
+    shape_proto = proto.shape
+    shape = tuple([dim.size for dim in shape_proto.dim])
+    if shape_proto.unknown_rank or any(dim.name for dim in shape_proto.dim):
         raise _refuse("unsupported-feature", "named dimensions or an unknown rank", key)
-    if len(shape) > _MAX_RANK:
-        raise _refuse("limit-exceeded", f"{len(shape)} axes, at most {_MAX_RANK} are read", key)
-    if shape and min(shape) < 0:
-        raise _refuse("corrupt-file", f"shape {list(shape)}", key)
-    # An axis of 0 elements must not hide an overflow of the others from whoever computes strides.
-    if math.prod(size or 1 for size in shape) * max(dtype.itemsize, 1) > _MAX_NBYTES:
-        raise _refuse("limit-exceeded", f"shape {list(shape)} has over 2^63 bytes", key)
+    checked = _checked_spec(proto.dtype, shape)
+    if isinstance(checked[1], str):
+        raise _refuse(checked[0], checked[1], key)
+    dtype, expected = checked
     shard, offset, nbytes = proto.shard_id, proto.offset, proto.size
     if proto.slices:
         if shard or offset or nbytes or proto.crc32c:
@@ -137,7 +128,6 @@ def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry
         return Entry(dtype, shape, slices=tuple(_slice(part, shape, key) for part in proto.slices))
     if not 0 <= shard < num_shards:
         raise _refuse("corrupt-file", f"shard {shard} of {num_shards}", key)
-    expected = math.prod(shape) * dtype.itemsize
     if offset < 0 or nbytes < 0 or (dtype.itemsize and nbytes != expected):
         raise _refuse(
             "corrupt-file",
@@ -148,6 +138,25 @@ def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry
         # An element's length is at least one byte.
         raise _refuse("corrupt-file", f"{math.prod(shape)} elements in {nbytes} bytes", key)
     return Entry(dtype, shape, shard, offset, nbytes, crc.unmask(proto.crc32c))
+
+
+@lru_cache(maxsize=4096)
+def _checked_spec(enum: int, shape: tuple[int, ...]) -> tuple[DType, int] | tuple[Code, str]:
+    """The dtype and the bytes of a dense tensor (0 for encoded ones), or what is wrong.
+
+    A large checkpoint has few specs, and to check them is most of the time that an entry would take.
+    """
+    dtype = dtypes.BY_TENSORFLOW.get(enum)
+    if dtype is None:
+        return "unknown-dtype", f"dtype {enum} is none of TensorFlow's that are stored"
+    if len(shape) > _MAX_RANK:
+        return "limit-exceeded", f"{len(shape)} axes, at most {_MAX_RANK} are read"
+    if shape and min(shape) < 0:
+        return "corrupt-file", f"shape {list(shape)}"
+    # An axis of 0 elements must not hide an overflow of the others from whoever computes strides.
+    if math.prod(size or 1 for size in shape) * max(dtype.itemsize, 1) > _MAX_NBYTES:
+        return "limit-exceeded", f"shape {list(shape)} has over 2^63 bytes"
+    return dtype, math.prod(shape) * dtype.itemsize
 
 
 def _slice(proto: protos.TensorSliceProto, shape: tuple[int, ...], key: bytes) -> Slice:

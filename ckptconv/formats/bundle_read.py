@@ -11,7 +11,7 @@ from ckptconv.formats.bundle_path import shard_name
 from ckptconv.formats.bundle_slices import Box, assemble, bounds
 from ckptconv.formats.ordered_code import slice_key
 from ckptconv.formats.string_tensor import EncodedTensor
-from ckptconv.tensor import Checksum, Extent, FileSource, StoredTensor, TensorRef, TensorSpec
+from ckptconv.tensor import Checksum, Extent, FileSource, StoredTensor, TensorRef, TensorSpec, dense_strides
 
 
 class Reading:
@@ -21,7 +21,7 @@ class Reading:
         self._prefix = prefix
         self._index = index
         self._shards: dict[int, FileSource | None] = {}
-        self._specs: dict[tuple[object, tuple[int, ...]], TensorSpec] = {}
+        self._specs: dict[tuple[str, tuple[int, ...]], tuple[TensorSpec, tuple[int, ...]]] = {}
         self._problems: list[Problem] = []
 
     def tensors(self) -> tuple[dict[str, TensorRef], Attributes]:
@@ -63,7 +63,7 @@ class Reading:
 
     def _tensor(self, name: str, entry: Entry) -> TensorRef | None:
         dtype, shape, shard, offset, nbytes, crc32c, _ = entry
-        source = self._shard(shard)
+        source = self._shards[shard] if shard in self._shards else self._shard(shard)
         if source is None:
             return None
         if offset + nbytes > source.nbytes:
@@ -81,9 +81,10 @@ class Reading:
                 entry_checksum=checksum,
                 name=name,
             )
-        spec = self._specs.get((dtype.name, shape))
-        if spec is None:
-            spec = self._specs[dtype.name, shape] = TensorSpec(dtype=dtype, shape=shape)
+        known = self._specs.get((dtype.name, shape))
+        if known is None:
+            known = TensorSpec(dtype=dtype, shape=shape), dense_strides(shape)
+            self._specs[dtype.name, shape] = known
         extent = Extent(
             source=source,
             offset=offset,
@@ -91,7 +92,7 @@ class Reading:
             big_endian=self._index.big_endian,
             checksum=checksum,
         )
-        return StoredTensor.dense(spec, extent)
+        return StoredTensor(spec=known[0], extent=extent, strides=known[1])
 
     def _partitioned(self, name: str, entry: Entry, parts: list[Entry | None]) -> TensorRef | None:
         boxes = []
