@@ -6,8 +6,8 @@ Layout, all fixed integers little-endian:
   `u8` compression (0 none, 1 snappy) and the `u32` masked crc32c of block and compression byte;
 - entry = varint shared, varint unshared, varint value length, the key's last `unshared` bytes, the value; the
   first `shared` bytes are the previous key's; `shared` is 0 at each restart;
-- index block: per data block a key >= its last and < the next one's first, and its handle (varint offset, varint
-  size without trailer);
+- index block: per data block a key >= its last and < the next one's first, and its handle (varint offset,
+  varint size without trailer);
 - footer = metaindex handle, index handle, zeros to byte 40, magic `57 fb 80 8b 24 75 47 db`.
 
 Producers: TensorFlow 1 and 2 (uncompressed, blocks of 256 KiB, 16 entries a restart), LevelDB (snappy).
@@ -46,7 +46,8 @@ def read_table(source: ByteSource) -> list[Entry]:
     """All keys with their values, in order; every block's checksum is verified.
 
     I/O: reads the whole table, a block at a time.
-    Raises: truncated-file, corrupt-file, checksum-mismatch, duplicate-key, limit-exceeded, unsupported-feature.
+    Raises: truncated-file, corrupt-file, checksum-mismatch, duplicate-key, limit-exceeded,
+    unsupported-feature.
     """
     loc = (source.name,)
     metaindex, index = _footer(source, loc)
