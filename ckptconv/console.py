@@ -20,7 +20,12 @@ DONE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def prepare_streams() -> None:
-    """A name that the terminal's encoding lacks is shown escaped; it must not stop the work."""
+    """Make sure that neither a closed stream nor a narrow encoding stops the work."""
+    # A stream that the caller closed (`>&-`) is None, and lasts as long as the process.
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

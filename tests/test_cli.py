@@ -261,7 +261,7 @@ def test_what_is_no_checkpoint_is_a_problem_not_a_traceback(content: bytes, tmp_
         (["--to", "pytorh"], "'pytorch'"),
         (["--from", "pytorch:plane"], "'plain'"),
         (["--dtype", "bfloat15"], "'bfloat16'"),
-        (["--jobs", "0"], "0"),
+        (["--jobs", "0"], "--jobs"),
         (["--nonsense"], "--nonsense"),
     ],
 )

@@ -126,7 +126,7 @@ def test_commands_and_options_that_are_named_exist() -> None:
     text = README.read_text(encoding="utf-8")
     known = {flag.split()[0] for _, flag, _ in options()} | {"--version", "--help"}
     commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    used = re.findall(r"ckptconv ([a-z]+)((?: [^\n`|]*)?)", text)
+    used = re.findall(r"(?:^|`|&& |\$ )ckptconv ([a-z]+)((?: [^\n`|]*)?)", text, re.MULTILINE)
     named = {name for name, _ in used}
     assert commands <= named
     assert named <= commands

@@ -78,9 +78,9 @@ def _unknown(name: str, fact: Unknown) -> str:
     if not fact.candidates:
         return text
     readings = " or ".join(
-        f"{value_text(c.value)} if {clean(c.condition)} ({clean(c.source)})" for c in fact.candidates
+        f"{value_text(c.value)} ({clean(c.source)}: {clean(c.condition)})" for c in fact.candidates
     )
-    return f"{text}: {readings}. Settle it with --set {name}=N"
+    return f"{text}; it may be {readings}. Settle it with --set {name}=N"
 
 
 def _fact(name: str, fact: Fact, gloss: str = "") -> tuple[Text, Text]:

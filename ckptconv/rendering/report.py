@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.text import Text
 
-from ckptconv.rendering.text import Rows, View, clean, fields, heading, listed, size, value_text
+from ckptconv.rendering.text import Rows, View, clean, count, fields, heading, listed, size, value_text
 from ckptconv.report import Entry, Report
 
 _FATES: Mapping[str, str] = {
@@ -60,7 +60,8 @@ def _outcome(report: Report) -> list[tuple[str, str | Text]]:
     rows.append(("progress", progress or "none known"))
     for verdict in report.verdicts:
         style = {"exact": "green", "refused": "red"}.get(verdict.verdict, "yellow")
-        line = f"{clean(verdict.optimizer)}: {clean(verdict.source)} -> {clean(verdict.target)}, "
+        name = "" if verdict.optimizer == "optimizer" else f"{clean(verdict.optimizer)}: "
+        line = f"{name}{clean(verdict.source)} -> {clean(verdict.target)}, "
         rows.append(("optimizer", Text.assemble(line, (verdict.verdict, style))))
         rows += [("", clean(residual)) for residual in verdict.residuals]
     by_fate: dict[str, list[Entry]] = {}
@@ -68,7 +69,7 @@ def _outcome(report: Report) -> list[tuple[str, str | Text]]:
         by_fate.setdefault(entry.fate, []).append(entry)
     for fate, gloss in _FATES.items():
         if entries := by_fate.get(fate):
-            rows.append((f"{len(entries):,} items", gloss + _named(fate, entries)))
+            rows.append((count(len(entries), "item"), gloss + _named(fate, entries)))
     if report.allowed:
         rows.append(("allowed", ", ".join(report.allowed)))
     return rows
