@@ -60,9 +60,9 @@ Code = Literal[
     "digest-mismatch",  # recorded and computed digest differ
     "requirement-missing",  # a field asked for with --require is not known
     # the machine
-    "target-exists",
-    "target-unwritable",
-    "no-space",
+    "target-exists",  # the target is there already, and replacing it was not asked for
+    "target-unwritable",  # no directory or no permission to write to
+    "no-space",  # the disk is full, or a quota is
     "verify-failed",  # what was written does not read back equal
     "missing-dependency",  # an optional package is needed
     "usage",  # an argument that makes no sense
