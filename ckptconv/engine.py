@@ -32,7 +32,7 @@ from ckptconv.jobs import (
 from ckptconv.publish import Publication, no_space, reported, target_error
 from ckptconv.tensor import Checksum, Extent, FileSource, TensorRef
 
-BUDGET_NBYTES = 64 << 20
+BUDGET_NBYTES = 96 << 20
 """What the windows and panels of all workers hold together."""
 _WINDOW_NBYTES = (256 << 10, 2 << 20)
 """Least and most of a window."""
