@@ -120,8 +120,8 @@ def check_tensors(root: Node, hint: str) -> Tensors:
     tensors: Tensors = {}
     for key, value in root.items:
         loc = (key if isinstance(key, (str, int)) else repr(key)[:80],)
-        if not isinstance(key, str) or key == METADATA or not isinstance(value, TensorRef):
-            message = f"'{key!r:.80}': safetensors holds tensors under text keys only"
+        if not isinstance(key, str) or not _is_name(key) or not isinstance(value, TensorRef):
+            message = f"{key!r:.80}: safetensors holds tensors under names of Unicode text only"
             problems.append(Problem(code="unsupported-feature", loc=loc, message=message, hint=hint))
         elif key in tensors:
             message = f"'{key}' stands twice"
@@ -134,6 +134,11 @@ def check_tensors(root: Node, hint: str) -> Tensors:
     if problems:
         raise FormatError(*problems)
     return tensors
+
+
+def _is_name(key: str) -> bool:
+    """Whether a tensor can be stored under it: no half of a character, not the reserved name."""
+    return key != METADATA and not any("\ud800" <= character <= "\udfff" for character in key)
 
 
 def target_file(

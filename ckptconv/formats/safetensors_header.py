@@ -194,7 +194,7 @@ def tag_of(spec: TensorSpec) -> str | None:
 
 def file_order(tensors: Mapping[str, TensorSpec]) -> list[str]:
     """The names in the order of the library's writer: dtype descending, then name."""
-    return sorted(tensors, key=lambda name: (-_RANK[tag_of(tensors[name]) or ""], name.encode("utf-8")))
+    return sorted(tensors, key=lambda name: (-_RANK[tag_of(tensors[name]) or ""], name))
 
 
 def make_header(
