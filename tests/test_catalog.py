@@ -464,6 +464,27 @@ def test_legacy_decay_of_the_rate() -> None:
     assert value_of(done.hyperparameters[0]["learning_rate"]) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 10**400])
+@pytest.mark.parametrize("name", ["learning_rate", "beta_2", "epsilon", "weight_decay"])
+def test_absurd_numbers(name: str, bad: float) -> None:
+    done = optimizers.convert(torch_adam("adamw", **{name: bad}), keras("adamw"))
+    assert codes(done)[0] == ("hyperparameter-unsupported", group_loc(name))
+    assert done.residual is None or name not in ("beta_2", "epsilon")
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e300])
+def test_extreme_rates(rate: float) -> None:
+    done = optimizers.convert(torch_sgd(learning_rate=rate), keras("sgd"))
+    assert {code for code, _ in codes(done)} <= {"form-mismatch"}
+    assert done.target_requires
+
+
+@pytest.mark.parametrize("beta", [-1.0, 0.0, 1.0, 2.0])
+def test_extreme_decay_rates(beta: float) -> None:
+    done = optimizers.convert(torch_adam(beta_2=beta), keras())
+    assert (done.residual is not None) == (0 <= beta < 1)
+
+
 # --- which optimizers meet
 
 

@@ -129,7 +129,7 @@ def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str
 
 def _layouts(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, str, tuple[str, ...]]]]:
     for prefix, module in model.named_modules():
-        kind = layers.kind_of_class("torch", type(module))
+        kind = layers.kind_of_class("torch", type(module), module)
         if kind is None:
             continue
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -13,6 +13,7 @@ is converted, the difference remains, and the verdict is `lossy`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -234,7 +235,9 @@ def _epsilon(
         text += f", unless the source run had {open_switch}=True, which it does not record"
     findings.differ("approximate", text)
     beta_2, done = values.get("beta_2"), value_of(step)
-    if isinstance(epsilon, float) and isinstance(beta_2, float) and isinstance(done, int):
+    if not isinstance(epsilon, float) or not isinstance(beta_2, float) or not isinstance(done, int):
+        return None
+    if 0 <= beta_2 < 1 and 0 <= epsilon < math.inf and 0 <= done < 1 << 63:
         return EpsilonResidual(
             slot="max_second_moment" if values.get("amsgrad") else "second_moment",
             step=done,

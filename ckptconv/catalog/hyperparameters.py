@@ -20,6 +20,10 @@ _FOLDED = frozenset({"base_learning_rate", "learning_rate_decay", "dampening", "
 """Hyperparameters that a rule of their own carries over to a class that has none."""
 
 
+_LARGEST = 1 << 53
+"""Whole numbers up to here are doubles."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The hyperparameters of both sides, per group of the target."""
@@ -104,6 +108,17 @@ def _own(
     names = dict.fromkeys(name for group in members for name in group.hyperparameters)
     for name in names:
         known = [f for g in members if isinstance(f := g.hyperparameters.get(name), Known)]
+        if any(_is_absurd(fact.value) for fact in known):
+            refuse(
+                "hyperparameter-unsupported",
+                f"the source's {name} is no number that a {theirs.class_name} can use",
+                f"Pass --set {name}=VALUE.",
+                "groups",
+                index,
+                "hyperparameters",
+                name,
+            )
+            continue
         if not known:
             continue
         told[name] = known[0]
@@ -130,6 +145,13 @@ def _own(
         value = slot in source.slots if flag else 0.0
         told[name] = Known(value=value, status="derived", formula=f"the state {has} {slot}")
     return told
+
+
+def _is_absurd(value: Value) -> bool:
+    """Whether a damaged file's number is not finite, or beyond what a double holds."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    return isinstance(value, int) and abs(value) > _LARGEST
 
 
 def _comparable(value: Value) -> Value:
@@ -221,8 +243,11 @@ def _learning_rate(
             *loc,
             "learning_rate_decay",
         )
-        if isinstance(step, int) and isinstance(decay.value, (int, float)):
-            value /= 1 + decay.value * step
+        fallen = (
+            1 + decay.value * step if isinstance(step, int) and isinstance(decay.value, (int, float)) else 0
+        )
+        if fallen > 0:
+            value /= fallen
             formulas.append(f"learning_rate / (1 + {decay.value} * {step})")
     dampening = own.get("dampening")
     if dampening is not None and dampening.value and "dampening" not in theirs.hyperparameters:

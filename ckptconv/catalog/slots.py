@@ -131,7 +131,7 @@ def _slot(
                 *loc,
             )
             ops.append(())
-        elif rate == 0:
+        elif rate == 0 or not math.isfinite(1 / rate):
             findings.refuse(
                 "form-mismatch",
                 f"the learning rate of the next update is 0: {slot} cannot be told with the rate inside it",

@@ -63,7 +63,7 @@ def _arguments(theirs: Row, values: Mapping[str, Value]) -> list[str]:
 
 def number(value: Value) -> str:
     """A value as code; a float that came through float32 in the shortest form that gives the same float32."""
-    if isinstance(value, float) and value == float(np.float32(value)):
-        short = str(np.float32(value))
-        return repr(float(short))
-    return repr(value)
+    if not isinstance(value, float) or abs(value) > float(np.finfo(np.float32).max):
+        return repr(value)
+    single = np.float32(value)
+    return repr(float(str(single))) if float(single) == value else repr(value)
