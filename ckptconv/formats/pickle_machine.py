@@ -7,10 +7,11 @@ Source: CPython 3.11 `Lib/pickle.py`, `Lib/_compat_pickle.py`.
 from __future__ import annotations
 
 import _compat_pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from ckptconv.errors import Code, FormatError
+from ckptconv.rawtree import Node
 
 MAX_INT_NBYTES: Final = 1 << 12
 
@@ -24,12 +25,33 @@ class Made:
     ]
     name: str = ""
     args: tuple[Value, ...] = ()
-    items: list[Value] = field(default_factory=list)
-    pairs: list[tuple[Value, Value]] = field(default_factory=list)
+    # Lists are made when the first part arrives: most values of a hostile pickle are empty.
+    items: list[Value] | tuple[()] = ()
+    pairs: list[tuple[Value, Value]] | tuple[()] = ()
     state: Value = None
+    node: Node = None
+    """What it became, once `depth` is positive."""
+    depth: int = 0
+    """0: not visited, -1: its parts are being visited, else levels from here down."""
+    size: int = 0
+    """Nodes from here down, repeated ones counted each time."""
+
+    def extend(self, values: list[Value]) -> None:
+        """Add items."""
+        if isinstance(self.items, list):
+            self.items.extend(values)
+        elif values:
+            self.items = list(values)
+
+    def update(self, pairs: list[tuple[Value, Value]]) -> None:
+        """Add pairs."""
+        if isinstance(self.pairs, list):
+            self.pairs.extend(pairs)
+        elif pairs:
+            self.pairs = list(pairs)
 
 
-Value = None | bool | int | float | str | bytes | Made
+Value = bool | int | float | str | bytes | Made | None
 
 
 def parts_of(value: Made) -> list[Value]:

@@ -206,14 +206,14 @@ def _set_items(m: Machine, pairs: list[tuple[Value, Value]]) -> None:
     target = m.container()
     if target.kind in ("list", "set"):
         raise m.error("malformed-pickle", f"a {target.kind} has no keys")
-    target.pairs.extend(pairs)
+    target.update(pairs)
 
 
 def _add_items(m: Machine, values: list[Value]) -> None:
     target = m.container()
     if target.kind in ("dict", "set"):
         raise m.error("malformed-pickle", f"nothing can be appended to a {target.kind}")
-    target.items.extend(values)
+    target.extend(values)
 
 
 @_op("d")
@@ -248,7 +248,7 @@ def _additems(m: Machine) -> None:
     target = m.container()
     if target.kind in ("dict", "list"):
         raise m.error("malformed-pickle", f"nothing can be added to a {target.kind} as to a set")
-    target.items.extend(values)
+    target.extend(values)
 
 
 @_op("c")

@@ -74,54 +74,41 @@ def unpickle(data: bytes, *, decode: Decode, name: str, start: int = 0) -> Unpic
 class _Freezer:
     """Turns what the machine made into nodes: parts first, each once, with depth and growth limited."""
 
-    __slots__ = ("_decode", "_depths", "_done", "_limit", "_name", "_open", "_sizes")
+    __slots__ = ("_decode", "_limit", "_name")
 
     def __init__(self, decode: Decode, name: str, limit: int) -> None:
         self._decode, self._name, self._limit = decode, name, limit
-        self._done: dict[int, Node] = {}
-        self._depths: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
-        self._open: set[int] = set()
 
     def freeze(self, root: Value) -> Node:
         """The root's node. An explicit stack: the pickle's depth is not ours."""
-        todo: list[tuple[Value, bool]] = [(root, False)]
+        todo: list[Value] = [root]
         while todo:
-            value, parts_done = todo.pop()
-            if not isinstance(value, Made) or id(value) in self._done:
-                continue
-            if parts_done:
-                self._open.discard(id(value))
+            value = todo[-1]
+            if not isinstance(value, Made) or value.depth > 0:
+                todo.pop()
+            elif value.depth == 0:
+                value.depth = -1
+                todo.extend(
+                    part for part in parts_of(value)[::-1] if isinstance(part, Made) and not part.depth
+                )
+            else:
+                todo.pop()
                 self._measure(value)
-                self._done[id(value)] = self._node(value)
-            elif id(value) not in self._open:
-                self._open.add(id(value))
-                todo.append((value, True))
-                todo.extend((part, False) for part in parts_of(value)[::-1])
-        return self._get(root)
-
-    def _get(self, value: Value) -> Node:
-        if not isinstance(value, Made):
-            return value
-        if id(value) not in self._done:
-            return Opaque(kind="cycle", name=value.name or value.kind)
-        return self._done[id(value)]
+                value.node = self._node(value)
+        return _node_of(root)
 
     def _measure(self, value: Made) -> None:
         parts = parts_of(value)
-        made = [id(part) for part in parts if isinstance(part, Made)]
-        depth = 1 + max((self._depths.get(part, 0) for part in made), default=0)
-        size = 1 + len(parts) + sum(self._sizes.get(part, 0) for part in made)
-        if depth > MAX_DEPTH:
+        made = [part for part in parts if isinstance(part, Made)]
+        value.depth = 1 + max((max(part.depth, 0) for part in made), default=0)
+        value.size = 1 + len(parts) + sum(part.size for part in made)
+        if value.depth > MAX_DEPTH:
             raise error("limit-exceeded", self._name, f"nested deeper than {MAX_DEPTH} levels")
-        if size > self._limit:
-            raise error(
-                "limit-exceeded", self._name, f"more than {self._limit} values by references to references"
-            )
-        self._depths[id(value)], self._sizes[id(value)] = depth, size
+        if value.size > self._limit:
+            raise error("limit-exceeded", self._name, f"references make more than {self._limit} values")
 
     def _node(self, value: Made) -> Node:
-        get = self._get
+        get = _node_of
         if value.kind == "dict":
             return DictNode(items=tuple((get(key), get(item)) for key, item in value.pairs))
         if value.kind in ("list", "tuple", "set", "frozenset"):
@@ -136,3 +123,10 @@ class _Freezer:
                 pairs=tuple((get(key), get(item)) for key, item in value.pairs),
             )
         )
+
+
+def _node_of(value: Value) -> Node:
+    """The node of a finished value; the mark of a cycle for one that is still open."""
+    if not isinstance(value, Made):
+        return value
+    return value.node if value.depth > 0 else Opaque(kind="cycle", name=value.name or value.kind)

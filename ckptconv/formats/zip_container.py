@@ -266,6 +266,7 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int]:
         if wide[0] != END64_SIGNATURE or end + END64.size > locator:
             raise _problem("corrupt-file", source, "", f"there is no zip64 end record at {end}")
         for narrow, exact, limit in (
+            (here, wide[6], 0xFFFF),
             (total, wide[7], 0xFFFF), (nbytes, wide[8], U32), (start, wide[9], U32)
         ):  # fmt: skip
             if narrow not in (exact, limit):
