@@ -188,7 +188,8 @@ def _optimizer(optimizer: dict[str, Json], loc: Loc, by_name: dict[str, Json]) -
         for i, group in enumerate(optimizer["groups"])
         for j, name in enumerate(group["params"])
     ]
-    yield from _exist(grouped, by_name, "parameter")
+    if optimizer["param_order"] != "unknown":  # else they are the file's own numbers: `#0`, `#1`
+        yield from _exist(grouped, by_name, "parameter")
     yield from _unique(grouped)
     yield from _unique(
         ((*loc, "slots", i, "slot"), slot["slot"]) for i, slot in enumerate(optimizer["slots"])
@@ -201,7 +202,7 @@ def _optimizer(optimizer: dict[str, Json], loc: Loc, by_name: dict[str, Json]) -
         members = everyone
         if entry["params"] != "all":
             listed = [((*where, "params", j), name) for j, name in enumerate(entry["params"])]
-            yield from _exist(listed, by_name, "parameter")
+            yield from _exist(listed, everyone, "parameter of this optimizer")
             yield from _unique(listed)
             members = set(entry["params"])
         differ = [

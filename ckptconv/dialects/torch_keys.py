@@ -185,6 +185,3 @@ SCHEDULER_BOOKKEEPING: frozenset[str] = frozenset(
     }
 )
 """Keys that are no parameters of the family."""
-
-NOTE = "ckptconv"
-"""The key under which the embedded note stands in a training dictionary."""

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.optimizer_rows import row
+from ckptconv.dialects.torch_note import EXTENSION
 from ckptconv.dialects.torch_scheduler import moved, rate_at
 from ckptconv.dialects.torch_values import dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError, LossError, MappingError
+from ckptconv.note import KEY
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path
 
 _STEP: Mapping[str, str] = {"as": "tensor", "dtype": "float32"}
@@ -28,13 +30,15 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     `root`: the residue that will be filled. Raises: progress-conflict, residue-stale.
     """
     edits: dict[str, tuple[int, int]] = {}
+    stood = {} if is_carried(checkpoint, root) else _steps_at_lift(root)
     shared = _shared_step(checkpoint)
     optimizers = []
     for optimizer in checkpoint.optimizers:
-        new, old = _step_of(optimizer, shared)
+        new, recorded = _step_of(optimizer, shared)
+        optimizers.append(_with_step(optimizer, new, edited=new != recorded))
+        old = stood.get(optimizer.name)
         if old is not None and new is not None and old != new:
             edits[optimizer.name] = (old, new)
-        optimizers.append(_with_step(optimizer, new, edited=optimizer.name in edits))
     progress = checkpoint.progress
     own = {value_of(o.step) for o in optimizers} - {None}
     if shared is not None and len(own) == 1 and own != {shared}:
@@ -49,6 +53,26 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
         for s in checkpoint.schedules
     )
     return replace(checkpoint, progress=progress, optimizers=tuple(optimizers), schedules=schedules)
+
+
+def is_carried(checkpoint: Checkpoint, root: Node) -> bool:
+    """Whether the residue is a template's: a run that is carried onto one brings a note of its own.
+
+    What moves with the step of a template's run says nothing about the run that takes its place.
+    """
+    note = checkpoint.extensions.get(EXTENSION)
+    return note is not None and not (isinstance(root, DictNode) and root.get(KEY) == note)
+
+
+def _steps_at_lift(root: Node) -> dict[str, int]:
+    """Optimizer -> its step when the residue was taken."""
+    steps: dict[str, int] = {}
+    for _, lifted in places(root):
+        was = lifted.encoding.get("was")
+        if lifted.to[0] == "param_step" and isinstance(was, int):
+            name = str(lifted.to[1])
+            steps[name] = max(was, steps.get(name, 0))
+    return steps
 
 
 def _shared_step(checkpoint: Checkpoint) -> int | None:

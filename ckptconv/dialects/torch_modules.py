@@ -18,7 +18,7 @@ from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_values import dotted, tensor_of, view_id
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import FormatError
-from ckptconv.rawtree import DictNode, Node, Path
+from ckptconv.rawtree import DictNode, Lifted, Node, Opaque, Path
 from ckptconv.tensor import TensorRef
 
 Shape = tuple[int, ...]
@@ -53,11 +53,21 @@ def is_state_dict(node: Node, *, nested: bool = False) -> bool:
     for key, value in node.items:
         if not isinstance(key, str):
             return False
-        if tensor_of(value) is not None or (nested and is_state_dict(value, nested=True)):
+        if (
+            tensor_of(value) is not None
+            or _was_param(value)
+            or (nested and is_state_dict(value, nested=True))
+        ):
             found = True
         elif not key.endswith("_extra_state"):
             return False
     return found
+
+
+def _was_param(node: Node) -> bool:
+    """Whether a residue has a parameter's address here: the dictionary is one of a model still."""
+    inner = node.args[0] if isinstance(node, Opaque) and node.args else node
+    return isinstance(inner, Lifted) and inner.to[0] == "param"
 
 
 def is_module_state(node: Node) -> bool:

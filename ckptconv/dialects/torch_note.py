@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckptconv.dialects import torch_keys
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Unknown, value_of
-from ckptconv.note import edit_note, read_note
+from ckptconv.note import KEY, edit_note, read_note
 from ckptconv.rawtree import DictNode
 
 EXTENSION = "ckptconv/note"
@@ -22,7 +21,7 @@ def lift_note(checkpoint: Checkpoint, root: DictNode) -> Checkpoint:
 
     Raises: schema-invalid, schema-version, corrupt-file.
     """
-    text = root.get(torch_keys.NOTE)
+    text = root.get(KEY)
     if not isinstance(text, str):
         return checkpoint
     told = read_note(text).progress
@@ -58,7 +57,7 @@ def note_of(checkpoint: Checkpoint, root: DictNode) -> str | None:
     text = checkpoint.extensions.get(EXTENSION)
     if not isinstance(text, str):
         return None
-    if text != root.get(torch_keys.NOTE):
+    if text != root.get(KEY):
         return text
     told = read_note(text).progress
     pairs = [(getattr(told, name), getattr(checkpoint.progress, name)) for name in PROGRESS_FIELDS]
@@ -69,9 +68,9 @@ def note_of(checkpoint: Checkpoint, root: DictNode) -> str | None:
 def with_note(root: DictNode, note: str | None) -> DictNode:
     """The dictionary with this note and no other."""
     if note is None:
-        items = tuple((k, v) for k, v in root.items if k != torch_keys.NOTE or not isinstance(v, str))
-    elif torch_keys.NOTE in root:
-        items = tuple((k, note if k == torch_keys.NOTE else v) for k, v in root.items)
+        items = tuple((k, v) for k, v in root.items if k != KEY or not isinstance(v, str))
+    elif KEY in root:
+        items = tuple((k, note if k == KEY else v) for k, v in root.items)
     else:
-        items = (*root.items, (torch_keys.NOTE, note))
+        items = (*root.items, (KEY, note))
     return replace(root, items=items)

@@ -156,7 +156,7 @@ def _lift_state(
                 continue
             found.steps[param] = count[0]
             found.step_source = found.step_source or dotted(where)
-            lifter.take(where, ("param_step", name, param), **count[1])
+            lifter.take(where, ("param_step", name, param), **count[1], was=count[0])
             continue
         tensor = tensor_of(value)
         if tensor is None:

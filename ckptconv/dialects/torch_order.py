@@ -57,14 +57,19 @@ def order_of(
     if named is not None:
         params = {n: p for model in models for n, p in model.items()}
         wrong = [(i, n) for i, n in named.items() if n in params and not _fits(shapes[i], params[n])]
-        if not wrong:
+        if not wrong and params.keys() >= set(named.values()):
             return _order(indices, named, "named")
+        if not wrong:
+            stated = _order(indices, named, "named")
+            return replace(
+                stated, evidence="unknown", reason="its names are not those of the model in the file"
+            )
         index, name = wrong[0]
         had, has = sorted(shapes[index]), list(params[name].tensor.shape)
         odd = f"The state called '{name}' has shape {list(had[0])}, the parameter {has}: its names are wrong."
         return _unknown(indices, "names and shapes disagree", odd)
     if any(isinstance(index, str) for index in flat):
-        return _unknown(indices, "the names are not those of the model")
+        return _unknown(indices, "two of its names are one in the model")
     if not flat:
         return _order(indices, {}, "declaration-order")
     if len(groups) > 1:

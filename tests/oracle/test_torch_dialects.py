@@ -1,7 +1,8 @@
-"""Through files: what torch wrote, lifted and lowered, is what torch reads; edits reach all that torch reads."""
+"""Through files: what torch wrote, lifted and lowered, is what torch reads; edits reach every place."""
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,21 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from ckptconv.convert import convert  # noqa: E402
+from ckptconv.detect import read_raw  # noqa: E402
 from ckptconv.dialects.torch_plain import Plain  # noqa: E402
 from ckptconv.dialects.torch_state_dict import StateDict  # noqa: E402
 from ckptconv.document import Checkpoint, Known, value_of  # noqa: E402
+from ckptconv.errors import CkptError  # noqa: E402
 from ckptconv.formats.base import FORMATS  # noqa: E402
 from tests.support.write_layout import write_layout  # noqa: E402
-
-import ckptconv.formats.pytorch  # noqa: E402, F401  isort: skip
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "plain"
 FILES = sorted(FIXTURES.glob("*/*.pt"))
 
 
 def lift(path: Path) -> Checkpoint:
-    raw = FORMATS["pytorch"].read(path)
+    raw = read_raw(path, "pytorch")
     found = [(d, dialect) for dialect in (Plain(), StateDict()) if (d := dialect.detect(raw)) is not None]
     return max(found, key=lambda pair: pair[0].score)[1].lift(raw)
 
@@ -192,3 +194,38 @@ def test_numpy_counters_are_read_and_written_as_such(tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "b.pt", weights_only=False)
     assert (type(loaded["global_step"]), loaded["global_step"]) == (np.int64, 11)
     assert (type(loaded["epoch"]), loaded["epoch"]) == (np.int32, 1)
+
+
+def rewritten(manifest: Path, change: object) -> None:
+    """An edit of a manifest as a person would make it."""
+    data = json.loads(manifest.read_text())
+    change(data)  # type: ignore[operator]
+    manifest.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name + "/" + path.name)
+def test_through_a_neutral_directory_the_way_back_gives_equal_objects(path: Path, tmp_path: Path) -> None:
+    convert(path, tmp_path / "run", to="neutral")
+    convert(tmp_path / "run", tmp_path / "run.pt", to="pytorch:plain")
+    before, after = load(path), load(tmp_path / "run.pt", mmap=True)
+    assert_same(before, after)
+    assert sharing(before) == sharing(after)
+
+
+def test_a_step_edited_in_the_manifest_reaches_every_place(tmp_path: Path) -> None:
+    path = FIXTURES / "mlp-adamw-named" / "run.pt"
+    convert(path, tmp_path / "run", to="neutral")
+    rewritten(tmp_path / "run" / "manifest.json", lambda data: data["progress"]["step"].update(value=77))
+    convert(tmp_path / "run", tmp_path / "run.pt", to="pytorch:plain")
+    loaded = load(tmp_path / "run.pt")
+    assert {float(entry["step"]) for entry in loaded["optimizer"]["state"].values()} == {77.0}
+    assert loaded["global_step"] == 77
+
+
+def test_a_counter_of_unknown_pace_stops_a_step_edited_in_the_manifest(tmp_path: Path) -> None:
+    path = FIXTURES / "module-prefix" / "run.pt"
+    convert(path, tmp_path / "run", to="neutral")
+    rewritten(tmp_path / "run" / "manifest.json", lambda data: data["progress"]["step"].update(value=77))
+    with pytest.raises(CkptError) as caught:
+        convert(tmp_path / "run", tmp_path / "run.pt", to="pytorch:plain")
+    assert caught.value.problems[0].code == "residue-stale"
