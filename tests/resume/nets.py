@@ -20,6 +20,8 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 BATCH, CLASSES, TOKENS, SIDE = 16, 4, 12, 4
 LEARNING_RATE = {"sgd": 0.05, "momentum": 0.02, "nesterov": 0.02, "adam": 0.01, "adamw": 0.01}
+SCALE = {"emb.weight": 0.6, "conv.weight": 0.1, "fc.weight": 0.8}
+"""Of initial weights: gradients well above epsilon, as in a real run (behind a normalization they fall with it)."""
 EPSILON, WEIGHT_DECAY = 1e-7, 0.05
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -51,7 +53,7 @@ def initial(model: str, seed: int) -> dict[str, Array]:
     }[model]
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.normal(size=shape) * 0.4 + (1.0 if name == "bn.weight" else 0.0)).astype("f4")
+        name: (rng.normal(size=shape) * SCALE.get(name, 0.4) + (1.0 if name == "bn.weight" else 0.0)).astype("f4")
         for name, shape in shapes.items()
     }
 
