@@ -1,8 +1,8 @@
 """The embedded note of a bundle: what it adds to the document, and what is written back.
 
 The note tells of the run that was converted, under that run's names and in its framework's terms. What the
-bundle holds itself wins; two different counts are a conflict. Of hyperparameters the note adds those that mean
-the same here: all of one framework, across frameworks the decay only where it acts alike.
+bundle holds itself wins; two different counts are a conflict. Of hyperparameters the note adds those that
+mean the same here: all of one framework, across frameworks the decay only where it acts alike.
 """
 
 from __future__ import annotations
