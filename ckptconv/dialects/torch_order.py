@@ -3,7 +3,7 @@
 - *named*: the groups hold `param_names`, or names in the place of indices;
 - *declaration-order*: one group, whose indices fit the model's trainable parameters in order, with the shape
   of every slot, in exactly one way (frozen parameters may be left out between them);
-- otherwise unknown: parameters are called `#<index>` until a skeleton tells their names (`reorder`).
+- otherwise unknown: parameters are called `#<index>` until a skeleton tells their names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Literal
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.torch_modules import optimizable
 from ckptconv.dialects.torch_values import dotted, tensor_of
-from ckptconv.document import Checkpoint, Optimizer, Param, Residue
-from ckptconv.errors import FormatError, MappingError
-from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path, transform
-from ckptconv.tensor import TensorRef
+from ckptconv.document import Param
+from ckptconv.errors import FormatError
+from ckptconv.rawtree import DictNode, ListNode, Path
 
 _Index = str | int
 _Shapes = Mapping[_Index, frozenset[tuple[int, ...]]]
@@ -198,73 +197,3 @@ def _corrupt(path: Path, message: str) -> FormatError:
     )
     assert isinstance(error, FormatError)
     return error
-
-
-def reorder(
-    optimizer: Optimizer, names: tuple[str, ...], params: Mapping[str, Param] | None = None
-) -> Optimizer:
-    """The optimizer with `names`, in the order of its groups, in the place of its own; a skeleton tells them.
-
-    Raises: order-ambiguous where the counts differ; slots-mismatch where a slot has not the shape that
-    `params` gives its new name.
-    """
-    rename = _renaming(optimizer, names)
-    slots: dict[str, dict[str, TensorRef]] = {
-        slot: {rename[old]: tensor for old, tensor in by_param.items()}
-        for slot, by_param in optimizer.slots.items()
-    }
-    for slot, by_param in slots.items():
-        for name, tensor in by_param.items():
-            if params is not None and name in params and params[name].tensor.shape != tensor.shape:
-                raise MappingError.of(
-                    "slots-mismatch",
-                    f"'{slot}' of '{name}' would have shape {list(tensor.shape)}, the parameter has "
-                    f"{list(params[name].tensor.shape)}",
-                    "The order in --source-spec is not this optimizer's.",
-                    loc=("optimizers", optimizer.name, "slots", slot, name),
-                )
-    return replace(
-        optimizer,
-        groups=tuple(replace(g, params=tuple(rename[n] for n in g.params)) for g in optimizer.groups),
-        slots=slots,
-        param_steps={rename[old]: step for old, step in optimizer.param_steps.items()},
-        param_order="skeleton",
-    )
-
-
-def reorder_checkpoint(checkpoint: Checkpoint, optimizer: str, names: tuple[str, ...]) -> Checkpoint:
-    """`reorder` for one optimizer of a document, its residue included, so that the way back stays exact."""
-    old = checkpoint.optimizer(optimizer)
-    rename = _renaming(old, names)
-    new = reorder(old, names, checkpoint.params)
-    residue = checkpoint.residue
-    if residue is not None:
-        residue = Residue(
-            format=residue.format,
-            dialect=residue.dialect,
-            attributes=residue.attributes,
-            root=transform(residue.root, lambda _, node: _renamed(node, optimizer, rename)),
-        )
-    optimizers = tuple(new if o.name == optimizer else o for o in checkpoint.optimizers)
-    return replace(checkpoint, optimizers=optimizers, residue=residue)
-
-
-def _renamed(node: Node, optimizer: str, rename: Mapping[str, str]) -> Node:
-    if isinstance(node, Lifted):
-        match node.to:
-            case ("slot", str(owner), str(slot), str(name)) if owner == optimizer:
-                return replace(node, to=("slot", owner, slot, rename[name]))
-            case ("param_step", str(owner), str(name)) if owner == optimizer:
-                return replace(node, to=("param_step", owner, rename[name]))
-    return node
-
-
-def _renaming(optimizer: Optimizer, names: tuple[str, ...]) -> dict[str, str]:
-    if len(names) != len(optimizer.params) or len(set(names)) != len(names):
-        raise MappingError.of(
-            "order-ambiguous",
-            f"'{optimizer.name}' has {len(optimizer.params)} parameters, the skeleton {len(set(names))}",
-            "Pass the skeleton of the model and optimizer that wrote the file.",
-            loc=("optimizers", optimizer.name),
-        )
-    return dict(zip(optimizer.params, names, strict=True))
