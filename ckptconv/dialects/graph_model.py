@@ -100,12 +100,14 @@ def with_untracked(params: Sequence[int], optimizers: Iterable[OptimizerNode]) -
 def aliases(graph: Graph, found: Reach, params: Sequence[int]) -> dict[tuple[int, str], int]:
     """Second places of a parameter, in other objects than its first: (object, edge) -> variable.
 
-    Lists of an object's own variables and the edges that Keras adds are no places of their own.
+    Lists of an object's own variables and the edges that Keras adds are no places of their own; nor is an
+    object with the root's own edges, which is the module that `tf_module` writes as `model` too.
     """
     wanted = frozenset(params)
     result = {}
+    root = frozenset(graph.children[0])
     for parent in found.order:
-        if graph.is_list(parent):
+        if graph.is_list(parent) or (parent and root >= frozenset(graph.children[parent])):
             continue
         for edge, child in graph.children[parent]:
             if child not in wanted or child not in found.parents or is_counted(edge):
