@@ -89,7 +89,9 @@ def layout_ops(
     shape = source_shape
     split = tuple(sizes[atom] for atom in kept)
     order = tuple(kept.index(atom) for atom in wanted)
-    if order != tuple(range(len(order))):
+    # Axes of size 1 move without moving an element: layouts that differ only in them are one.
+    moved = [place for place in order if split[place] != 1]
+    if moved != sorted(moved):
         if shape != split or len(source_full) != len(kept):
             ops.append(Reshape(shape, split))
         ops.append(Permute(order))
