@@ -25,9 +25,7 @@ def count_tests(tree: ast.AST) -> int:
 
 
 def test_the_tree_holds_at_least_so_many_test_functions() -> None:
-    written = {
-        path: count_tests(ast.parse(path.read_text(encoding="utf-8"))) for path in TESTS.rglob("*.py")
-    }
+    written = {path: count_tests(ast.parse(path.read_text(encoding="utf-8"))) for path in TESTS.rglob("*.py")}
     assert sum(written.values()) >= FUNCTION_FLOOR
     misnamed = [str(p) for p, count in written.items() if count and not collected_by_name(p)]
     assert not misnamed, "pytest does not look into these files"
