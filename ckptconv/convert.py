@@ -31,7 +31,7 @@ from ckptconv.formats.base import FORMATS, Format
 from ckptconv.ops import Cast
 from ckptconv.rawtree import RawTree
 from ckptconv.report import ALLOWABLE, Entry, OptimizerVerdict, Report
-from ckptconv.transfer import Transfer, transfer
+from ckptconv.transfer import Transfer, progress_entries, transfer
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
 
@@ -49,7 +49,7 @@ class _Target:
 
 
 def convert(
-    source: PathLike,
+    source: PathLike | Checkpoint,
     target: PathLike,
     *,
     from_: str | None = None,
@@ -80,7 +80,11 @@ def convert(
     allowed = _allowed(allow)
     values = supply.settings(set_ or {})
     from_format, from_dialect = parse_target(from_)
-    checkpoint = open(source, format=from_format, dialect=from_dialect)
+    if isinstance(source, Checkpoint):
+        checkpoint, source_name = source, source.provenance.source or "<document>"
+    else:
+        checkpoint = open(source, format=from_format, dialect=from_dialect)
+        source_name = Path(source).name
     if source_spec is not None:
         checkpoint = supply.apply_spec(checkpoint, _document(source_spec))
     checkpoint = supply.set_fields(checkpoint, values)
@@ -88,7 +92,7 @@ def convert(
     return _finish(
         checkpoint,
         goal,
-        source_name=Path(source).name,
+        source_name=source_name,
         only=only,
         exclude=exclude,
         dtype=dtype,
@@ -158,7 +162,9 @@ def _finish(
     progress: Progress | None,
     started: float,
 ) -> Report:
-    plan = plan_transfer(checkpoint, goal, only=only, exclude=exclude, dtype=dtype, allowed=allowed, conventions=conventions)
+    plan = plan_transfer(
+        checkpoint, goal, only=only, exclude=exclude, dtype=dtype, allowed=allowed, conventions=conventions
+    )
     report = Report(
         source=source_name,
         target=goal.path.name,
@@ -194,7 +200,9 @@ def _finish(
         layout, goal.path, force=force, jobs=jobs, executor=executor, verify=checker, progress=progress
     )
     if keep:
-        save(checkpoint, goal.path.with_name(goal.path.name + ".neutral"), to="neutral", jobs=jobs, force=force)
+        save(
+            checkpoint, goal.path.with_name(goal.path.name + ".neutral"), to="neutral", jobs=jobs, force=force
+        )
     return replace(
         report,
         verdicts=verdicts,
@@ -224,7 +232,9 @@ def _document(spec: PathLike | Checkpoint) -> Checkpoint:
     return spec if isinstance(spec, Checkpoint) else open(spec)
 
 
-def _target(path: Path, to: str | None, template: PathLike | Checkpoint | None, source: Checkpoint) -> _Target:
+def _target(
+    path: Path, to: str | None, template: PathLike | Checkpoint | None, source: Checkpoint
+) -> _Target:
     """Format and dialect of the target, from `--to`, the template and the suffix, in that order.
 
     Raises: usage, template-mismatch.
@@ -309,9 +319,7 @@ def plan_transfer(
         result = replace(result, problems=(*unsolved, *result.problems))
         if not result.problems:
             result = replace(result, checkpoint=_with_note(result.checkpoint, kept))
-    return replace(
-        result, ledger=(*dropped, *result.ledger), problems=(*problems, *result.problems)
-    )
+    return replace(result, ledger=(*dropped, *result.ledger), problems=(*problems, *result.problems))
 
 
 def _code_to_allow(problem: Problem) -> str:
@@ -372,12 +380,11 @@ def _untemplated(checkpoint: Checkpoint, goal: _Target, allowed: frozenset[str])
                         allowed_by="" if weights_only else "state-dropped",
                     )
                 )
-        ledger += [Entry(item=("extra", key), fate="left", detail="the target holds weights only") for key in checkpoint.extras]
         ledger += [
-            Entry(item=("progress", name), fate="noted", detail=str(fact.value))
-            for name in PROGRESS_FIELDS
-            if isinstance(fact := getattr(checkpoint.progress, name), Known)
+            Entry(item=("extra", key), fate="left", detail="the target holds weights only")
+            for key in checkpoint.extras
         ]
+        ledger += progress_entries(replace(checkpoint, residue=None))
         checkpoint = _with_note(checkpoint, checkpoint)
         checkpoint = replace(checkpoint, residue=None)
     return Transfer(checkpoint=checkpoint, ledger=tuple(ledger), problems=tuple(problems))
@@ -419,7 +426,9 @@ def _selected(
     optimizers = tuple(
         replace(
             optimizer,
-            groups=tuple(replace(g, params=tuple(p for p in g.params if p in names)) for g in optimizer.groups),
+            groups=tuple(
+                replace(g, params=tuple(p for p in g.params if p in names)) for g in optimizer.groups
+            ),
             slots={s: {n: t for n, t in by.items() if n in names} for s, by in optimizer.slots.items()},
             param_steps={n: s for n, s in optimizer.param_steps.items() if n in names},
         )

@@ -94,6 +94,15 @@ Evidence = Literal["declared", "named", "matched", "assumed", "unknown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One reading of what a parameter is."""
+
+    layer: str
+    role: str
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
     """One named array of the model, trainable or not; the key in `Checkpoint.params` is its name."""
 
@@ -107,6 +116,8 @@ class Param:
     """Named axes, e.g. `("out", "in")`; a merged axis is `"in*multiplier"`; None where unknown."""
     evidence: Evidence = "unknown"
     """Why the axes are what they are said to be."""
+    candidates: tuple[Layout, ...] = ()
+    """Every reading that fits, where the source's names leave more than one open."""
     trainable: bool | None = None
     """None where the source does not tell."""
     tied_to: str | None = None

@@ -15,6 +15,7 @@ from ckptconv.document import (
     SCHEMA_VERSION,
     Block,
     Checkpoint,
+    Layout,
     Param,
     Progress,
     Provenance,
@@ -137,7 +138,12 @@ def _param_to_json(param: Param) -> dict[str, Json]:
         "trainable": param.trainable,
         **spec_to_json(param.tensor.spec),
         "tied_to": param.tied_to,
+        **({"candidates": [_layout_to_json(layout) for layout in param.candidates]} if param.candidates else {}),
     }
+
+
+def _layout_to_json(layout: Layout) -> dict[str, Json]:
+    return {"layer": layout.layer, "role": layout.role, "axes": list(layout.axes)}
 
 
 def _param_from_json(item: Mapping[str, Json], find: Callable[[Path, TensorSpec], TensorRef]) -> Param:
@@ -151,6 +157,10 @@ def _param_from_json(item: Mapping[str, Json], find: Callable[[Path, TensorSpec]
         evidence=item["evidence"],
         trainable=item["trainable"],
         tied_to=item["tied_to"],
+        candidates=tuple(
+            Layout(layer=layout["layer"], role=layout["role"], axes=tuple(layout["axes"]))
+            for layout in item.get("candidates", ())
+        ),
     )
 
 

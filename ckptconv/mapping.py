@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ckptconv.catalog import layers
 from ckptconv.document import Checkpoint, Evidence, Param
 from ckptconv.errors import Problem
+from ckptconv.ops import Permute
 from ckptconv.tensor import Op
 
 NameEvidence = Literal["name", "structure", "alias"]
@@ -86,12 +87,10 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
     sources = _modules(source.params, frameworks[0])
     targets = _modules(template.params, frameworks[1])
     chosen = _by_name(sources, targets)
-    rest_s = [i for i in range(len(sources)) if i not in chosen.values()]
-    rest_t = [j for j in range(len(targets)) if j not in chosen]
     by_name = set(chosen)
     problems: list[Problem] = []
-    if rest_t:
-        found = _by_order(sources, targets, rest_s, rest_t)
+    if not all(_may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
+        found = _by_order(sources, targets, chosen)
         if isinstance(found, Problem):
             problems.append(found)
         else:
@@ -183,6 +182,7 @@ def _collect(
         source_only += [p.name for p in fit.source_only]
         consumed |= {p.name for p in fit.source_only}
     pairs += _aliases(template, pairs, problems)
+    problems += _ties(source, template, pairs)
     produced = {pair.target for pair in pairs}
     for name, param in source.params.items():
         if name in consumed:
@@ -221,6 +221,40 @@ def _aliases(template: Checkpoint, pairs: Sequence[Pair], problems: list[Problem
         yield Pair(source=first.source, target=name, ops=first.ops, matched_by="alias", layout=first.layout)
 
 
+def _ties(source: Checkpoint, template: Checkpoint, pairs: Sequence[Pair]) -> Iterator[Problem]:
+    """Parameters that share their memory on one side only."""
+    made_from = {pair.target: pair.source for pair in pairs}
+
+    def first(name: str) -> str:
+        return source.params[name].tied_to or name
+
+    for pair in pairs:
+        tied_to = template.params[pair.target].tied_to
+        if tied_to is not None and tied_to in made_from:
+            other = made_from[tied_to]
+            if first(other) != first(pair.source):
+                yield Problem(
+                    code="tie-mismatch",
+                    loc=("params", pair.target),
+                    message=f"'{pair.target}' and '{tied_to}' are one parameter in the template and two in the source "
+                    f"('{pair.source}' and '{other}')",
+                    hint=f"Use a template that does not tie them, or --allow tie-mismatch to keep '{other}' alone.",
+                )
+    partners: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        partners.setdefault(first(pair.source), []).append(pair)
+    for name, made in partners.items():
+        groups = {template.params[pair.target].tied_to or pair.target for pair in made}
+        if len(groups) > 1:
+            yield Problem(
+                code="tie-mismatch",
+                loc=("params", name),
+                message=f"'{name}' is one parameter in the source and {len(groups)} in the template "
+                f"({', '.join(sorted(groups))}): they would be trained apart",
+                hint="Tie them in the template, or --allow tie-mismatch to give each of them its values.",
+            )
+
+
 def _modules(params: Mapping[str, Param], framework: str) -> list[_Module]:
     grouped: dict[tuple[str, ...], list[Param]] = {}
     for name, param in params.items():
@@ -244,7 +278,11 @@ def _normalized(modules: Sequence[_Module]) -> list[tuple[str, ...]]:
 
 
 def _by_name(sources: Sequence[_Module], targets: Sequence[_Module]) -> dict[int, int]:
-    """Target index -> source index of modules with the same name and shapes that fit."""
+    """Target index -> source index of modules with the same name and shapes that fit.
+
+    A number is a name only where all modules have partners of the same name: `2` of one side may be the
+    second layer of a list, and of the other the third.
+    """
     by_source: dict[tuple[str, ...], list[int]] = {}
     for i, name in enumerate(_normalized(sources)):
         by_source.setdefault(name, []).append(i)
@@ -254,52 +292,68 @@ def _by_name(sources: Sequence[_Module], targets: Sequence[_Module]) -> dict[int
         partners = by_source.get(name, [])
         if len(partners) == 1 and names.count(name) == 1 and fitting(sources[partners[0]], targets[j]):
             chosen[j] = partners[0]
-    return chosen
+    left_s = [module for i, module in enumerate(sources) if i not in chosen.values()]
+    left_t = [module for j, module in enumerate(targets) if j not in chosen]
+    if all(_may_be_left(module) for module in (*left_s, *left_t)):
+        return chosen
+    return {j: i for j, i in chosen.items() if not any(part.isdecimal() for part in names[j])}
 
 
 def _by_order(
-    sources: Sequence[_Module], targets: Sequence[_Module], rest_s: Sequence[int], rest_t: Sequence[int]
+    sources: Sequence[_Module], targets: Sequence[_Module], anchors: Mapping[int, int]
 ) -> dict[int, int] | Problem:
-    """Assign the remaining modules in their order, where exactly one assignment is possible.
+    """Assign all modules in their order, where exactly one assignment is possible.
 
-    Modules that are aliases, or that only their framework has, may be left out; no other may.
+    Modules that are matched by name (`anchors`) keep their partners. Modules that are aliases, or that only
+    their framework has, may be left out; no other may.
     """
-    fits = {(i, j): fitting(sources[i], targets[j]) is not None for i in rest_s for j in rest_t}
-    s_free = [_may_be_left(sources[i]) for i in rest_s]
-    t_free = [_may_be_left(targets[j]) for j in rest_t]
-    n, m = len(rest_s), len(rest_t)
-    # ways[a][b]: assignments of the modules from a and b on, counted up to 2.
-    ways = [[0] * (m + 1) for _ in range(n + 1)]
-    ways[n][m] = 1
+    owners = {i: j for j, i in anchors.items()}
+
+    def fits(i: int, j: int) -> bool:
+        if i in owners or j in anchors:
+            return anchors.get(j) == i
+        return fitting(sources[i], targets[j]) is not None
+
+    s_free = [i not in owners and _may_be_left(module) for i, module in enumerate(sources)]
+    t_free = [j not in anchors and _may_be_left(module) for j, module in enumerate(targets)]
+    n, m = len(sources), len(targets)
+    # ways[a][b]: assignments of the modules from a and b on, counted up to 2. Only a narrow band can be reached:
+    # the two orders part by no more than the modules that may be left out.
+    band = max(sum(s_free), sum(t_free)) + abs(n - m)
+    ways = [dict[int, int]() for _ in range(n + 1)]
+    reachable: dict[tuple[int, int], bool] = {}
     for a in range(n, -1, -1):
-        for b in range(m, -1, -1):
+        for b in range(min(m, a + band), max(-1, a - band - 1), -1):
             if (a, b) == (n, m):
+                ways[a][b] = 1
                 continue
             total = 0
-            if a < n and b < m and fits[rest_s[a], rest_t[b]]:
-                total += ways[a + 1][b + 1]
+            if a < n and b < m and ways[a + 1].get(b + 1):
+                reachable[a, b] = fits(a, b)
+                total += ways[a + 1][b + 1] if reachable[a, b] else 0
             if a < n and s_free[a]:
-                total += ways[a + 1][b]
+                total += ways[a + 1].get(b, 0)
             if b < m and t_free[b] and not (a < n and s_free[a]):
-                total += ways[a][b + 1]
+                total += ways[a].get(b + 1, 0)
             ways[a][b] = min(total, 2)
-    if ways[0][0] == 0:
-        return _no_order(sources, targets, rest_s, rest_t, fits)
+    if not ways[0].get(0):
+        return _no_order(sources, targets, anchors, fits)
     if ways[0][0] > 1:
-        labels = ", ".join(targets[j].label for j in rest_t[:5])
+        rest = [j for j in range(m) if j not in anchors]
+        labels = ", ".join(targets[j].label for j in rest[:5])
         return Problem(
             code="param-unmatched",
-            loc=("params", targets[rest_t[0]].params[0].name),
+            loc=("params", targets[rest[0]].params[0].name),
             message=f"more than one assignment fits the modules {labels}",
-            hint="Give both sides the same module names, or a template that names them alike.",
+            hint="Give both sides the same module names.",
         )
     chosen = {}
     a = b = 0
     while (a, b) != (n, m):
-        if a < n and b < m and fits[rest_s[a], rest_t[b]] and ways[a + 1][b + 1]:
-            chosen[rest_t[b]] = rest_s[a]
+        if reachable.get((a, b)) and ways[a + 1][b + 1]:
+            chosen[b] = a
             a, b = a + 1, b + 1
-        elif a < n and s_free[a] and ways[a + 1][b]:
+        elif a < n and s_free[a] and ways[a + 1].get(b):
             a += 1
         else:
             b += 1
@@ -313,32 +367,39 @@ def _may_be_left(module: _Module) -> bool:
 def _no_order(
     sources: Sequence[_Module],
     targets: Sequence[_Module],
-    rest_s: Sequence[int],
-    rest_t: Sequence[int],
-    fits: Mapping[tuple[int, int], bool],
+    anchors: Mapping[int, int],
+    fits: Callable[[int, int], bool],
 ) -> Problem:
     """The first place where the two orders part, in words."""
+    rest_s = [i for i in range(len(sources)) if i not in anchors.values()]
+    rest_t = [j for j in range(len(targets)) if j not in anchors]
     a = 0
-    while a < min(len(rest_s), len(rest_t)) and fits[rest_s[a], rest_t[a]]:
+    while a < min(len(rest_s), len(rest_t)) and fits(rest_s[a], rest_t[a]):
         a += 1
     if a < min(len(rest_s), len(rest_t)):
         left, right = sources[rest_s[a]], targets[rest_t[a]]
         return Problem(
             code="shape-mismatch",
             loc=("params", right.params[0].name),
-            message=f"module {a + 1} of the template is '{right.label}' {_shapes(right)}, "
-            f"of the source '{left.label}' {_shapes(left)}: no layout makes one the other",
+            message=f"the template's module '{right.label}' {_shapes(right)} comes where the source has "
+            f"'{left.label}' {_shapes(left)}: no layout makes one the other",
             hint="Use a template of the same architecture, its layers declared in the same order or named alike.",
         )
-    extra, side = (
-        (sources[rest_s[a]], "source") if a < len(rest_s) else (targets[rest_t[a]], "template")
-    )
+    if a == len(rest_s) == len(rest_t):
+        right = targets[rest_t[0]]
+        return Problem(
+            code="param-unmatched",
+            loc=("params", right.params[0].name),
+            message="some modules have the same names on both sides, but stand in another order than the others",
+            hint="Name all modules alike on both sides.",
+        )
+    extra, side = (sources[rest_s[a]], "source") if a < len(rest_s) else (targets[rest_t[a]], "template")
     other = "template" if side == "source" else "source"
     return Problem(
         code="param-unmatched",
         loc=("params", extra.params[0].name),
         message=f"'{extra.label}' {_shapes(extra)} of the {side} has no partner in the {other} "
-        f"({len(rest_s)} modules against {len(rest_t)})",
+        f"({len(sources)} modules in the source, {len(targets)} in the template)",
         hint="Use a template of the same model.",
     )
 
@@ -361,7 +422,13 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
         for candidate in source.params:
             if candidate.name in used:
                 continue
-            for ops, reading in _layouts(candidate, readings_s[candidate.name], made, readings_t[made.name]):
+            for ops, reading in _layouts(
+                candidate,
+                readings_s[candidate.name],
+                made,
+                readings_t[made.name],
+                same_framework=source.framework == target.framework,
+            ):
                 options.append((candidate, ops, reading))
         names = list(dict.fromkeys(option[0].name for option in options))
         if not names:
@@ -370,7 +437,7 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
                 continue
             return None
         if len(names) > 1:
-            same = [o for o in options if _parts(o[0].name)[-1].lstrip("_") == _parts(made.name)[-1].lstrip("_")]
+            same = [option for option in options if _leaf(option[0]) == _leaf(made)]
             if len({o[0].name for o in same}) != 1:
                 return None
             options = same
@@ -387,7 +454,10 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
     if any(not layers.is_framework_only(p.role) and p.tied_to is None for p in left):
         return None
     return _Fit(
-        pairs=tuple(pairs), ambiguous=tuple(ambiguous), target_only=tuple(target_only), source_only=tuple(left)
+        pairs=tuple(pairs),
+        ambiguous=tuple(ambiguous),
+        target_only=tuple(target_only),
+        source_only=tuple(left),
     )
 
 
@@ -395,6 +465,8 @@ def _readings(param: Param, module: _Module) -> tuple[layers.Candidate, ...]:
     """What the parameter may be: what is declared, else every catalog row that fits its name and rank."""
     if param.evidence in ("declared", "named") and param.axes is not None:
         return (layers.Candidate(kind=param.layer, role=param.role, axes=param.axes),)
+    if param.candidates:
+        return tuple(layers.Candidate(c.layer, c.role, c.axes) for c in param.candidates)
     siblings = {_parts(other.name)[-1]: other.tensor.shape for other in module.params}
     return layers.candidates(module.framework, _parts(param.name)[-1], param.tensor.shape, siblings)
 
@@ -404,18 +476,43 @@ def _layouts(
     readings_s: Sequence[layers.Candidate],
     target: Param,
     readings_t: Sequence[layers.Candidate],
+    *,
+    same_framework: bool,
 ) -> Iterator[tuple[tuple[Op, ...], str]]:
     """Each way in which the source's axes can be brought into the target's order, with its name."""
+    before, after = source.tensor.shape, target.tensor.shape
     for reading_t in readings_t:
         for reading_s in readings_s:
             if reading_s.role != reading_t.role or not layers.same_layer(reading_s.kind, reading_t.kind):
                 continue
-            ops = layers.layout_ops(reading_s.axes, source.tensor.shape, reading_t.axes, target.tensor.shape)
+            if same_framework and len(readings_s) > 1 and reading_s.kind != reading_t.kind:
+                continue  # one framework's file and another one's of the same model: the same class
+            ops = layers.layout_ops(reading_s.axes, before, reading_t.axes, after)
             if ops is not None:
-                yield ops, f"{reading_s.kind} {list(reading_s.axes)}"
-    if not readings_s and not readings_t and source.tensor.shape == target.tensor.shape:
-        if _parts(source.name)[-1] == _parts(target.name)[-1]:
-            yield (), "same name and shape"
+                yield _without_ones(ops, before, after), f"{reading_s.kind} ({', '.join(reading_s.axes)})"
+    if not readings_s and not readings_t and before == after and _leaf(source) == _leaf(target):
+        yield (), "the same axes"
+        sizes = [size for size in before if size > 1]
+        if not same_framework and len(set(sizes)) < len(sizes):
+            yield (_UNKNOWN_ORDER,), "axes of equal size in another order"
+
+
+_UNKNOWN_ORDER = Permute(())
+"""Stands for an order of axes that cannot be told; never applied, since it makes a layout ambiguous."""
+
+
+def _leaf(param: Param) -> str:
+    return _parts(param.name)[-1].lstrip("_")
+
+
+def _without_ones(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
+    """No operation where axes are moved that have one element only: the bytes stay where they are."""
+    if before != after or not ops:
+        return ops
+    if len(ops) != 1 or not isinstance(ops[0], Permute):
+        return ops
+    order = [axis for axis in ops[0].order if before[axis] > 1]
+    return () if order == sorted(order) else ops
 
 
 _STRENGTH: tuple[Evidence, ...] = ("declared", "named", "matched", "assumed", "unknown")

@@ -6,7 +6,7 @@ of the source is in the ledger with what became of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -27,8 +27,8 @@ from ckptconv.document import (
 from ckptconv.errors import Problem
 from ckptconv.mapping import Cover, Pair
 from ckptconv.ops import Cast
-from ckptconv.rawtree import Lifted, Node, Path, transform
-from ckptconv.report import Entry, OptimizerVerdict
+from ckptconv.rawtree import Lifted, Node, Path, transform, walk
+from ckptconv.report import Entry, Fate, OptimizerVerdict
 from ckptconv.supply import CONVENTIONS, COUNT, LAST
 from ckptconv.tensor import FilledTensor, Op, TensorRef, TensorSpec
 
@@ -85,7 +85,9 @@ def transfer(
     template = _with_conventions(template, conventions, account)
     pairs = {pair.target: pair for pair in cover.pairs}
     masters = {
-        name: tensor for optimizer in source.optimizers for name, tensor in optimizer.slots.get(MASTER, {}).items()
+        name: tensor
+        for optimizer in source.optimizers
+        for name, tensor in optimizer.slots.get(MASTER, {}).items()
     }
     target_holds_masters = any(MASTER in optimizer.slots for optimizer in template.optimizers)
     params = {
@@ -96,6 +98,7 @@ def transfer(
     optimizers = _optimizers(source, template, pairs, account)
     _schedules(source, template, account)
     _left(source, account)
+    account.ledger += progress_entries(replace(template, progress=source.progress))
     for key in template.extras:
         account.ledger.append(
             Entry(
@@ -131,9 +134,7 @@ def transfer(
     )
 
 
-def _with_conventions(
-    template: Checkpoint, conventions: Mapping[str, str], account: _Account
-) -> Checkpoint:
+def _with_conventions(template: Checkpoint, conventions: Mapping[str, str], account: _Account) -> Checkpoint:
     """The template with every bare counter's place saying how it is meant.
 
     The template's own number is of another run: it is no evidence for the convention.
@@ -232,7 +233,9 @@ def _source_only(source: Checkpoint, cover: Cover, account: _Account) -> None:
     for name in cover.source_only:
         param = source.params[name]
         detail = (
-            f"shares its memory with '{param.tied_to}'" if param.tied_to else "only the source's framework has it"
+            f"shares its memory with '{param.tied_to}'"
+            if param.tied_to
+            else "only the source's framework has it"
         )
         account.ledger.append(
             Entry(item=("param", name), fate="aliased" if param.tied_to else "left", detail=detail)
@@ -334,6 +337,7 @@ def _optimizer(
             detail=str(value_of(conversion.step)),
         )
     )
+    _hyperparameters(origin, target, conversion, account)
     groups = tuple(
         replace(group, hyperparameters=dict(facts))
         for group, facts in zip(target.groups, conversion.hyperparameters, strict=True)
@@ -347,6 +351,24 @@ def _optimizer(
         groups=groups,
         slots=slots,
     )
+
+
+def _hyperparameters(origin: Optimizer, target: Optimizer, conversion: Conversion, account: _Account) -> None:
+    """What the target's hyperparameters are and who says so; a value of the source that changed is shown."""
+    for position, facts in enumerate(conversion.hyperparameters):
+        for name, fact in facts.items():
+            if not isinstance(fact, Known):
+                continue
+            account.ledger.append(
+                Entry(
+                    item=("hyperparameter", origin.name, position, name),
+                    fate="supplied" if fact.status == "supplied" else "copied",
+                    target=f"{target.name}.{name}",
+                    detail=f"{fact.value}"
+                    + (f" ({fact.formula})" if fact.formula else "")
+                    + (f", said by {fact.source}" if fact.status == "supplied" else ""),
+                )
+            )
 
 
 def _counts(algorithm: str, framework: str) -> bool:
@@ -431,7 +453,11 @@ def _slots(
                         )
                     )
                     continue
-                spec = place.spec if place else TensorSpec(dtype=have.dtype, shape=_shape_of(target, name, pairs, source))
+                spec = (
+                    place.spec
+                    if place
+                    else TensorSpec(dtype=have.dtype, shape=_shape_of(target, name, pairs, source))
+                )
                 ops = (*pairs[name].ops, *row.ops[position])
                 made[name], done = _through(have, ops, spec, f"{name}/{row.slot}", account)
                 account.ledger.append(
@@ -449,9 +475,7 @@ def _slots(
     return result
 
 
-def _shape_of(
-    target: Optimizer, name: str, pairs: Mapping[str, Pair], source: Checkpoint
-) -> tuple[int, ...]:
+def _shape_of(target: Optimizer, name: str, pairs: Mapping[str, Pair], source: Checkpoint) -> tuple[int, ...]:
     tensor = source.params[pairs[name].source].tensor
     for op in pairs[name].ops:
         tensor = tensor.apply(op)
@@ -508,6 +532,20 @@ def _schedules(source: Checkpoint, template: Checkpoint, account: _Account) -> N
             )
 
 
+def progress_entries(checkpoint: Checkpoint) -> Iterator[Entry]:
+    """Where each known counter goes: into its places of the target's file, or into the note."""
+    places = {
+        str(node.to[1]) if node.to[0] == "progress" else "step"
+        for _, node in walk(checkpoint.residue.root if checkpoint.residue else None)
+        if isinstance(node, Lifted) and node.to[0] in ("progress", "step", "param_step")
+    }
+    for name in PROGRESS_FIELDS:
+        fact = getattr(checkpoint.progress, name)
+        if isinstance(fact, Known):
+            fate: Fate = "supplied" if fact.status == "supplied" else "copied" if name in places else "noted"
+            yield Entry(item=("progress", name), fate=fate, detail=str(fact.value))
+
+
 def _left(source: Checkpoint, account: _Account) -> None:
     """State that stays with the source's framework: generators, loaders, other arrays."""
     blocks: tuple[Block, ...] = (*source.rng, *source.data)
@@ -529,8 +567,3 @@ def _left(source: Checkpoint, account: _Account) -> None:
                     detail="the source's framework alone knows it; --keep holds it for the way back",
                 )
             )
-    for name in PROGRESS_FIELDS:
-        fact = getattr(source.progress, name)
-        if isinstance(fact, Known) and name != "step":
-            account.ledger.append(Entry(item=("progress", name), fate="noted", detail=str(fact.value)))
-

@@ -130,6 +130,7 @@ def _params(
             layer=reading.layer,
             axes=reading.axes,
             evidence=reading.evidence,
+            candidates=reading.candidates,
             trainable=trainable,
         )
         result[name] = param

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptconv.catalog import layers
-from ckptconv.document import Evidence
+from ckptconv.document import Evidence, Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +21,8 @@ class Reading:
     role: str = "unknown"
     axes: tuple[str, ...] | None = None
     evidence: Evidence = "unknown"
+    candidates: tuple[Layout, ...] = ()
+    """Every reading that fits, where there is more than one."""
 
 
 def read_layer(framework: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Reading]:
@@ -44,4 +46,5 @@ def _reading(candidates: tuple[layers.Candidate, ...], common: frozenset[str]) -
     role = roles.pop() if len(roles) == 1 else "unknown"
     if len(kinds) == 1 and len(axes) == 1 and role != "unknown":
         return Reading(layer=kinds.pop(), role=role, axes=axes.pop(), evidence="named")
-    return Reading(role=role)
+    open_to = tuple(Layout(layer=c.kind, role=c.role, axes=c.axes) for c in fitting)
+    return Reading(role=role, candidates=open_to if len(open_to) > 1 else ())
