@@ -159,6 +159,8 @@ def test_cycles_end_in_a_mark() -> None:
     inner = root.items[1]
     assert isinstance(inner, DictNode)
     assert inner.get("back") == Opaque(kind="cycle", name="list")
+    loop[:] = [loop]
+    assert read(pickle.dumps(loop, 2)) == ListNode(items=(Opaque(kind="cycle", name="list"),))
 
 
 def test_running_code_is_data() -> None:

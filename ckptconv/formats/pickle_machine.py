@@ -56,8 +56,12 @@ Value = bool | int | float | str | bytes | Made | None
 
 def parts_of(value: Made) -> list[Value]:
     """Everything below a value, in the pickle's order."""
-    flat = [part for pair in value.pairs for part in pair]
-    return [*value.args, *value.items, *flat, value.state]
+    parts = [*value.args, *value.items]
+    for pair in value.pairs:
+        parts += pair
+    if value.state is not None:
+        parts.append(value.state)
+    return parts
 
 
 def error(code: Code, name: str, message: str) -> FormatError:
@@ -101,7 +105,12 @@ class Machine:
 
     def number(self, nbytes: int) -> int:
         """An unsigned little-endian number."""
-        return int.from_bytes(self.take(nbytes), "little")
+        stop = self.at + nbytes
+        if stop > len(self.data):
+            self.take(nbytes)
+        value = int.from_bytes(self.data[self.at : stop], "little")
+        self.at = stop
+        return value
 
     def line(self) -> bytes:
         """The bytes up to the next newline."""

@@ -88,39 +88,44 @@ class _Freezer:
                 todo.pop()
             elif value.depth == 0:
                 value.depth = -1
-                todo.extend(
-                    part for part in parts_of(value)[::-1] if isinstance(part, Made) and not part.depth
-                )
+                todo += [part for part in parts_of(value)[::-1] if isinstance(part, Made) and not part.depth]
             else:
                 todo.pop()
-                self._measure(value)
+                depth, value.size = self._measure(value)
+                # Open until here: what it refers to itself by is a cycle.
                 value.node = self._node(value)
+                value.depth = depth
         return _node_of(root)
 
-    def _measure(self, value: Made) -> None:
-        parts = parts_of(value)
-        made = [part for part in parts if isinstance(part, Made)]
-        value.depth = 1 + max((max(part.depth, 0) for part in made), default=0)
-        value.size = 1 + len(parts) + sum(part.size for part in made)
-        if value.depth > MAX_DEPTH:
+    def _measure(self, value: Made) -> tuple[int, int]:
+        """Levels and nodes from here down."""
+        depth, size = 0, 1
+        for part in parts_of(value):
+            size += 1
+            if isinstance(part, Made):
+                size += part.size
+                if part.depth > depth:
+                    depth = part.depth
+        if depth >= MAX_DEPTH:
             raise error("limit-exceeded", self._name, f"nested deeper than {MAX_DEPTH} levels")
-        if value.size > self._limit:
+        if size > self._limit:
             raise error("limit-exceeded", self._name, f"references make more than {self._limit} values")
+        return depth + 1, size
 
     def _node(self, value: Made) -> Node:
         get = _node_of
         if value.kind == "dict":
-            return DictNode(items=tuple((get(key), get(item)) for key, item in value.pairs))
+            return DictNode(items=tuple([(get(key), get(item)) for key, item in value.pairs]))
         if value.kind in ("list", "tuple", "set", "frozenset"):
-            return ListNode(items=tuple(get(item) for item in value.items), kind=value.kind)
+            return ListNode(items=tuple([get(item) for item in value.items]), kind=value.kind)
         return self._decode(
             Opaque(
                 kind=value.kind,
                 name=value.name,
-                args=tuple(get(arg) for arg in value.args),
+                args=tuple([get(arg) for arg in value.args]),
                 state=get(value.state),
-                items=tuple(get(item) for item in value.items),
-                pairs=tuple((get(key), get(item)) for key, item in value.pairs),
+                items=tuple([get(item) for item in value.items]),
+                pairs=tuple([(get(key), get(item)) for key, item in value.pairs]),
             )
         )
 
