@@ -310,6 +310,8 @@ def plan_transfer(
         kept, problems = _cast(kept, dtype, allowed)
     if goal.template is None:
         result = _untemplated(kept, goal, allowed)
+    elif unready := goal.dialect.template_problems(goal.template):
+        return Transfer(checkpoint=kept, ledger=(), problems=unready)
     else:
         frameworks = (_framework(kept), goal.dialect.framework or "torch")
         cover = mapping.match(kept, goal.template, frameworks=frameworks)

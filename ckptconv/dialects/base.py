@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ckptconv.document import Checkpoint
+from ckptconv.errors import Problem
 from ckptconv.rawtree import RawTree
 
 
@@ -58,8 +59,11 @@ class Dialect(Protocol):
         """
 
 
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """Why a checkpoint of this dialect cannot serve as a template: `template-unbuilt`, with the lines that build it."""
+
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
-        """Lines of Python that load the written file `target` in its framework; empty where there is no framework."""
+        """Lines of Python that load the written file `target` in its framework; empty where there is none."""
 
 
 DIALECTS: dict[tuple[str, str], Dialect] = {}

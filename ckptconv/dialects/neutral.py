@@ -138,6 +138,10 @@ class Neutral:
         ]
         return RawTree(format=self.format, root=DictNode(items=tuple(parts)))
 
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """None: it is a document already."""
+        return ()
+
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """How to open it."""
         return f'import ckptconv\ncheckpoint = ckptconv.open("{target}")\n'

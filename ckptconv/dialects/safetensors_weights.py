@@ -8,7 +8,7 @@ from dataclasses import replace
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Param, Progress, Provenance, Residue, Unknown
-from ckptconv.errors import FormatError
+from ckptconv.errors import FormatError, Problem
 from ckptconv.formats.safetensors_file import identity
 from ckptconv.note import KEY, edit_note, read_note, tied, write_note
 from ckptconv.rawtree import DictNode, RawTree, Scalar
@@ -84,6 +84,10 @@ class Weights:
             attributes={"format": "pt"},
             note=write_note(checkpoint),
         )
+
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """None: names are all that it gives."""
+        return ()
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """Nothing: every framework reads it."""

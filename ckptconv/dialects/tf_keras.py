@@ -15,6 +15,7 @@ from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_document import lift
 from ckptconv.document import Checkpoint
+from ckptconv.errors import Problem
 from ckptconv.rawtree import RawTree
 
 
@@ -47,6 +48,10 @@ class TfKeras:
         """The bundle of the residue's object graph."""
         return graph_lower.lower(checkpoint, self.name)
 
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """What model or optimizer were saved without."""
+        return graph_lower.unbuilt(template)
+
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`tf.train.Checkpoint(...).restore(...)` with the template's keywords."""
         return graph_lower.restore_lines(checkpoint, target, "tf_keras")
@@ -78,6 +83,10 @@ class TfKerasLegacy:
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The bundle of the residue's object graph."""
         return graph_lower.lower(checkpoint, self.name)
+
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """What model or optimizer were saved without."""
+        return graph_lower.unbuilt(template)
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`tf.train.Checkpoint(...).restore(...)` with the template's keywords."""

@@ -22,7 +22,7 @@ from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_document import lift
 from ckptconv.dialects.graph_note import note_of
 from ckptconv.document import Checkpoint
-from ckptconv.errors import MappingError
+from ckptconv.errors import MappingError, Problem
 from ckptconv.formats.object_graph import (
     OBJECT_GRAPH_KEY,
     VARIABLE_VALUE,
@@ -71,6 +71,10 @@ class TfModule:
         if residue is not None and residue.format == self.format:
             return graph_lower.lower(checkpoint, self.name)
         return _module(checkpoint)
+
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """What model or optimizer were saved without."""
+        return graph_lower.unbuilt(template)
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`tf.train.Checkpoint(...).restore(...)`."""

@@ -35,7 +35,7 @@ from ckptconv.document import (
     Residue,
     Schedule,
 )
-from ckptconv.errors import CkptError, FormatError, MappingError
+from ckptconv.errors import CkptError, FormatError, MappingError, Problem
 from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
 from ckptconv.tensor import TensorRef
 
@@ -130,6 +130,10 @@ class Plain:
         assert isinstance(filled, DictNode)
         noted = with_note(filled, note_of(settled, root))
         return RawTree(format=self.format, root=noted, attributes=residue.attributes)
+
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """None: an optimizer that was never stepped has its groups."""
+        return ()
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`torch.load`, and `load_state_dict` of everything that stands in the dictionary."""

@@ -16,7 +16,7 @@ from ckptconv.dialects.torch_modules import is_module_state, is_state_dict, lift
 from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue
 from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
-from ckptconv.errors import FormatError
+from ckptconv.errors import FormatError, Problem
 from ckptconv.rawtree import DictNode, Node, RawTree
 
 _NO_RUN = Unknown(reason="a bare state_dict holds weights only")
@@ -65,6 +65,10 @@ class StateDict:
         if root is not None and residue is not None:
             return RawTree(format=self.format, root=fill(root, checkpoint), attributes=residue.attributes)
         return RawTree(format=self.format, root=_from_params(checkpoint.params))
+
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """None: names are all that it gives."""
+        return ()
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`torch.load` and `load_state_dict`."""
