@@ -118,7 +118,7 @@ class PyTorchFormat:
 
         Raises: see `zip_container.read_archive`, `pickle_reader.unpickle`, `torch_decode.Decoder`.
         """
-        return _read(FileSource(path), str(path))
+        return read_source(FileSource(path), str(path))
 
     def layout(self, raw: RawTree, path: Path) -> Layout:
         """Where each record goes; reads arrays that stand inside the pickle, no storage.
@@ -170,7 +170,8 @@ def _problem(code: Code, source: ByteSource, member: str, message: str, hint: st
     return error
 
 
-def _read(source: ByteSource, location: str) -> RawTree:
+def read_source(source: ByteSource, location: str) -> RawTree:
+    """The object that one archive holds, wherever its bytes lie."""
     _refuse_relatives(source)
     archive = read_archive(source)
     prefix = _prefix(archive)

@@ -143,6 +143,10 @@ class InflatedSource:
                 f"bytes {offset}..{offset + len(out)} are needed, the record ends at {self.nbytes}",
             )
 
+    def __reduce__(self) -> tuple[type[InflatedSource], tuple[ByteSource, Record]]:
+        """Another process inflates for itself."""
+        return InflatedSource, (self._source, self._record)
+
     def _inflate(self) -> IO[bytes]:
         record, inflater, done = self._record, zlib.decompressobj(-zlib.MAX_WBITS), 0
         file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import pickle
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
@@ -25,6 +26,11 @@ pytest.importorskip("torch.utils.serialization")
 from tests.support.torch_equal import assert_same, bits, sharing  # noqa: E402
 
 FORMAT = PyTorchFormat()
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+]
 
 DTYPES = [
     getattr(torch, name)
@@ -534,6 +540,34 @@ def test_other_zips_are_not_ours(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_bytes(b"")
     assert not FORMAT.sniff(tmp_path / "t.txt")
     assert not FORMAT.sniff(tmp_path)
+
+
+def test_the_engine_writes_our_layout(tmp_path: Path) -> None:
+    from ckptconv import engine
+
+    value = {
+        "w": torch.randn(300, 7).t(),
+        "u": of_bytes(torch.uint16, 9),
+        "e": torch.zeros(0),
+        "s": torch.tensor(2),
+    }
+    raw = saved(value, tmp_path / "a.pt")
+    engine.write(FORMAT.layout(raw, tmp_path / "b.pt"), tmp_path / "b.pt")
+    assert_same(value, torch.load(tmp_path / "b.pt", mmap=True))
+    with zipfile.ZipFile(tmp_path / "b.pt") as archive:
+        assert archive.testzip() is None
+
+
+def test_tensors_of_a_deflated_file_cross_to_another_process(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(9.0), "c": torch.randn(2, dtype=torch.complex64).conj()}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as source:
+        contents = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(tmp_path / "z.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            archive.writestr(name, data)
+    for ref in refs(FORMAT.read(tmp_path / "z.pt").root):
+        there = pickle.loads(pickle.dumps(ref))
+        assert as_bytes(there.read()).tobytes() == as_bytes(ref.read()).tobytes()
 
 
 def test_trees_are_not_changed_by_writing(tmp_path: Path) -> None:
