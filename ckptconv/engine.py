@@ -218,7 +218,7 @@ def _sizes(workers: int) -> tuple[int, int]:
     share = BUDGET_NBYTES // workers
     least, most = _WINDOW_NBYTES
     window = min(max(share // 8, least), most)
-    return window - window % 64, max(share // 2, least)
+    return window - window % 64, max(share * 2 // 3, least)
 
 
 def _jobs(layout: Layout, publication: Publication, workers: int, digests: bool) -> list[Job]:
