@@ -109,9 +109,9 @@ def inspect(
         if raw:
             _inspect_raw(path, format_, dialect, as_json=as_json, digest=digest)
             return
-        from ckptconv import convert as library
+        from ckptconv.detect import open
 
-        checkpoint = library.open(path, format=format_, dialect=dialect)
+        checkpoint = open(path, format=format_, dialect=dialect)
         if as_json:
             from ckptconv import schema
 
@@ -125,13 +125,13 @@ def inspect(
 def _inspect_raw(
     path: Path, format_: str | None, dialect: str | None, *, as_json: bool, digest: bool
 ) -> None:
-    from ckptconv import convert as library
     from ckptconv import listing
+    from ckptconv.detect import detect_dialect, read_raw
     from ckptconv.rendering import raw_view
 
-    raw = library.read_raw(path, format_)
+    raw = read_raw(path, format_)
     try:
-        name = library.detect_dialect(raw, dialect)[0].name
+        name = detect_dialect(raw, dialect)[0].name
     except CkptError as error:
         # The keys are listed also where nobody knows what they mean: that is what --raw is for.
         if any(problem.code != "unknown-dialect" for problem in error.problems):
@@ -177,14 +177,14 @@ def convert(
     """
     settings = parse_settings(set_)
     with outcome(as_json=as_json):
-        from ckptconv import convert as library
+        from ckptconv.convert import convert as run
 
         parse_container("--from", from_)
         parse_container("--to", to)
         if report is not None:
             _check_report_file(report, force=force)
         with progress_bar(f"converting {source.name}") as progress:
-            result = library.convert(
+            result = run(
                 source,
                 target,
                 from_=from_,
@@ -306,9 +306,9 @@ def validate(
     Example: ckptconv validate run.pt --require step,learning_rate
     """
     with outcome(as_json=as_json):
-        from ckptconv import convert as library
+        from ckptconv.convert import validate as check
 
-        problems = library.validate(path, require=split_names(require))
+        problems = check(path, require=split_names(require))
         if problems:
             stop(problems, as_json=as_json)
         if as_json:

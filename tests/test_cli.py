@@ -349,17 +349,17 @@ def test_output_survives_an_encoding_that_lacks_the_characters(tmp_path: Path) -
 
 
 INTERRUPTED = """
-import os, signal
-from ckptconv import convert
+import importlib, os, signal
 
-real = convert.convert
+module = importlib.import_module("ckptconv.convert")
+real = module.convert
 
 def interrupted(*arguments, **options):
     def midway(done, total):
         os.kill(os.getpid(), signal.SIGINT)
     return real(*arguments, **(options | {"progress": midway}))
 
-convert.convert = interrupted
+module.convert = interrupted
 from ckptconv.cli import main
 main()
 """

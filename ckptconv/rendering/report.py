@@ -54,7 +54,7 @@ def _outcome(report: Report) -> list[tuple[str, str | Text]]:
     else:
         checked = "read back and equal" if report.verified else "not read back (--no-verify)"
         for name, nbytes in report.files:
-            rows.append(("wrote", f"{clean(name)}  {size(nbytes)}"))
+            rows.append(("wrote", f"{clean(name or report.target)}  {size(nbytes)}"))
         rows.append(("verified" if report.verified else "not verified", f"{checked}; {report.seconds:.1f} s"))
     progress = ", ".join(f"{name} {value_text(value)}" for name, value in report.progress.items())
     rows.append(("progress", progress or "none known"))
