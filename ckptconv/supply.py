@@ -50,7 +50,8 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
             problems.append(
                 _usage(
                     name,
-                    f"there is no field '{name}' to set" + (f" (did you mean '{close[0]}'?)" if close else ""),
+                    f"there is no field '{name}' to set"
+                    + (f" (did you mean '{close[0]}'?)" if close else ""),
                     "Fields: " + ", ".join(known) + ".",
                 )
             )
@@ -102,7 +103,7 @@ def _parsed(name: str, text: str) -> Value:
 
 
 def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str = BY_CALLER) -> Checkpoint:
-    """The document with the caller's values in place of what was unknown or recorded; `who` is named as their source.
+    """The document with the caller's values in place of what was unknown or recorded; `who` names the caller.
 
     Raises: usage for an optimizer's field where the document has no optimizer.
     """
@@ -136,7 +137,9 @@ def _under_convention(checkpoint: Checkpoint, name: str, convention: str, who: s
     fitting = [c for c in fact.candidates if (LAST in c.condition) == (convention == LAST)]
     if len(fitting) != 1:
         return checkpoint
-    known = Known(value=fitting[0].value, status="supplied", source=f"{fitting[0].source}, {who}: {convention}")
+    known = Known(
+        value=fitting[0].value, status="supplied", source=f"{fitting[0].source}, {who}: {convention}"
+    )
     checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: known}))
     if name == "step":
         checkpoint = with_step(checkpoint, known)
@@ -195,9 +198,7 @@ def _with_hyperparameter(optimizer: Optimizer, name: str, fact: Fact) -> Optimiz
 
 def _supplied(checkpoint: Checkpoint, name: str, who: str) -> Checkpoint:
     provenance = checkpoint.provenance
-    return replace(
-        checkpoint, provenance=replace(provenance, supplied=(*provenance.supplied, (name, who)))
-    )
+    return replace(checkpoint, provenance=replace(provenance, supplied=(*provenance.supplied, (name, who))))
 
 
 def _usage(name: str, message: str, hint: str) -> Problem:
@@ -205,7 +206,7 @@ def _usage(name: str, message: str, hint: str) -> Problem:
 
 
 def apply_spec(checkpoint: Checkpoint, spec: Checkpoint) -> Checkpoint:
-    """The document completed from a skeleton of the same model: kinds and axes, parameter order, class, hyperparameters.
+    """The document completed from a skeleton of its model: axes, parameter order, class, hyperparameters.
 
     What the document records wins; the spec only fills what is unknown.
     Raises: template-mismatch where the spec is of another model.
@@ -327,7 +328,8 @@ def rename_optimizer_params(
             param_order="skeleton",
             param_steps={renamed(n): s for n, s in optimizer.param_steps.items()},
             slots={
-                slot: {renamed(n): t for n, t in by_param.items()} for slot, by_param in optimizer.slots.items()
+                slot: {renamed(n): t for n, t in by_param.items()}
+                for slot, by_param in optimizer.slots.items()
             },
             groups=tuple(replace(g, params=tuple(map(renamed, g.params))) for g in optimizer.groups),
         )

@@ -1,0 +1,85 @@
+"""Where a conversion goes: format, dialect and template, from what the caller says and the names tell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptconv.detect import PathLike, dialect_named, format_named, load_registries, open, parse_target
+from ckptconv.dialects.base import DIALECTS, Dialect
+from ckptconv.document import Checkpoint
+from ckptconv.errors import CkptError, MappingError
+from ckptconv.formats.base import FORMATS, Format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """Where a conversion goes."""
+
+    path: Path
+    format: Format
+    dialect: Dialect
+    template: Checkpoint | None
+
+
+def document_of(spec: PathLike | Checkpoint) -> Checkpoint:
+    return spec if isinstance(spec, Checkpoint) else open(spec)
+
+
+def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, source: Checkpoint) -> Goal:
+    """Format and dialect of the target, from `--to`, the template and the suffix, in that order.
+
+    Raises: usage, template-mismatch.
+    """
+    load_registries()
+    format_name, dialect_name = parse_target(to)
+    document = None if template is None else document_of(template)
+    if document is not None:
+        theirs = document.provenance
+        if format_name not in (None, theirs.format) or dialect_name not in (None, theirs.dialect):
+            raise MappingError.of(
+                "template-mismatch",
+                f"--to {to} asks for another target than the template is ({theirs.format}:{theirs.dialect})",
+                "Leave --to out, or use a template of that format.",
+                loc=("--template",),
+            )
+        format_name, dialect_name = theirs.format, theirs.dialect
+    if format_name is None:
+        format_name = _by_suffix(path)
+    chosen = format_named(format_name)
+    if dialect_name is not None:
+        dialect = dialect_named(format_name, dialect_name)
+    else:
+        dialect = _default_dialect(format_name, source)
+    return Goal(path=path, format=chosen, dialect=dialect, template=document)
+
+
+def _by_suffix(path: Path) -> str:
+    for candidate in FORMATS.values():
+        if any(path.name.endswith(suffix) for suffix in candidate.suffixes):
+            return candidate.name
+    raise CkptError.of(
+        "usage",
+        f"the name '{path.name}' does not tell the target's format",
+        "Pass --to with one of: " + ", ".join(sorted(FORMATS)) + ".",
+        loc=("--to",),
+    )
+
+
+def _default_dialect(format_name: str, source: Checkpoint) -> Dialect:
+    """The source's own dialect where it lives in the format, else the format's one that needs no template."""
+    residue = source.residue
+    if residue is not None and residue.format == format_name:
+        return DIALECTS[format_name, residue.dialect]
+    there = [dialect for (fmt, _), dialect in sorted(DIALECTS.items()) if fmt == format_name]
+    free = [dialect for dialect in there if not dialect.needs_template]
+    if len(there) == 1 or (len(free) == 1 and format_name not in ("pytorch", "tensorflow")):
+        return (free or there)[0]
+    raise MappingError.of(
+        "template-required",
+        f"a {format_name} target needs a checkpoint of the target's model to take names and structure from",
+        "Build model and optimizer in the target's framework, save them once, and pass that as --template"
+        + "".join(f"; or write the weights alone with --to {format_name}:{d.name}" for d in free)
+        + ".",
+        loc=("--template",),
+    )

@@ -1,0 +1,203 @@
+"""What a conversion will do: the target's document and the account, before a tensor byte is read."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptconv import dtypes, mapping, note
+from ckptconv.dialects.base import DIALECTS
+from ckptconv.document import Checkpoint, Param
+from ckptconv.errors import CkptError, MappingError, Problem
+from ckptconv.goal import Goal
+from ckptconv.ops import Cast
+from ckptconv.report import ALLOWABLE, Entry
+from ckptconv.transfer import Transfer, progress_entries, transfer
+
+
+def allowed_codes(codes: Sequence[str]) -> frozenset[str]:
+    """The losses that a caller allows. Raises: usage for a code that is none."""
+    for code in codes:
+        if code not in ALLOWABLE:
+            close = difflib.get_close_matches(code, ALLOWABLE, n=1)
+            raise CkptError.of(
+                "usage",
+                f"'{code}' is not a loss that can be allowed"
+                + (f" (did you mean '{close[0]}'?)" if close else ""),
+                "Codes: " + ", ".join(ALLOWABLE) + ".",
+                loc=("--allow", code),
+            )
+    return frozenset(codes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What the caller wants otherwise than the source has it."""
+
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    dtype: str | None = None
+    allowed: frozenset[str] = frozenset()
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    """How bare counters of the target are meant, see `supply.CONVENTIONS`."""
+
+
+def plan(checkpoint: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
+    """The target's document and the account; every problem that was found is in it."""
+    kept, dropped = _selected(checkpoint, wishes.only, wishes.exclude)
+    if wishes.dtype is not None:
+        kept = _cast(kept, wishes.dtype)
+    if goal.template is None:
+        result = _untemplated(kept, goal, wishes.allowed)
+    elif unready := goal.dialect.template_problems(goal.template):
+        result = Transfer(checkpoint=kept, ledger=(), problems=unready)
+    else:
+        result = _onto_template(kept, goal.template, goal, wishes)
+    return replace(result, ledger=(*dropped, *result.ledger))
+
+
+def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
+    frameworks = (_framework(kept), goal.dialect.framework or "torch")
+    cover = mapping.match(kept, template, frameworks=frameworks)
+    unsolved = tuple(p for p in cover.problems if _code_to_allow(p) not in wishes.allowed)
+    result = transfer(kept, template, cover, allow=wishes.allowed, conventions=wishes.conventions)
+    problems = (*unsolved, *result.problems)
+    if problems:
+        return replace(result, problems=problems)
+    return replace(result, checkpoint=_with_note(result.checkpoint, kept))
+
+
+def _code_to_allow(problem: Problem) -> str:
+    return mapping.ASSUMED_LAYOUT if problem.code == "layout-ambiguous" else problem.code
+
+
+def _framework(checkpoint: Checkpoint) -> str:
+    """The catalog column that explains the document's names and axes."""
+    provenance = checkpoint.provenance
+    dialect = DIALECTS.get((provenance.format, provenance.dialect))
+    return (dialect.framework if dialect else None) or "torch"
+
+
+def _with_note(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
+    text = note.write_note(replace(checkpoint, schedules=source.schedules))
+    return replace(checkpoint, extensions={**checkpoint.extensions, note.EXTENSION: text})
+
+
+def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) -> Transfer:
+    """A target that takes its structure from the document: the way back, an archive, or weights."""
+    residue = checkpoint.residue
+    own = residue is not None and (residue.format, residue.dialect) == (goal.format.name, goal.dialect.name)
+    everything = own or goal.format.name == "neutral"
+    ledger = [
+        Entry(item=address, fate="copied", target=".".join(map(str, address[1:])))
+        for address, _ in checkpoint.tensors()
+        if everything or address[0] == "param"
+    ]
+    problems: list[Problem] = []
+    if not everything:
+        if goal.dialect.needs_template:
+            problems.append(
+                Problem(
+                    code="template-required",
+                    loc=("--template",),
+                    message=f"{goal.format.name}:{goal.dialect.name} takes its structure from a template",
+                    hint="Build model and optimizer in the target's framework, save them once, pass that.",
+                )
+            )
+        weights_only = goal.format.name == "safetensors"  # its choice is consent to leave the rest behind
+        for optimizer in checkpoint.optimizers:
+            if not weights_only and "state-dropped" not in allowed:
+                problems.append(
+                    Problem(
+                        code="state-dropped",
+                        loc=("optimizers", optimizer.name),
+                        message=f"{goal.format.name}:{goal.dialect.name} holds no optimizer state, "
+                        f"the source has that of '{optimizer.name}' ({optimizer.algorithm})",
+                        hint="Pass a --template with an optimizer, or --allow state-dropped.",
+                    )
+                )
+            for slot in optimizer.slots:
+                ledger.append(
+                    Entry(
+                        item=("slot", optimizer.name, slot),
+                        fate="left",
+                        detail="the target holds weights only; progress and hyperparameters are in its note",
+                        allowed_by="" if weights_only else "state-dropped",
+                    )
+                )
+        ledger += [
+            Entry(item=("extra", key), fate="left", detail="the target holds weights only")
+            for key in checkpoint.extras
+        ]
+        ledger += progress_entries(replace(checkpoint, residue=None))
+        checkpoint = _with_note(checkpoint, checkpoint)
+        checkpoint = replace(checkpoint, residue=None)
+    return Transfer(checkpoint=checkpoint, ledger=tuple(ledger), problems=tuple(problems))
+
+
+def _selected(
+    checkpoint: Checkpoint, only: Sequence[str], exclude: Sequence[str]
+) -> tuple[Checkpoint, tuple[Entry, ...]]:
+    """The document with the parameters that the globs leave, and their slots."""
+    if not only and not exclude:
+        return checkpoint, ()
+
+    def wanted(name: str) -> bool:
+        inside = not only or any(fnmatch.fnmatchcase(name, glob) for glob in only)
+        return inside and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude)
+
+    for glob in (*only, *exclude):
+        if not any(fnmatch.fnmatchcase(name, glob) for name in checkpoint.params):
+            close = difflib.get_close_matches(glob, list(checkpoint.params), n=1)
+            raise MappingError.of(
+                "mapping-invalid",
+                f"no parameter matches '{glob}'" + (f" (did you mean '{close[0]}'?)" if close else ""),
+                "See the names with 'ckptconv inspect --tensors'.",
+                loc=("--only" if glob in only else "--exclude", glob),
+            )
+    names = {name for name in checkpoint.params if wanted(name)}
+    params = {
+        name: replace(param, tied_to=param.tied_to if param.tied_to in names else None)
+        for name, param in checkpoint.params.items()
+        if name in names
+    }
+    optimizers = tuple(
+        replace(
+            optimizer,
+            groups=tuple(
+                replace(g, params=tuple(p for p in g.params if p in names)) for g in optimizer.groups
+            ),
+            slots={s: {n: t for n, t in by.items() if n in names} for s, by in optimizer.slots.items()},
+            param_steps={n: s for n, s in optimizer.param_steps.items() if n in names},
+        )
+        for optimizer in checkpoint.optimizers
+    )
+    dropped = tuple(
+        Entry(item=("param", name), fate="left", detail="not selected", allowed_by="--only/--exclude")
+        for name in checkpoint.params
+        if name not in names
+    )
+    return replace(checkpoint, params=params, optimizers=optimizers, residue=None), dropped
+
+
+def _cast(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The document with its floating-point parameters in another dtype: the caller's word is the consent."""
+    row = dtypes.BY_NAME.get(dtype)
+    if row is None or row.kind != "float":
+        names = [r.name for r in dtypes.ROWS if r.kind == "float"]
+        close = difflib.get_close_matches(dtype, names, n=1)
+        raise CkptError.of(
+            "usage",
+            f"'{dtype}' is not a floating-point dtype" + (f" (did you mean '{close[0]}'?)" if close else ""),
+            "Dtypes: " + ", ".join(names) + ".",
+            loc=("--dtype",),
+        )
+
+    def one(param: Param) -> Param:
+        if param.tensor.dtype.kind != "float":
+            return param
+        return replace(param, tensor=param.tensor.apply(Cast(dtype)))
+
+    return replace(checkpoint, params={name: one(param) for name, param in checkpoint.params.items()})
