@@ -21,16 +21,15 @@ from __future__ import annotations
 
 import itertools
 import struct
-import tempfile
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import IO
 
-from ckptconv.errors import Code, FormatError
+from ckptconv.errors import FormatError
+from ckptconv.formats.zip_inflate import InflatedSource, Scratch
+from ckptconv.formats.zip_record import Record, problem
 from ckptconv.source import ByteSource
-from ckptconv.tensor import Checksum, Extent
+from ckptconv.tensor import Extent
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
 CENTRAL_SIGNATURE = b"PK\x01\x02"
@@ -54,27 +53,6 @@ FLAG_DESCRIPTOR, FLAG_UTF8 = 0x8, 0x800
 _MAX_RATIO = 100
 _MAX_INFLATED_FLOOR = 64 << 20
 """Inflated bytes that any archive may have, however small it is."""
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """One entry of the central directory, checked against its local header."""
-
-    name: str
-    method: int
-    crc: int
-    """CRC-32 of the data; 0 with data means that none was recorded."""
-    packed_nbytes: int
-    """Bytes in the file."""
-    nbytes: int
-    """Bytes of the data."""
-    offset: int
-    """Where the bytes in the file begin."""
-
-    @property
-    def checksum(self) -> Checksum | None:
-        return Checksum(kind="crc32", value=self.crc) if self.crc and self.nbytes else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +61,14 @@ class Archive:
 
     source: ByteSource
     records: Mapping[str, Record]
+    _scratch: Scratch
 
     def extent(self, record: Record, *, big_endian: bool = False) -> Extent:
         """Where the record's data lie; reads nothing."""
         if record.method == STORED:
             source, offset = self.source, record.offset
         else:
-            source, offset = InflatedSource(self.source, record), 0
+            source, offset = InflatedSource(self.source, record, self._scratch), 0
         return Extent(
             source=source,
             offset=offset,
@@ -107,7 +86,7 @@ class Archive:
         self.extent(record).read_into(0, memoryview(data))
         found = zlib.crc32(data)
         if record.checksum is not None and found != record.crc:
-            raise _problem(
+            raise problem(
                 "checksum-mismatch",
                 self.source,
                 record.name,
@@ -116,84 +95,9 @@ class Archive:
         return bytes(data)
 
 
-class InflatedSource:
-    """A deflated record's data: inflated into an unnamed temporary file at the first read."""
-
-    __slots__ = ("_file", "_lock", "_record", "_source", "name", "nbytes")
-
-    def __init__(self, source: ByteSource, record: Record) -> None:
-        self._source = source
-        self._record = record
-        self._file: IO[bytes] | None = None
-        self._lock = threading.Lock()
-        self.name = f"{source.name}!{record.name}"
-        self.nbytes = record.nbytes
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        with self._lock:
-            if self._file is None:
-                self._file = self._inflate()
-            self._file.seek(offset)
-            got = self._file.readinto(out)  # type: ignore[attr-defined]  # typeshed: IO has no readinto
-        if got != len(out):
-            raise _problem(
-                "truncated-tensor",
-                self._source,
-                self._record.name,
-                f"bytes {offset}..{offset + len(out)} are needed, the record ends at {self.nbytes}",
-            )
-
-    def __reduce__(self) -> tuple[type[InflatedSource], tuple[ByteSource, Record]]:
-        """Another process inflates for itself."""
-        return InflatedSource, (self._source, self._record)
-
-    def _inflate(self) -> IO[bytes]:
-        record, inflater, done = self._record, zlib.decompressobj(-zlib.MAX_WBITS), 0
-        file = tempfile.TemporaryFile()  # noqa: SIM115  # lives as long as the source
-        for start in range(0, record.packed_nbytes, _CHUNK):
-            packed = bytearray(min(_CHUNK, record.packed_nbytes - start))
-            self._source.read_into(record.offset + start, memoryview(packed))
-            pending = bytes(packed)
-            while pending:
-                try:
-                    piece = inflater.decompress(pending, _CHUNK)
-                except zlib.error as error:
-                    raise self._damaged(f"the deflated data are damaged ({error})") from None
-                pending = inflater.unconsumed_tail
-                done += len(piece)
-                if done > record.nbytes:
-                    raise self._damaged(f"it inflates beyond the {record.nbytes} bytes that are recorded")
-                file.write(piece)
-                if inflater.eof:
-                    break
-        # What fits in the window may still be inside the inflater.
-        while not inflater.eof and (piece := inflater.decompress(b"", _CHUNK)):
-            done += len(piece)
-            if done > record.nbytes:
-                raise self._damaged(f"it inflates beyond the {record.nbytes} bytes that are recorded")
-            file.write(piece)
-        if done != record.nbytes or not inflater.eof:
-            raise self._damaged(f"it inflates to {done} bytes, the directory records {record.nbytes}")
-        return file
-
-    def _damaged(self, what: str) -> FormatError:
-        return _problem("corrupt-file", self._source, self._record.name, f"'{self._record.name}': {what}")
-
-
-def _problem(code: Code, source: ByteSource, member: str, message: str) -> FormatError:
-    error = FormatError.of(
-        code,
-        f"{message} [{source.name}]",
-        "Copy or save the file again; nothing was written.",
-        loc=(source.name, member) if member else (source.name,),
-    )
-    assert isinstance(error, FormatError)
-    return error
-
-
 def _read(source: ByteSource, offset: int, nbytes: int, what: str) -> bytes:
     if offset < 0 or offset + nbytes > source.nbytes:
-        raise _problem(
+        raise problem(
             "truncated-file",
             source,
             "",
@@ -217,7 +121,7 @@ def read_archive(source: ByteSource) -> Archive:
     for _ in range(count):
         entry, header, at = _entry(source, directory, at)
         if entry.name in records:
-            raise _problem(
+            raise problem(
                 "duplicate-key", source, entry.name, f"'{entry.name}' stands twice in the directory"
             )
         record = _place(source, entry, header, start)
@@ -225,7 +129,7 @@ def read_archive(source: ByteSource) -> Archive:
         spans.append((header, record.offset + record.packed_nbytes, record.name))
         inflated += record.nbytes if record.method == DEFLATED else 0
     if at != nbytes:
-        raise _problem(
+        raise problem(
             "corrupt-file", source, "", f"the directory has {nbytes} bytes, its {count} entries {at}"
         )
     if inflated > max(_MAX_INFLATED_FLOOR, _MAX_RATIO * source.nbytes):
@@ -238,13 +142,13 @@ def read_archive(source: ByteSource) -> Archive:
     spans.sort()
     for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
-            raise _problem(
+            raise problem(
                 "corrupt-file",
                 source,
                 second,
                 f"'{first}' ends at {end}, '{second}' begins at {begin}: they overlap",
             )
-    return Archive(source=source, records=records)
+    return Archive(source=source, records=records, _scratch=Scratch())
 
 
 def _find_directory(source: ByteSource) -> tuple[int, int, int]:
@@ -253,14 +157,14 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int]:
     tail = _read(source, source.nbytes - tail_nbytes, tail_nbytes, "the end of the archive")
     found = tail.rfind(END_SIGNATURE)
     if found < 0 or found + END.size > len(tail):
-        raise _problem(
+        raise problem(
             "truncated-file", source, "", f"the archive has no end record in its {source.nbytes} bytes"
         )
     end = source.nbytes - tail_nbytes + found
     fields = END.unpack_from(tail, found)
     disks, here, total, nbytes, start, comment = fields[1:3], fields[3], fields[4], *fields[5:8]
     if tail[found + END.size + comment :].strip(b"\0"):
-        raise _problem("corrupt-file", source, "", f"bytes stand after the end record at {end}")
+        raise problem("corrupt-file", source, "", f"bytes stand after the end record at {end}")
     locator = end - LOCATOR.size
     if locator >= 0 and (raw := _read(source, locator, LOCATOR.size, "the locator")).startswith(
         LOCATOR_SIGNATURE
@@ -268,18 +172,18 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int]:
         end = LOCATOR.unpack(raw)[2]
         wide = END64.unpack(_read(source, end, END64.size, "the zip64 end record"))
         if wide[0] != END64_SIGNATURE or end + END64.size > locator:
-            raise _problem("corrupt-file", source, "", f"there is no zip64 end record at {end}")
+            raise problem("corrupt-file", source, "", f"there is no zip64 end record at {end}")
         for narrow, exact, limit in (
             (here, wide[6], 0xFFFF),
             (total, wide[7], 0xFFFF), (nbytes, wide[8], U32), (start, wide[9], U32)
         ):  # fmt: skip
             if narrow not in (exact, limit):
-                raise _problem("corrupt-file", source, "", f"the end records disagree: {narrow} and {exact}")
+                raise problem("corrupt-file", source, "", f"the end records disagree: {narrow} and {exact}")
         disks, here, total, nbytes, start = wide[4:6], *wide[6:10]
     if any(disks) or here != total:
-        raise _problem("unsupported-feature", source, "", "the archive is spread over several files")
+        raise problem("unsupported-feature", source, "", "the archive is spread over several files")
     if start + nbytes > end or total * CENTRAL.size > nbytes:
-        raise _problem(
+        raise problem(
             "corrupt-file",
             source,
             "",
@@ -291,7 +195,7 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int]:
 def _entry(source: ByteSource, directory: bytes, at: int) -> tuple[Record, int, int]:
     """The entry at `at` (its `offset` not known yet), its header's offset, where the next entry begins."""
     if at + CENTRAL.size > len(directory):
-        raise _problem("corrupt-file", source, "", f"the directory ends inside its entry at {at}")
+        raise problem("corrupt-file", source, "", f"the directory ends inside its entry at {at}")
     (
         signature, _, _, flags, method, _, _, crc, packed, nbytes,
         name_nbytes, extra_nbytes, comment_nbytes, disk, _, _, header,
@@ -300,25 +204,25 @@ def _entry(source: ByteSource, directory: bytes, at: int) -> tuple[Record, int, 
     extras = names + name_nbytes
     after = extras + extra_nbytes + comment_nbytes
     if signature != CENTRAL_SIGNATURE or after > len(directory):
-        raise _problem("corrupt-file", source, "", f"there is no directory entry at {at} of the directory")
+        raise problem("corrupt-file", source, "", f"there is no directory entry at {at} of the directory")
     name = _name(source, directory[names:extras])
     if flags & FLAG_ENCRYPTED:
-        raise _problem("unsupported-feature", source, name, f"'{name}' is encrypted")
+        raise problem("unsupported-feature", source, name, f"'{name}' is encrypted")
     if method not in (STORED, DEFLATED):
-        raise _problem("unsupported-feature", source, name, f"'{name}' is compressed by method {method}")
+        raise problem("unsupported-feature", source, name, f"'{name}' is compressed by method {method}")
     wide = _zip64(source, name, directory[extras : extras + extra_nbytes])
     try:
         nbytes = next(wide) if nbytes == U32 else nbytes
         packed = next(wide) if packed == U32 else packed
         header = next(wide) if header == U32 else header
     except StopIteration:
-        raise _problem("corrupt-file", source, name, f"'{name}' lacks its zip64 sizes") from None
+        raise problem("corrupt-file", source, name, f"'{name}' lacks its zip64 sizes") from None
     if disk:
-        raise _problem(
+        raise problem(
             "unsupported-feature", source, name, f"'{name}' lies in another file of a split archive"
         )
     if method == STORED and packed != nbytes:
-        raise _problem("corrupt-file", source, name, f"'{name}' is stored with {packed} bytes for {nbytes}")
+        raise problem("corrupt-file", source, name, f"'{name}' is stored with {packed} bytes for {nbytes}")
     record = Record(name=name, method=method, crc=crc, packed_nbytes=packed, nbytes=nbytes, offset=0)
     return record, header, after
 
@@ -329,7 +233,7 @@ def _zip64(source: ByteSource, name: str, extra: bytes) -> Iterator[int]:
     while at + 4 <= len(extra):
         tag, nbytes = struct.unpack_from("<2H", extra, at)
         if at + 4 + nbytes > len(extra):
-            raise _problem("corrupt-file", source, name, f"the extra field of '{name}' ends inside a block")
+            raise problem("corrupt-file", source, name, f"the extra field of '{name}' ends inside a block")
         if tag == 1:
             yield from (struct.unpack_from("<Q", extra, at + 4 + i)[0] for i in range(0, nbytes - 7, 8))
             return
@@ -340,10 +244,10 @@ def _name(source: ByteSource, raw: bytes) -> str:
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
-        raise _problem("corrupt-file", source, "", f"a record's name is not UTF-8: {raw[:80]!r}") from None
+        raise problem("corrupt-file", source, "", f"a record's name is not UTF-8: {raw[:80]!r}") from None
     parts = name.removesuffix("/").split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise _problem("unsafe-path", source, name, f"the record name {name!r} is no plain relative path")
+        raise problem("unsafe-path", source, name, f"the record name {name!r} is no plain relative path")
     return name
 
 
@@ -353,14 +257,12 @@ def _place(source: ByteSource, entry: Record, header: int, end: int) -> Record:
     raw = _read(source, header, LOCAL.size + len(name), f"the header of '{entry.name}'")
     signature, _, flags, method, _, _, _, _, _, name_nbytes, extra_nbytes = LOCAL.unpack_from(raw)
     if signature != LOCAL_SIGNATURE or name_nbytes != len(name) or raw[LOCAL.size :] != name:
-        raise _problem(
-            "corrupt-file", source, entry.name, f"there is no header of '{entry.name}' at {header}"
-        )
+        raise problem("corrupt-file", source, entry.name, f"there is no header of '{entry.name}' at {header}")
     if method != entry.method or flags & FLAG_ENCRYPTED:
-        raise _problem("corrupt-file", source, entry.name, f"header and directory of '{entry.name}' disagree")
+        raise problem("corrupt-file", source, entry.name, f"header and directory of '{entry.name}' disagree")
     offset = header + LOCAL.size + name_nbytes + extra_nbytes
     if offset + entry.packed_nbytes > end:
-        raise _problem(
+        raise problem(
             "corrupt-file",
             source,
             entry.name,

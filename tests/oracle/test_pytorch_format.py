@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import pickle
 import zipfile
 from collections import Counter, OrderedDict, defaultdict
@@ -568,6 +569,19 @@ def test_tensors_of_a_deflated_file_cross_to_another_process(tmp_path: Path) -> 
     for ref in refs(FORMAT.read(tmp_path / "z.pt").root):
         there = pickle.loads(pickle.dumps(ref))
         assert as_bytes(there.read()).tobytes() == as_bytes(ref.read()).tobytes()
+
+
+def test_many_deflated_storages_take_one_open_file(tmp_path: Path) -> None:
+    torch.save({str(i): torch.full((9,), float(i)) for i in range(200)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as source, zipfile.ZipFile(tmp_path / "z.pt", "w", 8) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    raw = FORMAT.read(tmp_path / "z.pt")
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    assert [float(ref.read()[0]) for ref in reversed(refs(raw.root))] == [
+        float(i) for i in reversed(range(200))
+    ]
+    assert before == 0 or len(os.listdir("/proc/self/fd")) <= before + 2
 
 
 def test_trees_are_not_changed_by_writing(tmp_path: Path) -> None:
