@@ -60,7 +60,9 @@ def show(views: Iterable[View]) -> None:
 
 def show_problems(problems: Sequence[Problem], *, as_json: bool) -> None:
     if as_json:
-        print_json({"problems": [_problem_json(problem) for problem in problems]})
+        from ckptconv.schema import problem_to_json
+
+        print_json({"problems": [problem_to_json(problem) for problem in problems]})
         return
     from rich.console import Console
 
@@ -73,15 +75,6 @@ def show_problems(problems: Sequence[Problem], *, as_json: bool) -> None:
     console = Console(stderr=True, highlight=False, emoji=False, markup=False)
     for view in views:
         console.print(view)
-
-
-def _problem_json(problem: Problem) -> dict[str, object]:
-    return {
-        "code": problem.code,
-        "loc": list(problem.loc),
-        "message": problem.message,
-        "hint": problem.hint,
-    }
 
 
 def stop(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:

@@ -23,6 +23,7 @@ __all__ = [
     "is_skeleton_file",
     "load_schema",
     "migrate",
+    "problem_to_json",
     "read_skeleton",
     "report_to_json",
     "schema_problems",
@@ -32,7 +33,8 @@ __all__ = [
 ]
 
 
-def _problem_to_json(problem: Problem) -> dict[str, Json]:
+def problem_to_json(problem: Problem) -> dict[str, Json]:
+    """One problem, as reports and the command line give it."""
     return {
         "code": problem.code,
         "loc": list(problem.loc),
@@ -76,7 +78,7 @@ def report_to_json(report: Report) -> dict[str, Json]:
         ],
         "target_requires": list(report.target_requires),
         "restore": report.restore,
-        "problems": [_problem_to_json(problem) for problem in report.problems],
+        "problems": [problem_to_json(problem) for problem in report.problems],
         "allowed": list(report.allowed),
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in report.files],
         "bytes_read": report.bytes_read,
