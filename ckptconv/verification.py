@@ -14,6 +14,7 @@ from ckptconv.errors import CkptError, FormatError, Problem, TargetError
 from ckptconv.formats import neutral
 from ckptconv.formats.base import Format, Layout
 from ckptconv.formats.bundle_write import NOTE_KEY
+from ckptconv.formats.string_tensor import EncodedTensor
 from ckptconv.manifest import to_json
 from ckptconv.publish import below
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, RawTree, children
@@ -52,7 +53,9 @@ def checker(
                 continue
             key = keys.get((extent.source.name, extent.offset))
             if key is None:
-                raise _failed((extent.source.name,), f"bytes at {extent.offset} belong to no tensor that was written")
+                raise _failed(
+                    (extent.source.name,), f"bytes at {extent.offset} belong to no tensor that was written"
+                )
             found[key] = StoredTensor.raw(extent)
         # The note is no part of the tree; its text was compared above.
         expected = {key: content for key, content in result.contents.items() if key != NOTE_KEY}
@@ -71,12 +74,13 @@ def _failed(path: TreePath, message: str) -> CkptError:
 
 
 def _differences(written: Node, read: Node, path: TreePath) -> Iterator[tuple[TreePath, str]]:
-    """(path, what) of everything in which two trees differ; the order of a dictionary's keys is not compared."""
+    """(path, what) of everything in which two trees differ; the order of keys is not compared."""
     if isinstance(written, TensorRef) and isinstance(read, TensorRef):
         if written.spec != read.spec:
             yield path, f"{_named(written)} became {_named(read)}"
     elif isinstance(written, (str, bytes)) and isinstance(read, TensorRef):
-        if read.dtype.name != "string":  # a bundle has no other place for a text; its bytes are compared with the rest
+        # A bundle holds a text as a string tensor; its bytes are compared with the others.
+        if read.dtype.name != "string":
             yield path, f"a text became {_named(read)}"
     elif isinstance(written, (DictNode, ListNode, Opaque)):
         if type(written) is not type(read) or written.kind != getattr(read, "kind", None):
@@ -96,19 +100,24 @@ def _named(tensor: TensorRef) -> str:
     return f"{tensor.dtype.name} {list(tensor.shape)}"
 
 
-def _extents(node: Node) -> Iterator[Extent]:
-    """Every run of stored bytes below a node, once."""
-    seen = set()
+def _tensors(node: Node) -> Iterator[TensorRef]:
     pending = [node]
     while pending:
         current = pending.pop()
         if isinstance(current, TensorRef):
-            for extent in current.extents:
-                if extent.id not in seen:
-                    seen.add(extent.id)
-                    yield extent
-            continue
-        pending += [part for _, part in children(current)]
+            yield current
+        else:
+            pending += [part for _, part in children(current)]
+
+
+def _extents(node: Node) -> Iterator[Extent]:
+    """Every run of stored bytes below a node, once."""
+    extents = {extent.id: extent for tensor in _tensors(node) for extent in tensor.extents}
+    yield from extents.values()
+
+
+def _encoded(node: Node) -> Iterator[EncodedTensor]:
+    return (tensor for tensor in _tensors(node) if isinstance(tensor, EncodedTensor))
 
 
 def validate(path: PathLike, *, require: Sequence[str] = ()) -> list[Problem]:
@@ -138,7 +147,17 @@ def _container(format_: Format, path: Path) -> list[Problem]:
         engine.check_sources(_extents(raw.root))
     except FormatError as error:
         return list(error.problems)
-    return []
+    return [problem for tensor in _encoded(raw.root) for problem in _drained(tensor)]
+
+
+def _drained(tensor: EncodedTensor) -> tuple[Problem, ...]:
+    """What a pass over the tensor finds: its checksums do not cover raw bytes, so no extent has them."""
+    try:
+        for _ in tensor.windows():
+            pass
+    except FormatError as error:
+        return error.problems
+    return ()
 
 
 def _check_fields(require: Sequence[str]) -> None:
@@ -148,7 +167,8 @@ def _check_fields(require: Sequence[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             raise CkptError.of(
                 "usage",
-                f"there is no field '{name}' to require" + (f" (did you mean '{close[0]}'?)" if close else ""),
+                f"there is no field '{name}' to require"
+                + (f" (did you mean '{close[0]}'?)" if close else ""),
                 "Fields: " + ", ".join(known) + ".",
                 loc=("--require", name),
             )
