@@ -22,6 +22,7 @@ from ckptconv.document import (
     Progress,
     Provenance,
     Schedule,
+    value_of,
 )
 from ckptconv.errors import Problem, SchemaError
 from ckptconv.manifest import (
@@ -128,12 +129,20 @@ def edit_note(text: str, checkpoint: Checkpoint) -> str:
         return text
     old = parse(text, KEY)
     fields = {
-        name: old["progress"][name]
-        if getattr(checkpoint.progress, name) == getattr(note.progress, name)
-        else facts.fact_to_json(getattr(checkpoint.progress, name))
+        name: facts.fact_to_json(getattr(checkpoint.progress, name))
+        if _edited(getattr(note.progress, name), getattr(checkpoint.progress, name))
+        else old["progress"][name]
         for name in PROGRESS_FIELDS
     }
     return dump({**old, "progress": fields, "ties": ties})
+
+
+def _edited(noted: Fact, now: Fact) -> bool:
+    """Whether the document tells another value, or none where the note has one.
+
+    Why neither of them knows a value is told by the note: it is of the run that was converted.
+    """
+    return value_of(noted) != value_of(now)
 
 
 def _below(location: str, problem: Problem) -> Problem:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.dialects.torch_note import EXTENSION
 from ckptconv.dialects.torch_scheduler import moved, rate_at
-from ckptconv.dialects.torch_values import dotted, places
+from ckptconv.dialects.torch_values import Encoding, dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError, LossError, MappingError
 from ckptconv.note import KEY
@@ -177,9 +177,12 @@ def _stale(path: Path, value: object, what: str) -> CkptError:
     )
 
 
-def rebuild_state(node: DictNode, optimizer: Optimizer, path: Path) -> DictNode:
+def rebuild_state(
+    node: DictNode, optimizer: Optimizer, path: Path, layouts: Mapping[str, Encoding]
+) -> DictNode:
     """An optimizer's part of a residue with exactly the state entries that the document has slots for.
 
+    `layouts`: parameter -> how its tensor lies in the target; torch makes slots alike.
     Raises: template-mismatch, state-dropped, order-ambiguous.
     """
     state = node.get("state")
@@ -190,11 +193,11 @@ def rebuild_state(node: DictNode, optimizer: Optimizer, path: Path) -> DictNode:
     rebuilt: list[tuple[Node, Node]] = []
     for index, entry in entries.items():
         name = names.pop(index, None)
-        kept = _entry(entry, name, keys, optimizer, how) if name is not None else entry
+        kept = _entry(entry, name, keys, optimizer, how, layouts.get(name, {})) if name is not None else entry
         if kept is not None:
             rebuilt.append((index, kept))
     for index, name in names.items():
-        made = _entry(DictNode(), name, keys, optimizer, how)
+        made = _entry(DictNode(), name, keys, optimizer, how, layouts.get(name, {}))
         if isinstance(made, DictNode) and made.items:
             rebuilt.append((index, made))
     if not isinstance(state, DictNode):
@@ -245,7 +248,12 @@ def _native_keys(entries: Mapping[Node, Node], optimizer: Optimizer, path: Path)
 
 
 def _entry(
-    entry: Node, name: str, keys: Mapping[str, str], optimizer: Optimizer, how: Mapping[str, object]
+    entry: Node,
+    name: str,
+    keys: Mapping[str, str],
+    optimizer: Optimizer,
+    how: Mapping[str, object],
+    layout: Encoding,
 ) -> Node | None:
     """One parameter's state with the slots that the document has for it; None where none is left."""
     if not isinstance(entry, DictNode):
@@ -260,12 +268,16 @@ def _entry(
         if gone or (key == "step" and isinstance(value, Lifted) and name not in optimizer.param_steps):
             continue
         fresh = slot is not None and not any(v.to[0] == "slot" for _, v in places(value))
-        items.append((key, Lifted(to=("slot", optimizer.name, slot, name)) if fresh and slot else value))
+        items.append((key, _slot(optimizer, slot, name, layout) if fresh and slot else value))
     if name in optimizer.param_steps and "step" not in entry and (here or items):
-        place = ("param_step", optimizer.name, name)
-        items.insert(0, ("step", Lifted(to=place, encoding=how)))  # type: ignore[arg-type]
+        count = ("param_step", optimizer.name, name)
+        items.insert(0, ("step", Lifted(to=count, encoding=how)))  # type: ignore[arg-type]
     order = [key for key in keys.values() if key in here]
-    items += [(key, Lifted(to=("slot", optimizer.name, here[key], name))) for key in order]
+    items += [(key, _slot(optimizer, here[key], name, layout)) for key in order]
     if emptied and all(key == "step" for key, _ in items):
         return None  # its slots are gone: a step without them would be worse than none
     return replace(entry, items=tuple(items))
+
+
+def _slot(optimizer: Optimizer, slot: str, param: str, layout: Encoding) -> Lifted:
+    return Lifted(to=("slot", optimizer.name, slot, param), encoding=layout)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ckptconv.catalog import layers
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
-from ckptconv.dialects.torch_values import dotted, tensor_of, view_id
+from ckptconv.dialects.torch_values import dotted, layout_of, tensor_of, view_id
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, Lifted, Node, Opaque, Path
@@ -107,7 +107,7 @@ def lift_module(
             tied_to=None if first == name else first,
         )
         params[name] = _with_layer(param, bare, siblings)
-        lifter.take(entry.path, ("param", name))
+        lifter.take(entry.path, ("param", name), **layout_of(entry.tensor))
     return Module(key=path, params=params, raw_names=raw_names)
 
 

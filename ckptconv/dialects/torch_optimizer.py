@@ -18,7 +18,7 @@ from ckptconv.catalog.optimizer_rows import Row, infer, row
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_order import Order, order_of
-from ckptconv.dialects.torch_values import count_of, dotted, number_of, tensor_of, unwrapped
+from ckptconv.dialects.torch_values import count_of, dotted, layout_of, number_of, tensor_of, unwrapped
 from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Param, Unknown, Value
 from ckptconv.rawtree import DictNode, ListNode, Node, Path
 from ckptconv.tensor import TensorRef
@@ -167,7 +167,8 @@ def _lift_state(
         if slot is None and not fits:
             continue  # not in the parameter's layout: an extra
         found.slots.setdefault(slot or key, {})[param] = tensor[0]
-        lifter.take((*where, *tensor[1]), ("slot", name, slot or key, param))
+        address: Path = ("slot", name, slot or key, param)
+        lifter.take((*where, *tensor[1]), address, **layout_of(tensor[0]))
 
 
 def _hyperparameters(

@@ -25,7 +25,15 @@ from ckptconv.dialects.torch_note import lift_note, note_of, with_note
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
-from ckptconv.dialects.torch_values import dotted, keyed, lift_rest, own_residue, tensor_of
+from ckptconv.dialects.torch_values import (
+    dotted,
+    keyed,
+    lift_rest,
+    own_residue,
+    places,
+    tensor_of,
+    with_layouts,
+)
 from ckptconv.document import (
     Block,
     Checkpoint,
@@ -126,7 +134,7 @@ class Plain:
                 problems.append(error)
         if problems:
             raise MappingError(*(problem for error in problems for problem in error.problems))
-        filled = fill(root, settled)
+        filled = with_layouts(fill(root, settled), root)
         assert isinstance(filled, DictNode)
         noted = with_note(filled, note_of(settled, root))
         return RawTree(format=self.format, root=noted, attributes=residue.attributes)
@@ -323,8 +331,16 @@ def _library(name: str, tensors: tuple[str, ...], extras: Mapping[str, TensorRef
 def _rebuilt(root: DictNode, path: Path, optimizer: Optimizer) -> DictNode:
     """The residue with the state entries of the optimizer at `path` as the document has them."""
 
+    layouts = {
+        str(lifted.to[1]): {"strides": lifted.encoding["strides"]}
+        for _, lifted in places(root)
+        if lifted.to[0] == "param" and "strides" in lifted.encoding
+    }
+
     def change(here: Path, node: Node) -> Node:
-        return rebuild_state(node, optimizer, path) if here == path and isinstance(node, DictNode) else node
+        if here != path or not isinstance(node, DictNode):
+            return node
+        return rebuild_state(node, optimizer, path, layouts)
 
     result = transform(root, change)
     assert isinstance(result, DictNode)

@@ -14,7 +14,7 @@ from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.dialects.torch_modules import is_module_state, is_state_dict, lift_module
 from ckptconv.dialects.torch_plain import provenance
-from ckptconv.dialects.torch_values import lift_rest, own_residue
+from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
 from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
 from ckptconv.errors import FormatError, Problem
 from ckptconv.rawtree import DictNode, Node, RawTree
@@ -63,7 +63,11 @@ class StateDict:
         residue = checkpoint.residue
         root = own_residue(checkpoint, self.name)
         if root is not None and residue is not None:
-            return RawTree(format=self.format, root=fill(root, checkpoint), attributes=residue.attributes)
+            return RawTree(
+                format=self.format,
+                root=with_layouts(fill(root, checkpoint), root),
+                attributes=residue.attributes,
+            )
         return RawTree(format=self.format, root=_from_params(checkpoint.params))
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from ckptconv.dialects.residue import Lifter
 from ckptconv.document import Checkpoint
-from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, walk
+from ckptconv.formats.torch_layout import laid, strides_of
+from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, transform, walk
 from ckptconv.tensor import MissingTensor, StoredTensor, TensorRef
 
 Encoding = dict[str, str | int | float | bool | tuple[int, ...] | None]
@@ -74,7 +75,7 @@ def count_of(node: Node) -> tuple[int, Encoding] | None:
     return value, how
 
 
-def view_id(tensor: TensorRef) -> object | None:
+def view_id(tensor: TensorRef) -> Hashable | None:
     """Equal for two names of the same memory in the same view; None where nothing is shared."""
     if not isinstance(tensor, StoredTensor):
         return id(tensor)
@@ -109,8 +110,31 @@ def lift_rest(root: Node, lifter: Lifter) -> dict[str, TensorRef]:
             repeat += 1
             name = f"{key}~{repeat}"
         extras[name] = leaf
-        lifter.take(path, ("extra", name))
+        lifter.take(path, ("extra", name), **layout_of(leaf))
     return extras
+
+
+def layout_of(tensor: TensorRef) -> Encoding:
+    """What a place remembers of a tensor beside its values: strides that are not those of C order."""
+    strides = strides_of(tensor)
+    return {} if strides is None else {"strides": strides}
+
+
+def with_layouts(filled: Node, root: Node) -> Node:
+    """The filled residue with every tensor laid out as the one was that stood there; tied ones stay tied."""
+    wanted = {path: lifted.encoding.get("strides") for path, lifted in places(root)}
+    made: dict[Hashable, TensorRef] = {}
+
+    def lay(path: Path, node: Node) -> Node:
+        if not isinstance(node, TensorRef) or path not in wanted:
+            return node
+        strides = wanted[path]
+        key = (view_id(node) or id(node), strides)
+        if key not in made:
+            made[key] = laid(node, strides if isinstance(strides, tuple) else None)
+        return made[key]
+
+    return transform(filled, lay)
 
 
 def places(root: Node) -> Iterator[tuple[Path, Lifted]]:

@@ -17,6 +17,7 @@ from ckptconv.dtypes import DType
 from ckptconv.errors import FormatError, Problem
 from ckptconv.formats import torch_names
 from ckptconv.formats.numpy_pickle import encode_numpy
+from ckptconv.formats.torch_layout import in_memory_order
 from ckptconv.formats.torch_names import ResolveBits
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, Path, children
 from ckptconv.tensor import (
@@ -213,7 +214,9 @@ class Encoder:
 
     def _own(self, key: str, tensor: TensorRef) -> Storage:
         class_, item = _class_of(tensor.dtype, tensor.spec.nbytes)
-        return Storage(key=key, class_=class_, numel=tensor.spec.nbytes // item, tensor=tensor)
+        placed = in_memory_order(tensor)
+        content = tensor if placed is None else placed[0]
+        return Storage(key=key, class_=class_, numel=tensor.spec.nbytes // item, tensor=content)
 
     def _shared(self, key: str, extent: Extent) -> Storage:
         use = self._uses[extent.id]
@@ -239,8 +242,10 @@ def _stored(tensor: TensorRef) -> StoredTensor | None:
 
 
 def _place(tensor: TensorRef) -> tuple[int, tuple[int, ...]]:
-    stored = _stored(tensor)
-    return (0, dense_strides(tensor.shape)) if stored is None else (stored.offset, stored.strides)
+    stored, placed = _stored(tensor), in_memory_order(tensor)
+    if stored is not None:
+        return stored.offset, stored.strides
+    return 0, dense_strides(tensor.shape) if placed is None else placed[1]
 
 
 def _class_of(row: DType, nbytes: int) -> tuple[str, int]:

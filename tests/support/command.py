@@ -45,3 +45,38 @@ def inspect(path: object) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)
     return document
+
+
+def convert_here(source: object, target: Path, *arguments: object) -> Path:
+    """As `convert`, without a process of its own."""
+    code, shown = _invoke("convert", source, target, *arguments)
+    assert code == 0, shown
+    return target
+
+
+def refused_here(*arguments: object) -> list[dict[str, Any]]:
+    """As `refused`, without a process of its own."""
+    code, shown = _invoke(*arguments, "--json")
+    assert code == 1, shown
+    problems: list[dict[str, Any]] = json.loads(shown)["problems"]
+    assert problems
+    return problems
+
+
+def inspect_here(path: object) -> dict[str, Any]:
+    """As `inspect`, without a process of its own."""
+    code, shown = _invoke("inspect", path, "--json")
+    assert code == 0, shown
+    document: dict[str, Any] = json.loads(shown)
+    return document
+
+
+def _invoke(*arguments: object) -> tuple[int, str]:
+    from typer.testing import CliRunner
+
+    from ckptconv.cli import app
+
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
