@@ -7,6 +7,8 @@ and progress to stderr; with `--json` problems are JSON on stdout too: `{"proble
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -182,7 +184,7 @@ def convert(
         parse_container("--from", from_)
         parse_container("--to", to)
         if report is not None:
-            _check_report_file(report, force=force)
+            _check_report_file(report, (source, target, template, source_spec), force=force)
         with progress_bar(f"converting {source.name}") as progress:
             result = run(
                 source,
@@ -206,8 +208,24 @@ def convert(
         _deliver(result, report, verbose=verbose, as_json=as_json)
 
 
-def _check_report_file(path: Path, *, force: bool) -> None:
+def _belongs_to(path: Path, checkpoint: Path) -> bool:
+    """Whether the file is a checkpoint, in its directory or of its prefix."""
+    file, whole = Path(os.path.realpath(path)), Path(os.path.realpath(checkpoint))
+    names = (f"{whole.name}.index", f"{whole.name}.data-")
+    of_prefix = file.parent == whole.parent and file.name.startswith(names)
+    return file == whole or of_prefix or (whole.is_dir() and whole in file.parents and file.exists())
+
+
+def _check_report_file(path: Path, checkpoints: Iterable[Path | None], *, force: bool) -> None:
     """Before anything is done: a report must not replace a checkpoint by a slip of the pen."""
+    if any(_belongs_to(path, checkpoint) for checkpoint in checkpoints if checkpoint is not None):
+        raise CkptError.of(
+            "usage", f"'{path}' is a checkpoint of this conversion", "Choose another name.", loc=("--report",)
+        )
+    if path.is_dir():
+        raise TargetError.of(
+            "target-unwritable", f"'{path}' is a directory", "Name a file.", loc=("--report",)
+        )
     if path.exists() and not force:
         raise TargetError.of(
             "target-exists",

@@ -140,7 +140,7 @@ def _planned(checkpoint: Checkpoint, goal: Goal, wishes: Wishes, source_name: st
     if not problems:
         try:
             raw = goal.dialect.lower(result.checkpoint)
-            if "opaque-globals" in wishes.allowed:
+            if "opaque-globals" in wishes.allowed and raw.format == "pytorch":  # nothing else can hold any
                 raw = replace(raw, attributes={**raw.attributes, "allow_opaque_globals": True})
             laid_out = raw, goal.format.layout(raw, goal.path)
         except CkptError as error:

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import pkgutil
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -85,23 +86,63 @@ def detect_format(path: PathLike) -> Format:
     Raises: missing-file, unknown-format.
     """
     load_registries()
-    where = Path(path)
+    where = reachable(path)
     for candidate in FORMATS.values():
         if candidate.sniff(where):
             return candidate
     if not where.exists():
-        raise FormatError.of(
-            "missing-file",
-            f"there is no checkpoint at '{where}'",
-            "Check the path; a TensorFlow checkpoint is named by its prefix, such as run/ckpt-9.",
-            loc=(where.name,),
-        )
+        raise _missing(where)
     raise FormatError.of(
         "unknown-format",
-        f"'{where.name}' is in none of the known formats ({', '.join(sorted(FORMATS))})",
-        "Name it with --from if you know better; see 'ckptconv formats'.",
-        loc=(where.name,),
+        f"{_what_it_is(where)} is in none of the known formats ({', '.join(sorted(FORMATS))})",
+        "Check the path; see 'ckptconv formats' for what is read.",
+        loc=(_called(where),),
     )
+
+
+def reachable(path: PathLike) -> Path:
+    """The path, which need not exist: a bundle's prefix does not.
+
+    Raises: missing-file where the system refuses to look, such as for a name that is too long.
+    """
+    where = Path(path)
+    try:
+        where.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise FormatError.of(
+            "missing-file",
+            f"cannot look at '{where}': {error.strerror}",
+            "Check the path and the permissions of its directories.",
+            loc=(_called(where),),
+        ) from None
+    return where
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def _missing(where: Path) -> CkptError:
+    hint = "Check the path; a TensorFlow checkpoint is named by its prefix, such as run/ckpt-9."
+    if _URL.match(str(where)):
+        hint = "Only local files are read: download it first."
+    elif str(where) == "-":
+        hint = "A checkpoint cannot be read from a pipe: save it to a file first."
+    return FormatError.of("missing-file", f"there is no checkpoint at '{where}'", hint, loc=(_called(where),))
+
+
+def _what_it_is(where: Path) -> str:
+    if where.is_dir():
+        return f"the directory '{where}'"
+    if not where.is_file():
+        return f"'{where}', no regular file,"
+    nbytes = where.stat().st_size
+    return f"'{where}' ({nbytes} bytes)" if nbytes else f"'{where}', an empty file,"
+
+
+def _called(where: Path) -> str:
+    return where.name or str(where)
 
 
 def read_raw(path: PathLike, format: str | None = None) -> RawTree:
@@ -110,17 +151,15 @@ def read_raw(path: PathLike, format: str | None = None) -> RawTree:
     Raises: missing-file, unknown-format, and what the format finds wrong.
     """
     chosen = format_named(format) if format else detect_format(path)
-    where = Path(path)
+    where = reachable(path)
     if format and not chosen.sniff(where):
-        if not where.exists() and not where.parent.exists():
-            raise FormatError.of(
-                "missing-file", f"there is no checkpoint at '{where}'", "Check the path.", loc=(where.name,)
-            )
+        if not where.exists():
+            raise _missing(where)
         raise FormatError.of(
             "unknown-format",
             f"'{where.name}' is not in the format '{format}'",
             "Leave --from out to have it detected.",
-            loc=(where.name,),
+            loc=(_called(where),),
         )
     return chosen.read(where)
 
@@ -155,7 +194,7 @@ def open(path: PathLike, *, format: str | None = None, dialect: str | None = Non
     I/O: reads headers, indexes and counters only.
     Raises: missing-file, unknown-format, unknown-dialect, and what format and dialect find wrong.
     """
-    if format is None and is_skeleton_file(Path(path)):
+    if format is None and is_skeleton_file(reachable(path)):
         return read_skeleton(Path(path))
     raw = read_raw(path, format)
     chosen, _ = detect_dialect(raw, dialect)

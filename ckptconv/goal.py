@@ -32,6 +32,13 @@ def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, 
     Raises: usage, template-mismatch.
     """
     load_registries()
+    if str(path) == "-":
+        raise CkptError.of(
+            "usage",
+            "a checkpoint cannot be written into a pipe: its index is known last",
+            "Name a file.",
+            loc=("DST",),
+        )
     format_name, dialect_name = parse_target(to)
     document = None if template is None else document_of(template)
     if document is not None:
@@ -43,9 +50,17 @@ def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, 
                 "Leave --to out, or use a template of that format.",
                 loc=("--template",),
             )
+        named = _by_suffix(path)
+        if to is None and named not in (None, theirs.format):
+            raise MappingError.of(
+                "template-mismatch",
+                f"the name '{path.name}' asks for {named}, the template is {theirs.format}:{theirs.dialect}",
+                "Choose another name, use a template of that format, or say it with --to.",
+                loc=("--template",),
+            )
         format_name, dialect_name = theirs.format, theirs.dialect
     if format_name is None:
-        format_name = _by_suffix(path)
+        format_name = _by_suffix(path) or _untold(path)
     chosen = format_named(format_name)
     if dialect_name is not None:
         dialect = dialect_named(format_name, dialect_name)
@@ -54,13 +69,17 @@ def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, 
     return Goal(path=path, format=chosen, dialect=dialect, template=document)
 
 
-def _by_suffix(path: Path) -> str:
+def _by_suffix(path: Path) -> str | None:
     for candidate in FORMATS.values():
         if any(path.name.endswith(suffix) for suffix in candidate.suffixes):
             return candidate.name
+    return None
+
+
+def _untold(path: Path) -> str:
     raise CkptError.of(
         "usage",
-        f"the name '{path.name}' does not tell the target's format",
+        f"the name '{path.name or path}' does not tell the target's format",
         "Pass --to with one of: " + ", ".join(sorted(FORMATS)) + ".",
         loc=("--to",),
     )

@@ -158,6 +158,13 @@ def _selected(
                 loc=("--only" if glob in only else "--exclude", glob),
             )
     names = {name for name in checkpoint.params if wanted(name)}
+    if not names:
+        raise MappingError.of(
+            "mapping-invalid",
+            f"--only and --exclude leave none of the {len(checkpoint.params)} parameters",
+            "See the names with 'ckptconv inspect --tensors'.",
+            loc=("--exclude",) if exclude else ("--only",),
+        )
     params = {
         name: replace(param, tied_to=param.tied_to if param.tied_to in names else None)
         for name, param in checkpoint.params.items()

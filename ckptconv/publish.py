@@ -19,6 +19,7 @@ import errno
 import os
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class Publication:
                 "target-unwritable",
                 self.target,
                 f"there is no directory '{parent}'",
-                f"Run: mkdir -p '{parent}'.",
+                _how_to_make(parent),
             )
         if not os.access(parent, os.W_OK | os.X_OK):
             raise target_error(
@@ -148,8 +149,15 @@ class Publication:
             self._check_replaceable(path)
 
     def _check_replaceable(self, path: Path) -> None:
-        if path.is_symlink() or not path.is_dir():
+        if path.is_symlink() or path.is_file():
             return
+        if not path.is_dir():
+            raise target_error(
+                "target-exists",
+                self.target,
+                f"'{path}' is a device, a pipe or a socket, no checkpoint to replace",
+                "Choose another target.",
+            )
         if self.kind == "directory" and (not any(path.iterdir()) or (path / self.names[-1]).exists()):
             return
         raise target_error(
@@ -241,6 +249,16 @@ class Publication:
     def end(self) -> None:
         """Delete the staging directory and whatever is still in it."""
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _how_to_make(directory: Path) -> str:
+    """What to do about a target's directory that is not there."""
+    if re.search(r"(^|/)[A-Za-z][A-Za-z0-9+.-]+:/", str(directory)):
+        return "Only local files are written: choose a local target, and upload it."
+    above = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    if not above.is_dir():
+        return f"'{above}' is no directory: choose another target."
+    return f"Run: mkdir -p {shlex.quote(str(directory))}"
 
 
 def below(kind: str, target: Path, name: str) -> Path:

@@ -16,9 +16,9 @@ _HEAD_NBYTES = 4096
 
 def is_skeleton_file(path: Path) -> bool:
     """Whether the file is a manifest, judged by its first bytes."""
-    if not path.is_file():
-        return False
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             head = file.read(_HEAD_NBYTES)
     except OSError:

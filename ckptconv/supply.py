@@ -59,7 +59,10 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
         try:
             values[name] = _parsed(name, text)
         except ValueError:
-            problems.append(_usage(name, f"'{text}' is not {_kind(name)}", f"Write --set {name}=VALUE."))
+            shown = text if len(text) <= 40 else f"{text[:40]}..."
+            problems.append(
+                _usage(name, f"'{shown}' is not {_kind(name)}", f"Write --set {name}={_example(name)}.")
+            )
     if problems:
         raise CkptError(*problems)
     return values
@@ -77,6 +80,13 @@ def _kind(name: str) -> str:
     return "a whole number from 0 on" if whole else "a number"
 
 
+def _example(name: str) -> str:
+    """A value that the field can have."""
+    if name in CONVENTIONS:
+        return COUNT
+    return "9" if name in PROGRESS_FIELDS else "0.001"
+
+
 def _parsed(name: str, text: str) -> Value:
     if name == "optimizer":
         return text
@@ -85,10 +95,9 @@ def _parsed(name: str, text: str) -> Value:
             raise ValueError(text)
         return text
     if name in PROGRESS_FIELDS and name not in _FRACTIONAL:
-        number = int(text)
-        if number < 0:
+        if not (text.isascii() and text.isdigit()):
             raise ValueError(text)
-        return number
+        return int(text)
     try:
         value = json.loads(text)
     except json.JSONDecodeError:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ckptconv import engine
-from ckptconv.detect import PathLike, detect_format, open
+from ckptconv.detect import PathLike, detect_format, open, reachable
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Unknown
 from ckptconv.errors import CkptError, FormatError, Problem, TargetError
 from ckptconv.formats import neutral
@@ -127,7 +127,7 @@ def validate(path: PathLike, *, require: Sequence[str] = ()) -> list[Problem]:
     Raises: usage for a field that does not exist; missing-file, unknown-format.
     """
     _check_fields(require)
-    where = Path(path)
+    where = reachable(path)
     if is_skeleton_file(where):
         problems = validate_manifest(parse(where.read_bytes(), where.name))
     else:

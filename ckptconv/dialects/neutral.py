@@ -144,7 +144,7 @@ class Neutral:
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """How to open it."""
-        return f'import ckptconv\ncheckpoint = ckptconv.open("{target}")\n'
+        return f"import ckptconv\ncheckpoint = ckptconv.open({target!r})\n"
 
 
 def _stored(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[Node, Node]]:

@@ -24,7 +24,7 @@ class Located:
 
 
 def index_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + INDEX_SUFFIX)
+    return prefix.parent / (prefix.name + INDEX_SUFFIX)  # also of "." and "/", which have no name
 
 
 def shard_name(prefix: Path, shard: int, num_shards: int) -> str:
@@ -46,10 +46,19 @@ def has_magic(path: Path) -> bool:
         return file.read() == MAGIC
 
 
+def has_shard(prefix: Path) -> bool:
+    """Whether a data file of that prefix is there."""
+    stem = f"{prefix.name}.data-"
+    return prefix.parent.is_dir() and any(
+        entry.name.startswith(stem) and _SHARD_SUFFIX.search(entry.name) and entry.is_file()
+        for entry in prefix.parent.iterdir()
+    )
+
+
 def indexes(directory: Path) -> list[Path]:
     """Every index of a directory, by name."""
     found = (entry for entry in directory.iterdir() if entry.name.endswith(INDEX_SUFFIX))
-    return sorted(entry for entry in found if has_magic(entry))
+    return sorted(entry for entry in found if has_magic(entry) or has_shard(prefix_of(entry)))
 
 
 def locate(path: Path) -> Located:

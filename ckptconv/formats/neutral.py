@@ -117,13 +117,15 @@ def check_directory(path: Path) -> list[Problem]:
 
 def _digest_problems(path: Path, files: list[dict[str, Json]]) -> Iterator[Problem]:
     for i, entry in enumerate(files):
-        if entry["digest"] is None:
-            continue
-        with (path / entry["path"]).open("rb") as file:
-            got = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        if got != entry["digest"]:
-            message = f"'{entry['path']}' should have {entry['digest']}, it has {got}"
-            yield _problem("digest-mismatch", ("files", i, "digest"), message)
+        if entry["digest"] is not None:
+            with (path / entry["path"]).open("rb") as file:
+                yield from _digest_problem(i, entry, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _digest_problem(i: int, entry: dict[str, Json], sha256: str) -> Iterator[Problem]:
+    if entry.get("digest") not in (None, got := f"sha256:{sha256}"):
+        message = f"'{entry['path']}' should have {entry['digest']}, it has {got}"
+        yield _problem("digest-mismatch", ("files", i, "digest"), message)
 
 
 def _merge(tensors: Tensors, more: Tensors, file: str, problems: list[Problem]) -> None:
@@ -142,10 +144,13 @@ class Neutral:
     checksums: tuple[ChecksumKind, ...] = ()
 
     def sniff(self, path: Path) -> bool:
-        """Whether it is a directory with our manifest."""
+        """Whether it is a directory with our manifest, or with what is left of it beside our other files."""
         try:
+            if not (path / MANIFEST).is_file():
+                return (path / STATE_FILE).is_file() and not (path / MANIFEST).exists()
             with (path / MANIFEST).open("rb") as file:
-                return _MARK in file.read(4096)
+                head = file.read(4096)
+            return _MARK in head or any(_FILE_NAME.fullmatch(item.name) for item in path.iterdir())
         except OSError:
             return False
 
@@ -154,7 +159,7 @@ class Neutral:
 
         I/O: reads the manifest, the state and headers.
         Raises: missing-file, truncated-file, corrupt-file, unsafe-path, duplicate-key, schema-version,
-        schema-invalid, and those of safetensors.
+        schema-invalid, digest-mismatch of the state, and those of safetensors.
         """
         manifest = _read_manifest(path)
         problems = list(_file_problems(path, manifest["files"]))
@@ -162,10 +167,11 @@ class Neutral:
             raise FormatError(*problems)
         sections: dict[str, Tensors] = {section: {} for section in SECTIONS}
         state: bytes | None = None
-        for entry in manifest["files"]:
+        for i, entry in enumerate(manifest["files"]):
             name = entry["path"]
             if name == STATE_FILE:
                 state = _read_bytes(path / name)
+                problems += _digest_problem(i, entry, hashlib.sha256(state).hexdigest())
             else:
                 section = sections[re.split(r"[-.]", name)[0]]
                 _merge(section, read_file(path / name).tensors, name, problems)

@@ -32,6 +32,7 @@ from ckptconv.formats.bundle_index import read_index
 from ckptconv.formats.bundle_path import (
     INDEX_SUFFIX,
     has_magic,
+    has_shard,
     index_path,
     indexes,
     locate,
@@ -56,11 +57,12 @@ class TensorBundle:
     checksums: tuple[ChecksumKind, ...] = ("crc32c",)
 
     def sniff(self, path: Path) -> bool:
-        """A prefix, one of its files, or a directory with at least one index."""
+        """A prefix (also where only data are left), one of its files, or a directory with an index."""
         try:
             if path.is_dir() and not index_path(path).is_file():
                 return bool(indexes(path))
-            return has_magic(index_path(prefix_of(path)))
+            prefix = prefix_of(path)
+            return has_magic(index_path(prefix)) or has_shard(prefix)
         except OSError:
             return False
 
