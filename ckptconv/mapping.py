@@ -8,6 +8,7 @@ operations fit and nothing declares which, that is a problem and not a guess.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from ckptconv.catalog import layers
 from ckptconv.document import Checkpoint, Evidence, Param
 from ckptconv.errors import Problem
 from ckptconv.ops import Permute
-from ckptconv.tensor import Op
+from ckptconv.tensor import MissingTensor, Op, TensorRef
 
 NameEvidence = Literal["name", "structure", "alias"]
 
@@ -38,6 +39,17 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Merge:
+    """A parameter of the source that the template ties to another one: one array stands for both."""
+
+    source: str
+    kept: str
+    """The parameter of the source whose values stand for both."""
+    equal: bool
+    """Whether both, and what optimizers hold for them, are equal bit for bit: nothing is lost then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cover:
     """Every target parameter with its one producer, and what has no partner."""
 
@@ -46,6 +58,7 @@ class Cover:
     """Parameters that only the target's framework has; the template's values stay."""
     source_only: tuple[str, ...]
     """Parameters that only the source's framework has, or aliases of others."""
+    merged: tuple[Merge, ...] = ()
     problems: tuple[Problem, ...]
 
 
@@ -72,7 +85,7 @@ class _Fit:
     """How one module becomes another: per target parameter its source, its operation and the evidence."""
 
     pairs: tuple[tuple[Param, Param, tuple[Op, ...], Evidence], ...]
-    ambiguous: tuple[tuple[Param, tuple[str, ...]], ...]
+    ambiguous: tuple[Problem, ...]
     target_only: tuple[Param, ...]
     source_only: tuple[Param, ...]
 
@@ -159,14 +172,14 @@ def _collect(
     target_only: list[str] = []
     consumed: set[str] = set()
     source_only: list[str] = []
+    in_order = not problems  # else what has no partner is a consequence of the problem that is known already
     for j, target in enumerate(targets):
         if j not in chosen:
             aliases = [p for p in target.params if p.tied_to is not None]
             free = [p for p in target.params if layers.is_framework_only(p.role)]
             lacking = [p for p in target.params if p not in aliases and p not in free]
             target_only += [p.name for p in free]
-            if not problems or lacking:
-                problems += [_unmatched(p, source.params, "source") for p in lacking if not problems]
+            problems += [_unmatched(p, source.params, "source") for p in lacking if in_order]
             continue
         fit = fitting(sources[chosen[j]], target)
         assert fit is not None
@@ -176,20 +189,21 @@ def _collect(
                 Pair(source=made_from.name, target=made.name, ops=ops, matched_by=evidence, layout=layout)
             )
             consumed.add(made_from.name)
-        for param, readings in fit.ambiguous:
-            problems.append(_ambiguous(param, readings))
+        problems += fit.ambiguous
         target_only += [p.name for p in fit.target_only]
         source_only += [p.name for p in fit.source_only]
         consumed |= {p.name for p in fit.source_only}
     pairs += _aliases(template, pairs, problems)
-    problems += _ties(source, template, pairs)
+    problems += _untied(source, template, pairs)
+    pairs, merged = _tied(source, template, pairs)
+    problems += (_tie_problem(merge) for merge in merged if not merge.equal)
     produced = {pair.target for pair in pairs}
     for name, param in source.params.items():
         if name in consumed:
             continue
         if param.tied_to is not None or layers.is_framework_only(param.role):
             source_only.append(name)
-        elif not problems:
+        elif in_order:
             problems.append(_unmatched(param, template.params, "template"))
     order = {name: i for i, name in enumerate(template.params)}
     pairs.sort(key=lambda pair: order[pair.target])
@@ -197,6 +211,7 @@ def _collect(
         pairs=tuple(pairs),
         target_only=tuple(name for name in target_only if name not in produced),
         source_only=tuple(source_only),
+        merged=merged,
         problems=tuple(problems),
     )
 
@@ -221,28 +236,11 @@ def _aliases(template: Checkpoint, pairs: Sequence[Pair], problems: list[Problem
         yield Pair(source=first.source, target=name, ops=first.ops, matched_by="alias", layout=first.layout)
 
 
-def _ties(source: Checkpoint, template: Checkpoint, pairs: Sequence[Pair]) -> Iterator[Problem]:
-    """Parameters that share their memory on one side only."""
-    made_from = {pair.target: pair.source for pair in pairs}
-
-    def first(name: str) -> str:
-        return source.params[name].tied_to or name
-
-    for pair in pairs:
-        tied_to = template.params[pair.target].tied_to
-        if tied_to is not None and tied_to in made_from:
-            other = made_from[tied_to]
-            if first(other) != first(pair.source):
-                yield Problem(
-                    code="tie-mismatch",
-                    loc=("params", pair.target),
-                    message=f"'{pair.target}' and '{tied_to}' are one parameter in the template and two in the source "
-                    f"('{pair.source}' and '{other}')",
-                    hint=f"Use a template that does not tie them, or --allow tie-mismatch to keep '{other}' alone.",
-                )
+def _untied(source: Checkpoint, template: Checkpoint, pairs: Sequence[Pair]) -> Iterator[Problem]:
+    """Parameters that share their memory in the source alone."""
     partners: dict[str, list[Pair]] = {}
     for pair in pairs:
-        partners.setdefault(first(pair.source), []).append(pair)
+        partners.setdefault(source.params[pair.source].tied_to or pair.source, []).append(pair)
     for name, made in partners.items():
         groups = {template.params[pair.target].tied_to or pair.target for pair in made}
         if len(groups) > 1:
@@ -253,6 +251,60 @@ def _ties(source: Checkpoint, template: Checkpoint, pairs: Sequence[Pair]) -> It
                 f"({', '.join(sorted(groups))}): they would be trained apart",
                 hint="Tie them in the template, or --allow tie-mismatch to give each of them its values.",
             )
+
+
+def _tied(
+    source: Checkpoint, template: Checkpoint, pairs: Sequence[Pair]
+) -> tuple[list[Pair], tuple[Merge, ...]]:
+    """The pairs where what the template ties has one producer, and the parameters that have lost their place.
+
+    I/O: reads parameters that the template alone ties, and their slots.
+    """
+    by_target = {pair.target: pair for pair in pairs}
+    made: list[Pair] = []
+    merged: list[Merge] = []
+    for pair in pairs:
+        first = by_target.get(template.params[pair.target].tied_to or pair.target, pair)
+        ours, kept = (source.params[p.source].tied_to or p.source for p in (pair, first))
+        if ours == kept:
+            made.append(pair)
+            continue
+        made.append(replace(first, target=pair.target, matched_by="alias"))
+        merged.append(Merge(source=pair.source, kept=first.source, equal=_are_equal(source, ours, kept)))
+    return made, tuple(merged)
+
+
+def _are_equal(source: Checkpoint, name: str, other: str) -> bool:
+    """Whether two parameters and all that optimizers hold for them are equal, bit for bit."""
+    pairs = [(source.params[name].tensor, source.params[other].tensor)]
+    for optimizer in source.optimizers:
+        if optimizer.param_steps.get(name) != optimizer.param_steps.get(other):
+            return False
+        for by_param in optimizer.slots.values():
+            if (name in by_param) != (other in by_param):
+                return False
+            if name in by_param:
+                pairs.append((by_param[name], by_param[other]))
+    if any(isinstance(tensor, MissingTensor) for pair in pairs for tensor in pair):
+        return False
+    return all(a.spec == b.spec and _digest(a) == _digest(b) for a, b in pairs)
+
+
+def _digest(tensor: TensorRef) -> bytes:
+    digest = hashlib.sha256()
+    for window in tensor.windows():
+        digest.update(window.data)
+    return digest.digest()
+
+
+def _tie_problem(merge: Merge) -> Problem:
+    return Problem(
+        code="tie-mismatch",
+        loc=("params", merge.source),
+        message=f"'{merge.source}' and '{merge.kept}' are one parameter in the template and two in the "
+        "source, with different values or optimizer state",
+        hint=f"Use a template that does not tie them, or --allow tie-mismatch to keep '{merge.kept}' alone.",
+    )
 
 
 def _modules(params: Mapping[str, Param], framework: str) -> list[_Module]:
@@ -414,7 +466,7 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
     readings_s = {p.name: _readings(p, source) for p in source.params}
     readings_t = {p.name: _readings(p, target) for p in target.params}
     pairs: list[tuple[Param, Param, tuple[Op, ...], Evidence]] = []
-    ambiguous: list[tuple[Param, tuple[str, ...]]] = []
+    ambiguous: list[Problem] = []
     target_only: list[Param] = []
     used: set[str] = set()
     for made in target.params:
@@ -438,16 +490,17 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
             return None
         if len(names) > 1:
             same = [option for option in options if _leaf(option[0]) == _leaf(made)]
-            if len({o[0].name for o in same}) != 1:
+            if len({option[0].name for option in same}) != 1:
                 return None
             options = same
         made_from, ops = options[0][0], options[0][1]
         distinct = list(dict.fromkeys(option[1] for option in options))
         if len(distinct) > 1:
-            ambiguous.append((made_from, tuple(option[2] for option in options)))
+            open_side = "source" if len(readings_s[made_from.name]) != 1 else "target"
+            ambiguous.append(_ambiguous(made_from, made, open_side, [option[2] for option in options]))
             evidence: Evidence = "assumed"
         else:
-            evidence = _weaker(made_from, made, certain=len(readings_s[made_from.name]) == 1)
+            evidence = _weaker(made_from, made)
         pairs.append((made_from, made, ops, evidence))
         used.add(made_from.name)
     left = [p for p in source.params if p.name not in used]
@@ -489,7 +542,8 @@ def _layouts(
                 continue  # one framework's file and another one's of the same model: the same class
             ops = layers.layout_ops(reading_s.axes, before, reading_t.axes, after)
             if ops is not None:
-                yield _without_ones(ops, before, after), f"{reading_s.kind} ({', '.join(reading_s.axes)})"
+                told = reading_s if len(readings_s) > 1 else reading_t
+                yield _without_ones(ops, before, after), f"{told.kind} ({', '.join(told.axes)})"
     if not readings_s and not readings_t and before == after and _leaf(source) == _leaf(target):
         yield (), "the same axes"
         sizes = [size for size in before if size > 1]
@@ -515,22 +569,25 @@ def _without_ones(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int
     return () if order == sorted(order) else ops
 
 
-_STRENGTH: tuple[Evidence, ...] = ("declared", "named", "matched", "assumed", "unknown")
+_STRENGTH: tuple[Evidence, ...] = ("declared", "named")
 
 
-def _weaker(source: Param, target: Param, *, certain: bool) -> Evidence:
-    if certain and source.evidence in ("declared", "named"):
+def _weaker(source: Param, target: Param) -> Evidence:
+    """Both sides' own evidence; where one has none, the other's kind and the shape tell its axes."""
+    if {source.evidence, target.evidence} <= {"declared", "named"}:
         return max(source.evidence, target.evidence, key=_STRENGTH.index)
     return "matched"
 
 
-def _ambiguous(param: Param, readings: tuple[str, ...]) -> Problem:
+def _ambiguous(source: Param, target: Param, side: str, readings: Sequence[str]) -> Problem:
+    """`side`: whose axes are not known, `source` or `target`."""
+    param, option = (source, "--source-spec") if side == "source" else (target, "--template")
     return Problem(
         code="layout-ambiguous",
         loc=("params", param.name),
-        message=f"'{param.name}' {list(param.tensor.shape)} may be {' or '.join(dict.fromkeys(readings))}, "
-        "and the shape does not tell which",
-        hint="Pass --source-spec with a skeleton of the source model (describe()), "
+        message=f"'{param.name}' {list(param.tensor.shape)} of the {side} may be "
+        f"{' or '.join(dict.fromkeys(readings))}, and the shape does not tell which",
+        hint=f"Pass {option} with a skeleton of the {side} model (describe()), "
         f"or --allow {ASSUMED_LAYOUT} to take the first reading.",
     )
 

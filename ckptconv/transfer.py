@@ -13,6 +13,7 @@ from types import MappingProxyType
 from ckptconv.catalog.conversion import Conversion, convert
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.catalog.residuals import EpsilonResidual
+from ckptconv.catalog.slots import SlotConversion
 from ckptconv.document import (
     PROGRESS_FIELDS,
     Block,
@@ -20,11 +21,10 @@ from ckptconv.document import (
     Known,
     Optimizer,
     Param,
-    Progress,
     Unknown,
     value_of,
 )
-from ckptconv.errors import Problem
+from ckptconv.errors import Loc, Problem
 from ckptconv.mapping import Cover, Pair
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Path, transform, walk
@@ -59,6 +59,8 @@ class _Account:
     verdicts: list[OptimizerVerdict] = field(default_factory=list)
     requires: list[str] = field(default_factory=list)
     residuals: list[tuple[int, EpsilonResidual]] = field(default_factory=list)
+    merged: frozenset[str] = frozenset()
+    """Parameters of the source in whose place another one stands."""
 
     def refuse(self, problem: Problem) -> bool:
         """Note a loss; True where the caller allowed it by its code."""
@@ -85,7 +87,7 @@ def transfer(
     template = _with_conventions(template, conventions, account)
     pairs = {pair.target: pair for pair in cover.pairs}
     masters = {
-        name: tensor
+        name: (("slot", optimizer.name, MASTER, name), tensor)
         for optimizer in source.optimizers
         for name, tensor in optimizer.slots.get(MASTER, {}).items()
     }
@@ -95,6 +97,7 @@ def transfer(
         for name, param in template.params.items()
     }
     _source_only(source, cover, account)
+    account.merged = frozenset(merge.source for merge in cover.merged)
     optimizers = _optimizers(source, template, pairs, account)
     _schedules(source, template, account)
     _left(source, account)
@@ -172,7 +175,7 @@ def _param(
     param: Param,
     pair: Pair | None,
     source: Checkpoint,
-    masters: Mapping[str, TensorRef],
+    masters: Mapping[str, tuple[Path, TensorRef]],
     account: _Account,
 ) -> Param:
     if pair is None:
@@ -186,12 +189,10 @@ def _param(
         )
         return param
     tensor = source.params[pair.source].tensor
-    master = masters.get(pair.source)
     detail = ""
-    if master is not None and param.tensor.dtype == master.dtype:
-        detail = f"from the {master.dtype.name} master; the {tensor.dtype.name} copy follows from it"
-        tensor = master
-    made, ops = _through(tensor, pair.ops, param.tensor.spec, param.name, account)
+    if pair.source in masters:
+        tensor, detail = _from_master(tensor, *masters[pair.source], param, account)
+    made, ops = _through(tensor, pair.ops, param.tensor.spec, ("params", param.name), account)
     account.ledger.append(
         Entry(
             item=("param", pair.source),
@@ -206,8 +207,34 @@ def _param(
     return replace(param, tensor=made)
 
 
+def _from_master(
+    copy: TensorRef, address: Path, master: TensorRef, param: Param, account: _Account
+) -> tuple[TensorRef, str]:
+    """The array that makes the parameter, its master or the copy that the model ran with, and why."""
+    if param.tensor.dtype != copy.dtype or copy.dtype == master.dtype:
+        account.ledger.append(
+            Entry(item=address, fate="copied", target=param.name, detail="the weights are made from it")
+        )
+        return master, f"from the {master.dtype.name} master; the {copy.dtype.name} copy follows from it"
+    allowed = account.refuse(
+        Problem(
+            code="precision-loss",
+            loc=("params", param.name),
+            message=f"'{param.name}' is {copy.dtype.name} in the target, which has no place for the "
+            f"{master.dtype.name} master of the source",
+            hint=f"Use a template with {master.dtype.name} variables, or --allow precision-loss to go on "
+            f"from the {copy.dtype.name} copy.",
+        )
+    )
+    if allowed:
+        account.ledger.append(
+            Entry(item=address, fate="left", detail="the target has the copy", allowed_by="precision-loss")
+        )
+    return copy, f"the {copy.dtype.name} copy of the {master.dtype.name} master"
+
+
 def _through(
-    tensor: TensorRef, ops: tuple[Op, ...], spec: TensorSpec, name: str, account: _Account
+    tensor: TensorRef, ops: tuple[Op, ...], spec: TensorSpec, loc: Loc, account: _Account
 ) -> tuple[TensorRef, tuple[Op, ...]]:
     """The tensor after its ops, in the target's dtype."""
     done = list(ops)
@@ -219,8 +246,9 @@ def _through(
             account.refuse(
                 Problem(
                     code="precision-loss",
-                    loc=("params", name),
-                    message=f"'{name}' is {tensor.dtype.name} in the source and {spec.dtype.name} in the target",
+                    loc=loc,
+                    message=f"'{'/'.join(map(str, loc[1:]))}' is {tensor.dtype.name} in the source "
+                    f"and {spec.dtype.name} in the target",
                     hint="Use a template of the source's precision, or --allow precision-loss.",
                 )
             )
@@ -240,6 +268,20 @@ def _source_only(source: Checkpoint, cover: Cover, account: _Account) -> None:
         account.ledger.append(
             Entry(item=("param", name), fate="aliased" if param.tied_to else "left", detail=detail)
         )
+    slots = [(o.name, slot, by_param) for o in source.optimizers for slot, by_param in o.slots.items()]
+    for merge in cover.merged:
+        items: list[Path] = [("param", merge.source)]
+        items += [("slot", name, slot, merge.source) for name, slot, held in slots if merge.source in held]
+        for item in items:
+            account.ledger.append(
+                Entry(
+                    item=item,
+                    fate="aliased" if merge.equal else "left",
+                    detail=f"the template ties it to '{merge.kept}'"
+                    + (", which is equal" if merge.equal else ""),
+                    allowed_by="" if merge.equal else "tie-mismatch",
+                )
+            )
 
 
 def _optimizers(
@@ -315,9 +357,16 @@ def _optimizer(
     origin: Optimizer, target: Optimizer, source: Checkpoint, pairs: Mapping[str, Pair], account: _Account
 ) -> Optimizer:
     if origin.param_order == "unknown" and origin.slots:
-        account.problems.append(_no_names(origin))
+        account.problems.append(_no_names(origin, "source"))
         return target
-    producers = {name: pairs[name].source for name in target.params if name in pairs}
+    if target.param_order == "unknown" and origin.slots and not any(name in pairs for name in target.params):
+        account.problems.append(_no_names(target, "template"))
+        return target
+    producers = {
+        name: source.params[pairs[name].source].tied_to or pairs[name].source
+        for name in target.params
+        if name in pairs
+    }
     renamed = _in_target_names(origin, producers)
     conversion = convert(renamed, target, allow=account.allow)
     account.problems += conversion.problems
@@ -328,7 +377,7 @@ def _optimizer(
     if not isinstance(conversion.step, Known) and _counts(conversion.algorithm, target.framework):
         account.problems.append(_no_step(origin, conversion))
     slots = _slots(origin, target, producers, pairs, source, conversion, account)
-    _without_place(origin, set(producers.values()), account)
+    _without_place(origin, account.merged.union(producers.values()), account)
     account.ledger.append(
         Entry(
             item=("step", origin.name),
@@ -377,13 +426,14 @@ def _counts(algorithm: str, framework: str) -> bool:
     return known is None or known.step_key is not None
 
 
-def _no_names(origin: Optimizer) -> Problem:
+def _no_names(optimizer: Optimizer, side: str) -> Problem:
     return Problem(
         code="order-ambiguous",
-        loc=("optimizers", origin.name),
-        message=f"the state of '{origin.name}' is numbered, and more than one order of the "
-        f"{len(origin.params)} parameters fits",
-        hint="Pass --source-spec with a skeleton of the source's model and optimizer (describe()).",
+        loc=("optimizers", optimizer.name),
+        message=f"the state of '{optimizer.name}' of the {side} is numbered, and more than one order of the "
+        f"{len(optimizer.params)} parameters fits",
+        hint=f"Pass {'--source-spec' if side == 'source' else '--template'} with a skeleton of the {side}'s "
+        "model and optimizer (describe()).",
     )
 
 
@@ -431,25 +481,32 @@ def _slots(
     account: _Account,
 ) -> dict[str, dict[str, TensorRef]]:
     result: dict[str, dict[str, TensorRef]] = {}
-    for row in conversion.slots:
+    rows = list(conversion.slots)
+    if MASTER in origin.slots and MASTER in target.slots and MASTER in conversion.left:
+        rows.append(SlotConversion(slot=MASTER, ops=((),) * len(target.groups)))
+    for slot_row in rows:
         made: dict[str, TensorRef] = {}
-        places = target.slots.get(row.slot)
+        places = target.slots.get(slot_row.slot)
         for position, group in enumerate(target.groups):
             for name in group.params:
-                have = None if row.created else origin.slots.get(row.slot, {}).get(producers.get(name, ""))
+                have = (
+                    None
+                    if slot_row.created
+                    else origin.slots.get(slot_row.slot, {}).get(producers.get(name, ""))
+                )
                 place = places.get(name) if places else None
                 if have is None and places is None:
                     continue  # a target that creates state per parameter has none for this one either
                 if have is None:
                     if place is None:
                         continue
-                    made[name] = FilledTensor(spec=place.spec, value=row.init)
+                    made[name] = FilledTensor(spec=place.spec, value=slot_row.init)
                     account.ledger.append(
                         Entry(
-                            item=("slot", origin.name, row.slot, producers.get(name, name)),
+                            item=("slot", origin.name, slot_row.slot, producers.get(name, name)),
                             fate="created",
-                            target=f"{name}/{row.slot}",
-                            detail=f"the source has none for this parameter; {row.init} is its value before the first update",
+                            target=f"{name}/{slot_row.slot}",
+                            detail=f"the source has none for this parameter; {slot_row.init} is its value before the first update",
                         )
                     )
                     continue
@@ -458,20 +515,23 @@ def _slots(
                     if place
                     else TensorSpec(dtype=have.dtype, shape=_shape_of(target, name, pairs, source))
                 )
-                ops = (*pairs[name].ops, *row.ops[position])
-                made[name], done = _through(have, ops, spec, f"{name}/{row.slot}", account)
+                ops = (*pairs[name].ops, *slot_row.ops[position])
+                made[name], done = _through(
+                    have, ops, spec, ("optimizers", target.name, slot_row.slot, name), account
+                )
                 account.ledger.append(
                     Entry(
-                        item=("slot", origin.name, row.slot, producers[name]),
+                        item=("slot", origin.name, slot_row.slot, producers[name]),
                         fate="transformed" if done else "copied",
-                        target=f"{name}/{row.slot}",
+                        target=f"{name}/{slot_row.slot}",
                         ops=tuple(op.to_json() for op in done),
                     )
                 )
-        result[row.slot] = made
+        result[slot_row.slot] = made
     for slot in conversion.left:
-        detail = "the weights are made from it" if slot == MASTER else "the target's rule does not read it"
-        account.ledger.append(Entry(item=("slot", origin.name, slot), fate="left", detail=detail))
+        if slot != MASTER:
+            detail = "the target's rule does not read it"
+            account.ledger.append(Entry(item=("slot", origin.name, slot), fate="left", detail=detail))
     return result
 
 
@@ -482,7 +542,7 @@ def _shape_of(target: Optimizer, name: str, pairs: Mapping[str, Pair], source: C
     return tensor.shape
 
 
-def _without_place(origin: Optimizer, consumed: set[str], account: _Account) -> None:
+def _without_place(origin: Optimizer, consumed: frozenset[str], account: _Account) -> None:
     """State of parameters that the target's optimizer does not train."""
     for slot, by_param in origin.slots.items():
         for name in by_param:

@@ -1,0 +1,255 @@
+"""One model in PyTorch and in Keras, all of it random, compared by a table written by hand.
+
+A table has one row per parameter: PyTorch's name, the way to Keras' variable, and how an array of PyTorch's
+becomes one of Keras'. It knows nothing of ckptconv; both directions are compared with the same rows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+STEP = 9
+KINDS = ("keras3", "tf_keras", "tf_keras_legacy")
+
+
+def same(x: Array) -> Array:
+    return x
+
+
+def dense(x: Array) -> Array:
+    """(out, in) -> (in, out)."""
+    return x.T
+
+
+def conv1d(x: Array) -> Array:
+    """(out, in, w) -> (w, in, out)."""
+    return x.transpose(2, 1, 0)
+
+
+def conv2d(x: Array) -> Array:
+    """(out, in, h, w) -> (h, w, in, out); a transposed convolution's (in, out, h, w) -> (h, w, out, in)."""
+    return x.transpose(2, 3, 1, 0)
+
+
+def conv3d(x: Array) -> Array:
+    """(out, in, d, h, w) -> (d, h, w, in, out)."""
+    return x.transpose(2, 3, 4, 1, 0)
+
+
+def depthwise(channels: int) -> Callable[[Array], Array]:
+    """(in*multiplier, 1, h, w) -> (h, w, in, multiplier)."""
+
+    def convert(x: Array) -> Array:
+        return x.reshape(channels, x.shape[0] // channels, *x.shape[2:]).transpose(2, 3, 0, 1)
+
+    return convert
+
+
+class Row(NamedTuple):
+    """One parameter on both sides."""
+
+    torch: str
+    keras: Callable[[Any], Any]
+    to_keras: Callable[[Array], Array] = same
+
+
+def layer(number: int, name: str) -> Callable[[Any], Any]:
+    """The variable of that attribute in the model's layer of that number."""
+    return lambda model: getattr(model.layers[number], name)
+
+
+def linear(torch_name: str, number: int, *, bias: bool = True) -> list[Row]:
+    """The rows of a dense layer."""
+    rows = [Row(f"{torch_name}.weight", layer(number, "kernel"), dense)]
+    return rows + [Row(f"{torch_name}.bias", layer(number, "bias"))] * bias
+
+
+def framework(kind: str) -> Any:
+    """The module `keras` or `tf_keras`."""
+    if kind == "keras3":
+        import keras
+
+        return keras
+    import tf_keras
+
+    return tf_keras
+
+
+def adam(kind: str) -> Any:
+    """Keras' Adam of that generation."""
+    optimizers = framework(kind).optimizers
+    return (optimizers.legacy if kind == "tf_keras_legacy" else optimizers).Adam(0.003, epsilon=1e-8)
+
+
+@dataclass(kw_only=True)
+class TorchRun:
+    """A PyTorch model with the state of an optimizer."""
+
+    model: Any
+    optimizer: Any
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        return {name: tensor.numpy() for name, tensor in self.model.state_dict().items()}
+
+    def slots(self, name: str) -> dict[str, Array]:
+        """Adam's moments of a parameter, {} where it has none."""
+        state = self.optimizer.state.get(self.model.get_parameter(name), {})
+        return {slot: state[slot].numpy() for slot in ("exp_avg", "exp_avg_sq") if slot in state}
+
+    def save(self, path: Path) -> Path:
+        import torch
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.extra}
+        torch.save(state, path)
+        return path
+
+    def load(self, path: Path) -> TorchRun:
+        import torch
+
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return self
+
+
+@dataclass(kw_only=True)
+class KerasRun:
+    """A Keras model with the state of an optimizer."""
+
+    kind: str
+    model: Any
+    optimizer: Any
+
+    def slots(self, variable: Any) -> dict[str, Array]:
+        """Adam's moments of a variable, {} where the optimizer does not know it."""
+        if self.kind == "tf_keras_legacy":
+            known = {id(v) for v in self.model.trainable_variables}
+            if id(variable) not in known:
+                return {}
+            return {
+                "exp_avg": self.optimizer.get_slot(variable, "m").numpy(),
+                "exp_avg_sq": self.optimizer.get_slot(variable, "v").numpy(),
+            }
+        ours = [id(v) for v in self.model.trainable_variables]
+        if id(variable) not in ours:
+            return {}
+        at = ours.index(id(variable))
+        return {
+            "exp_avg": self.optimizer._momentums[at].numpy(),
+            "exp_avg_sq": self.optimizer._velocities[at].numpy(),
+        }
+
+    def save(self, path: Path) -> Path:
+        import tensorflow as tf
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tf.train.Checkpoint(model=self.model, optimizer=self.optimizer).save(str(path)))
+
+    def load(self, path: Path) -> KerasRun:
+        import tensorflow as tf
+
+        tf.train.Checkpoint(model=self.model, optimizer=self.optimizer).restore(str(path)).assert_consumed()
+        return self
+
+
+def torch_run(model: Any, seed: int, *, optimizer: Any = None, without: Iterable[str] = ()) -> TorchRun:
+    """Random values for everything; no optimizer state for the parameters `without` a gradient."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.002)
+    without = set(without)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                tensor.fill_(int(rng.integers(1000, 2000)))
+            else:
+                tensor.copy_(
+                    torch.from_numpy(rng.normal(size=tensor.shape)) + (3.0 if "var" in name else 0.0)
+                )
+        for name, parameter in model.named_parameters():
+            parameter.grad = None if name in without else torch.ones_like(parameter)
+        held = [tensor.clone() for tensor in model.parameters()]
+        optimizer.step()
+        for tensor, value in zip(model.parameters(), held, strict=True):
+            tensor.copy_(value)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter)
+                if not state:
+                    continue
+                state["step"].fill_(STEP)
+                shape = parameter.shape
+                state["exp_avg"].copy_(torch.from_numpy(rng.normal(size=shape)))
+                state["exp_avg_sq"].copy_(torch.from_numpy(rng.uniform(0.5, 2.0, size=shape)))
+    return TorchRun(model=model, optimizer=optimizer)
+
+
+def keras_run(kind: str, model: Any, seed: int, *, step: int = STEP, optimizer: Any = None) -> KerasRun:
+    """Random values for everything, and an optimizer that has made its variables."""
+    rng = np.random.default_rng(seed)
+    optimizer = optimizer or adam(kind)
+    for variable in model.variables:
+        variable.assign(rng.normal(size=variable.shape) + (3.0 if "variance" in variable.name else 0.0))
+    if kind == "tf_keras_legacy":
+        assert int(optimizer.iterations) == 0
+        optimizer._create_all_weights(model.trainable_variables)
+        for variable in model.trainable_variables:
+            for slot, low in (("m", -1.0), ("v", 0.5)):
+                optimizer.get_slot(variable, slot).assign(rng.uniform(low, 2.0, size=variable.shape))
+    else:
+        optimizer.build(model.trainable_variables)
+        for variables, low in ((optimizer._momentums, -1.0), (optimizer._velocities, 0.5)):
+            for variable in variables:
+                variable.assign(rng.uniform(low, 2.0, size=variable.shape))
+    optimizer.iterations.assign(step)
+    return KerasRun(kind=kind, model=model, optimizer=optimizer)
+
+
+def assert_equal(
+    ours: TorchRun, theirs: KerasRun, rows: Sequence[Row], *, fresh_slots: Iterable[str] = ()
+) -> None:
+    """Every parameter, statistic and slot of both runs, by the table; the table itself must be complete.
+
+    `fresh_slots`: parameters without state in PyTorch, whose slots are 0 in Keras.
+    """
+    arrays = ours.arrays
+    named = {row.torch for row in rows}
+    assert {name for name in arrays if not name.endswith("num_batches_tracked")} == named
+    variables = [row.keras(theirs.model) for row in rows]
+    assert {id(v) for v in variables} == {id(v) for v in theirs.model.variables if "seed" not in v.name}
+    fresh, trainable = (
+        set(fresh_slots),
+        {name for name, _ in ours.model.named_parameters(remove_duplicate=False)},
+    )
+    for row, variable in zip(rows, variables, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), row.to_keras(arrays[row.torch]), err_msg=row.torch)
+        have = theirs.slots(variable)
+        want = ours.slots(row.torch) if row.torch in trainable else {}
+        if row.torch in fresh:
+            assert not want
+            want = {slot: np.zeros_like(arrays[row.torch]) for slot in have}
+            assert have
+        assert have.keys() == want.keys(), row.torch
+        for slot, array in want.items():
+            assert row.torch in fresh or np.any(array)
+            np.testing.assert_array_equal(have[slot], row.to_keras(array), err_msg=f"{row.torch} {slot}")
+    assert int(theirs.optimizer.iterations) == STEP
+
+
+def steps(run: TorchRun) -> set[int]:
+    """The steps of the parameters that have state."""
+    return {int(state["step"]) for state in run.optimizer.state.values() if state}
