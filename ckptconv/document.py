@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ckptconv.rawtree import Node, Path, Scalar
-from ckptconv.tensor import MissingTensor, TensorRef
+from ckptconv.tensor import Array, MissingTensor, TensorRef
 
 SCHEMA_VERSION = "1.0.0"
 
@@ -122,6 +122,10 @@ class Param:
     """None where the source does not tell."""
     tied_to: str | None = None
     """Name of the parameter this one shares its memory with; the first of a tie group has None."""
+
+    def read(self) -> Array:
+        """The values, in C order. I/O: reads the whole tensor."""
+        return self.tensor.read()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ edit changes every place that is written from it.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from ckptconv.optimizer_json import optimizer_from_json, optimizer_to_json, spec
 from ckptconv.rawtree import Path
 from ckptconv.residue_json import residue_from_json, residue_to_json
 from ckptconv.strictjson import Json
-from ckptconv.tensor import MissingTensor, TensorRef, TensorSpec
+from ckptconv.tensor import BufferSource, Extent, MissingTensor, StoredTensor, TensorRef, TensorSpec
 from ckptconv.validation import checked
 
 Tensors = Callable[[Path, TensorSpec], TensorRef] | Mapping[Path, TensorRef] | None
@@ -45,23 +46,31 @@ class FileEntry:
 
 
 def to_json(
-    checkpoint: Checkpoint, *, files: Iterable[FileEntry] = (), state_file: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    files: Iterable[FileEntry] = (),
+    state_file: str | None = None,
+    values: bool = False,
 ) -> dict[str, Json]:
     """The manifest: valid against the schema, tensors left out.
 
     `state_file` is the name under which the caller stores `residue_bytes`; without it the residue is inline.
+    `values`: parameters and extras that are in memory are written with their values, as a skeleton has them.
     """
     return {
         "schema": "ckptconv/checkpoint",
         "schema_version": SCHEMA_VERSION,
         "kind": checkpoint.kind,
         "progress": progress_to_json(checkpoint.progress),
-        "params": [_param_to_json(param) for param in checkpoint.params.values()],
+        "params": [_param_to_json(param, values) for param in checkpoint.params.values()],
         "optimizers": [optimizer_to_json(o, checkpoint) for o in checkpoint.optimizers],
         "schedules": [schedule_to_json(schedule) for schedule in checkpoint.schedules],
         "rng": [_block_to_json(block) for block in checkpoint.rng],
         "data": [_block_to_json(block) for block in checkpoint.data],
-        "extras": [{"name": key, **spec_to_json(t.spec)} for key, t in checkpoint.extras.items()],
+        "extras": [
+            {"name": key, **spec_to_json(tensor.spec), **_value_to_json(tensor, values)}
+            for key, tensor in checkpoint.extras.items()
+        ],
         "residue": residue_to_json(checkpoint.residue, state_file),
         "provenance": provenance_to_json(checkpoint.provenance),
         "files": [{"path": f.path, "bytes": f.nbytes, "digest": f.digest} for f in files],
@@ -88,7 +97,7 @@ def from_json(obj: Json, tensors: Tensors = None, state: bytes | None = None) ->
         schedules=tuple(schedule_from_json(schedule) for schedule in manifest["schedules"]),
         rng=tuple(_block_from_json(block) for block in manifest["rng"]),
         data=tuple(_block_from_json(block) for block in manifest["data"]),
-        extras={e["name"]: find(("extra", e["name"]), spec_from_json(e)) for e in manifest["extras"]},
+        extras={e["name"]: _tensor_from_json(e, ("extra", e["name"]), find) for e in manifest["extras"]},
         residue=residue_from_json(manifest["residue"], state),
         provenance=provenance_from_json(manifest["provenance"]),
         oddities=tuple(manifest["oddities"]),
@@ -128,7 +137,7 @@ def progress_from_json(progress: Mapping[str, Json]) -> Progress:
     return Progress(**{name: fact_from_json(progress[name]) for name in PROGRESS_FIELDS})
 
 
-def _param_to_json(param: Param) -> dict[str, Json]:
+def _param_to_json(param: Param, values: bool) -> dict[str, Json]:
     return {
         "name": param.name,
         "role": param.role,
@@ -137,9 +146,29 @@ def _param_to_json(param: Param) -> dict[str, Json]:
         "evidence": param.evidence,
         "trainable": param.trainable,
         **spec_to_json(param.tensor.spec),
+        **_value_to_json(param.tensor, values),
         "tied_to": param.tied_to,
         **({"candidates": [_layout_to_json(layout) for layout in param.candidates]} if param.candidates else {}),
     }
+
+
+def _value_to_json(tensor: TensorRef, values: bool) -> dict[str, Json]:
+    """The bytes of a tensor that is in memory."""
+    if not (values and isinstance(tensor, StoredTensor) and isinstance(tensor.extent.source, BufferSource)):
+        return {}
+    data = b"".join(window.tobytes() for window in tensor.windows())
+    return {"value": base64.b64encode(data).decode("ascii")}
+
+
+def _tensor_from_json(
+    item: Mapping[str, Json], address: Path, find: Callable[[Path, TensorSpec], TensorRef]
+) -> TensorRef:
+    spec = spec_from_json(item)
+    found = find(address, spec)
+    if "value" not in item or not isinstance(found, MissingTensor):
+        return found
+    source = BufferSource(base64.b64decode(item["value"]), item["name"])
+    return StoredTensor.dense(spec, Extent(source=source, offset=0, nbytes=source.nbytes))
 
 
 def _layout_to_json(layout: Layout) -> dict[str, Json]:
@@ -150,7 +179,7 @@ def _param_from_json(item: Mapping[str, Json], find: Callable[[Path, TensorSpec]
     axes = item["axes"]
     return Param(
         name=item["name"],
-        tensor=find(("param", item["name"]), spec_from_json(item)),
+        tensor=_tensor_from_json(item, ("param", item["name"]), find),
         role=item["role"],
         layer=item["layer"],
         axes=None if axes is None else tuple(axes),

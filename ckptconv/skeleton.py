@@ -1,17 +1,77 @@
-"""Skeletons on disk: a document without its tensors, as one JSON file."""
+"""Skeletons: a document without its values, and its form on disk, one JSON file.
+
+Small arrays that no source of another framework gives (counters among the parameters, everything among the
+extras) keep their values, so that a skeleton serves as a template as the checkpoint itself does.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from ckptconv.document import Checkpoint
+from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Optimizer, Unknown
 from ckptconv.errors import FormatError, TargetError
 from ckptconv.manifest import from_json, to_json
 from ckptconv.residue_json import STATE_FILE
 from ckptconv.strictjson import dump_document, parse
+from ckptconv.tensor import BufferSource, Extent, MissingTensor, StoredTensor, TensorRef
 
 _HEAD_NBYTES = 4096
+
+INLINE_NBYTES = 8 << 10
+"""Largest array that keeps its values; the state of torch's generator has 5,056 bytes."""
+
+_FORGOTTEN = Unknown(reason="a skeleton is of no moment of the run")
+
+
+def skeleton_of(checkpoint: Checkpoint) -> Checkpoint:
+    """The document without values and counters: names, shapes, axes, classes, groups, hyperparameters.
+
+    I/O: reads the small arrays that keep their values.
+    """
+
+    def bare(tensor: TensorRef, *name: str) -> TensorRef:
+        return MissingTensor(spec=tensor.spec, name=".".join(name))
+
+    def optimizer(one: Optimizer) -> Optimizer:
+        slots: Mapping[str, Mapping[str, TensorRef]] = {
+            slot: {name: bare(tensor, one.name, slot, name) for name, tensor in by_param.items()}
+            for slot, by_param in one.slots.items()
+        }
+        return replace(one, slots=slots, step=_forgotten(one.step), param_steps={})
+
+    progress = checkpoint.progress
+    return replace(
+        checkpoint,
+        progress=replace(progress, **{name: _forgotten(getattr(progress, name)) for name in PROGRESS_FIELDS}),
+        params={
+            name: replace(
+                param,
+                tensor=_kept(param.tensor, name)
+                if param.tensor.dtype.kind in ("int", "uint", "bool")
+                else bare(param.tensor, name),
+            )
+            for name, param in checkpoint.params.items()
+        },
+        optimizers=tuple(map(optimizer, checkpoint.optimizers)),
+        schedules=tuple(replace(s, position=_forgotten(s.position)) for s in checkpoint.schedules),
+        extras={key: _kept(tensor, key) for key, tensor in checkpoint.extras.items()},
+    )
+
+
+def _forgotten(fact: Fact) -> Fact:
+    return _FORGOTTEN if isinstance(fact, Known) else fact
+
+
+def _kept(tensor: TensorRef, name: str) -> TensorRef:
+    """The tensor in memory where it is small, else without its values."""
+    if isinstance(tensor, MissingTensor) or tensor.spec.nbytes > INLINE_NBYTES:
+        return MissingTensor(spec=tensor.spec, name=name)
+    data = b"".join(window.tobytes() for window in tensor.windows())
+    extent = Extent(source=BufferSource(data, name), offset=0, nbytes=len(data))
+    return StoredTensor.dense(tensor.spec, extent)
 
 
 def is_skeleton_file(path: Path) -> bool:
@@ -27,9 +87,9 @@ def is_skeleton_file(path: Path) -> bool:
 
 
 def write_skeleton(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write the document without its tensors as one JSON file, whole or not at all."""
+    """Write the document's skeleton as one JSON file, whole or not at all. Raises: target-unwritable."""
     target = Path(path)
-    text = dump_document(to_json(checkpoint))
+    text = dump_document(to_json(skeleton_of(checkpoint), values=True))
     aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:
@@ -48,7 +108,7 @@ def write_skeleton(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None
 
 
 def read_skeleton(path: str | os.PathLike[str]) -> Checkpoint:
-    """The document of a manifest file, without its tensors.
+    """The document of a manifest file, without its tensors except those that stand in it.
 
     Raises: missing-file, corrupt-file, duplicate-key, schema-version, schema-invalid, reference-broken.
     """

@@ -16,7 +16,6 @@ from ckptconv.catalog.residuals import EpsilonResidual
 from ckptconv.catalog.slots import SlotConversion
 from ckptconv.document import (
     PROGRESS_FIELDS,
-    Block,
     Checkpoint,
     Known,
     Optimizer,
@@ -25,6 +24,7 @@ from ckptconv.document import (
     value_of,
 )
 from ckptconv.errors import Loc, Problem
+from ckptconv.extras import own_param, place_extras
 from ckptconv.mapping import Cover, Pair
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Path, transform, walk
@@ -100,23 +100,16 @@ def transfer(
     account.merged = frozenset(merge.source for merge in cover.merged)
     optimizers = _optimizers(source, template, pairs, account)
     _schedules(source, template, account)
-    _left(source, account)
+    extras = place_extras(source, template)
+    account.ledger += extras.ledger
+    account.problems += extras.problems
     account.ledger += progress_entries(replace(template, progress=source.progress))
-    for key in template.extras:
-        account.ledger.append(
-            Entry(
-                item=("template", key),
-                fate="kept-from-template",
-                target=key,
-                detail="only the target's framework has it",
-            )
-        )
     checkpoint = replace(
         template,
         progress=source.progress,
         params=params,
         optimizers=optimizers,
-        rng=template.rng,
+        extras=extras.tensors,
         provenance=replace(
             source.provenance,
             history=(
@@ -179,15 +172,10 @@ def _param(
     account: _Account,
 ) -> Param:
     if pair is None:
-        account.ledger.append(
-            Entry(
-                item=("template", param.name),
-                fate="kept-from-template",
-                target=param.name,
-                detail="only the target's framework has it",
-            )
-        )
-        return param
+        own, entry, problems = own_param(param.name, param.role, param.tensor)
+        account.ledger.append(entry)
+        account.problems += problems
+        return replace(param, tensor=own)
     tensor = source.params[pair.source].tensor
     detail = ""
     if pair.source in masters:
@@ -604,26 +592,3 @@ def progress_entries(checkpoint: Checkpoint) -> Iterator[Entry]:
         if isinstance(fact, Known):
             fate: Fate = "supplied" if fact.status == "supplied" else "copied" if name in places else "noted"
             yield Entry(item=("progress", name), fate=fate, detail=str(fact.value))
-
-
-def _left(source: Checkpoint, account: _Account) -> None:
-    """State that stays with the source's framework: generators, loaders, other arrays."""
-    blocks: tuple[Block, ...] = (*source.rng, *source.data)
-    in_blocks = {key for block in blocks for key in block.tensors}
-    for block in blocks:
-        account.ledger.append(
-            Entry(
-                item=("residue", block.name),
-                fate="left",
-                detail=f"{block.library} state cannot change framework; --keep holds it for the way back",
-            )
-        )
-    for key in source.extras:
-        if key not in in_blocks:
-            account.ledger.append(
-                Entry(
-                    item=("extra", key),
-                    fate="left",
-                    detail="the source's framework alone knows it; --keep holds it for the way back",
-                )
-            )

@@ -5,6 +5,7 @@ The schemas are the hand-written files in `schema/`; an installed wheel has them
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.resources import files
@@ -13,10 +14,12 @@ from typing import Any, Literal
 
 import jsonschema_rs
 
+from ckptconv import dtypes
 from ckptconv.document import SCHEMA_VERSION
 from ckptconv.errors import Code, Loc, Problem, SchemaError
 from ckptconv.facts import value_from_json
 from ckptconv.strictjson import Json, parse
+from ckptconv.tensor import TensorSpec
 
 SchemaName = Literal["checkpoint", "report", "mapping"]
 
@@ -128,6 +131,9 @@ def _references(manifest: dict[str, Json]) -> Iterator[Problem]:
     """Names that are not there, names that stand twice, and steps that disagree."""
     params = manifest["params"]
     by_name = {param["name"]: param for param in params}
+    for key in ("params", "extras"):
+        for i, item in enumerate(manifest[key]):
+            yield from _inline_value(item, (key, i))
     optimizers = {optimizer["name"] for optimizer in manifest["optimizers"]}
     extras = {extra["name"] for extra in manifest["extras"]}
     for key, field in (
@@ -153,6 +159,24 @@ def _references(manifest: dict[str, Json]) -> Iterator[Problem]:
     if residue is not None and "file" in residue and listed:
         yield from _exist([(("residue", "file"), residue["file"])], listed, "file")
     yield from _steps(manifest)
+
+
+def _inline_value(item: dict[str, Json], loc: Loc) -> Iterator[Problem]:
+    """A value that stands in the document has the bytes that its dtype and shape need."""
+    if "value" not in item:
+        return
+    spec = TensorSpec(
+        dtype=dtypes.BY_NAME[item["dtype"]],
+        shape=tuple(item["shape"]),
+        encoded_nbytes=item.get("encoded_nbytes"),
+    )
+    need, have = spec.nbytes, len(base64.b64decode(item["value"]))
+    if need != have:
+        yield _problem(
+            "schema-invalid",
+            (*loc, "value"),
+            f"{have} bytes for {item['dtype']} {item['shape']}, which has {need}",
+        )
 
 
 def _unique(names: Iterable[tuple[Loc, str]]) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from ckptconv.bitcast import AsBytes, FromBytes
 from ckptconv.document import PROGRESS_FIELDS, Known, Unknown
 from ckptconv.errors import CkptError, FormatError, Problem
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Opaque
+from ckptconv.skeleton import skeleton_of
 from ckptconv.strictjson import dump, dump_document, parse
 from tests.support.documents import VALUES, array_tensor, documents, full_document
 
@@ -132,7 +133,7 @@ def properties(name: str, schema_=CHECKPOINT) -> set[str]:
 
 SAME_FIELDS = [
     ("progress", document.Progress, {}),
-    ("param", document.Param, {"tensor": {"dtype", "shape", "encoded_nbytes"}}),
+    ("param", document.Param, {"tensor": {"dtype", "shape", "encoded_nbytes", "value"}}),
     ("optimizer", document.Optimizer, {}),
     ("group", document.Group, {}),
     ("schedule", document.Schedule, {"unit": set()}),
@@ -414,7 +415,8 @@ def test_a_skeleton_file_comes_back(tmp_path: Path):
     back = schema.read_skeleton(path)
     assert back.is_skeleton
     assert back.residue == checkpoint.residue
-    assert schema.to_json(back) == schema.to_json(checkpoint)
+    assert schema.to_json(back) == schema.to_json(skeleton_of(checkpoint))
+    assert schema.to_json(back, values=True) == schema.to_json(skeleton_of(checkpoint), values=True)
     assert sorted(tmp_path.iterdir()) == [path]
 
 

@@ -1,31 +1,57 @@
 """Live Keras objects, Keras 3 on TensorFlow or tf_keras: describe them, capture them, restore into them.
 
 TensorFlow itself writes and reads: objects go through `tf.train.Checkpoint(model=, optimizer=)`, so what is
-captured is what a file would hold, and what is restored passes `assert_consumed()`.
+captured is what a file would hold, and what is restored passes `assert_consumed()`. The optimizer of a
+compiled model is a part of the model; it is taken where no other is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
-from ckptconv import convert as conversion
-from ckptconv.adapters.live import Spill, declared, skeleton, with_optimizer, with_progress
+from ckptconv.adapters.live import (
+    Spill,
+    declared,
+    of_class,
+    texts,
+    unbuilt,
+    undone,
+    with_progress,
+    writing,
+)
 from ckptconv.catalog import layers
+from ckptconv.convert import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw
-from ckptconv.dialects.graph_document import graph_of
+from ckptconv.dialects.graph_bundle import graph_of
+from ckptconv.dialects.object_paths import Graph
 from ckptconv.document import Checkpoint, Value
-from ckptconv.errors import MappingError, missing_extra
-from ckptconv.rawtree import Lifted, children
+from ckptconv.errors import CkptError, MappingError, missing_extra
+from ckptconv.rawtree import Lifted, RawTree, children
 from ckptconv.report import Report
+from ckptconv.skeleton import skeleton_of
+
+MODEL, OPTIMIZER = "model", "optimizer"
+
+
+class Variable(Protocol):
+    """A variable of a model."""
 
 
 class Model(Protocol):
     """A Keras model, as far as it is used here."""
 
-    built: bool
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def built(self) -> bool: ...
+
+    @property
+    def trainable_variables(self) -> Sequence[Variable]: ...
 
 
 class KerasOptimizer(Protocol):
@@ -34,15 +60,26 @@ class KerasOptimizer(Protocol):
     def get_config(self) -> dict[str, object]: ...
 
 
+class _Status(Protocol):
+    def assert_consumed(self) -> object: ...
+
+
+class _Root(Protocol):
+    """A `tf.train.Checkpoint`."""
+
+    def write(self, file_prefix: str) -> str: ...
+
+    def read(self, save_path: str) -> _Status: ...
+
+
 def describe(model: Model, optimizer: KerasOptimizer | None = None) -> Checkpoint:
     """A skeleton of built live objects: names, layer kinds and axes, class and hyperparameters.
 
-    It serves as `template` or `source_spec`; `ckptconv.skeleton.write_skeleton` makes a JSON file of it.
+    It serves as `template` or `source_spec`; `ckptconv.write_skeleton` makes a JSON file of it.
     I/O: a temporary TensorFlow checkpoint, removed again.
-    Raises: template-unbuilt.
+    Raises: template-unbuilt; usage where the model is compiled with another optimizer.
     """
-    captured, _ = _captured(model, optimizer)
-    return skeleton(captured)
+    return skeleton_of(_captured(model, optimizer, Spill()))
 
 
 def capture(
@@ -51,10 +88,9 @@ def capture(
     """The state of live objects as a document; `progress` gives the counters that they do not hold.
 
     I/O: a temporary TensorFlow checkpoint that lives as long as the document's tensors.
-    Raises: template-unbuilt, usage for an unknown progress field.
+    Raises: as `describe`; usage for an unknown progress field; target-unwritable.
     """
-    captured, _ = _captured(model, optimizer)
-    return with_progress(captured, progress, "capture")
+    return with_progress(_captured(model, optimizer, Spill()), progress)
 
 
 def restore(
@@ -63,96 +99,148 @@ def restore(
     optimizer: KerasOptimizer | None = None,
     *,
     source_spec: PathLike | Checkpoint | None = None,
-    set_: Mapping[str, str] | None = None,
+    set_: Mapping[str, Value] | None = None,
     allow: Sequence[str] = (),
 ) -> Report:
-    """Put a checkpoint of any framework into built live objects, in place; the report says what became of each item.
+    """Put a checkpoint of any framework into built live objects, in place; the report accounts for all of it.
 
-    Raises: as `ckptconv.convert`, and template-unbuilt; nothing is changed then.
+    I/O: two temporary TensorFlow checkpoints.
+    Raises: as `ckptconv.convert` and `describe`; nothing is changed then.
     """
-    template, spill = _captured(model, optimizer)
+    spill = Spill()
+    template = _captured(model, optimizer, spill)
     target = spill.path / "restored"
-    report = conversion.convert(
-        source, target, template=template, source_spec=source_spec, set_=set_, allow=allow
+    report = convert(
+        source, target, template=template, source_spec=source_spec, set_=texts(set_), allow=allow
     )
-    _checkpoint(model, optimizer).read(str(target)).assert_consumed()  # type: ignore[attr-defined]
+
+    def read(path: Path) -> None:
+        _root(model, optimizer).read(str(path)).assert_consumed()
+
+    undone(lambda: read(target), lambda: read(_written_at(spill)))
     return replace(report, target=model.name)
 
 
-def _captured(model: Model, optimizer: KerasOptimizer | None) -> tuple[Checkpoint, Spill]:
-    """The objects' document, with what only the live objects tell: kinds of layers, class, hyperparameters."""
+def _written_at(spill: Spill) -> Path:
+    return spill.path / "captured"
+
+
+def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> Checkpoint:
+    """The objects' document, with what only they tell: kinds of layers, flags, class, hyperparameters."""
     if not model.built:
-        raise MappingError.of(
-            "template-unbuilt",
-            f"the model '{model.name}' has no variables yet",
-            "Call model.build(input_shape), or the model once on a batch.",
-            loc=("model",),
-        )
-    root = _checkpoint(model, optimizer)
-    spill = Spill()
-    path = spill.path / "captured"
-    root.write(str(path))  # type: ignore[attr-defined]
-    raw = read_raw(path, "tensorflow")
+        hint = "Run model.build(input_shape), or the model once on a batch."
+        raise unbuilt(MODEL, f"the model '{model.name}' has no variables yet", hint)
+    tf = _tensorflow()
+    optimizer = _optimizer_of(model, optimizer)
+    root = _root(model, optimizer)
+    with writing("model", tf.errors.OpError):
+        root.write(str(_written_at(spill)))
+    raw = read_raw(_written_at(spill), "tensorflow")
     dialect, _ = detect_dialect(raw)
     checkpoint = dialect.lift(raw)
+    spill.keep_for(checkpoint)
+    if problems := dialect.template_problems(checkpoint):
+        raise MappingError(*problems)
     framework = dialect.framework or "keras3"
-    lives = dict(_lives(raw, root))
-    checkpoint = declared(checkpoint, dict(_layouts(checkpoint, raw, lives, framework)), {})
-    if optimizer is not None:
-        checkpoint = with_optimizer(
-            checkpoint, type(optimizer).__name__, optimizer.get_config(), "describe"
-        )
-    return checkpoint, spill
+    live = _Live(raw, checkpoint, root)
+    checkpoint = declared(checkpoint, dict(live.layouts(framework)), dict(live.trainable(model)))
+    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+    if inner is None:
+        return checkpoint
+    package = "keras" if framework == "keras3" else "tf_keras"
+    return of_class(checkpoint, type(inner), package, inner.get_config())
 
 
-def _checkpoint(model: Model, optimizer: KerasOptimizer | None) -> object:
-    tf = _tensorflow()
-    return tf.train.Checkpoint(model=model) if optimizer is None else tf.train.Checkpoint(model=model, optimizer=optimizer)
+def _optimizer_of(model: Model, optimizer: KerasOptimizer | None) -> KerasOptimizer | None:
+    """The given optimizer, or the one that the model is compiled with.
+
+    Raises: usage where both are there and differ: the file would hold two.
+    """
+    compiled: KerasOptimizer | None = getattr(model, "optimizer", None)
+    if optimizer is None or compiled is None or optimizer is compiled:
+        return optimizer or compiled
+    raise CkptError.of(
+        "usage",
+        f"the model '{model.name}' is compiled with another optimizer ({type(compiled).__name__}) "
+        f"than the one given ({type(optimizer).__name__})",
+        "Pass model.optimizer, or do not compile the model.",
+        loc=(OPTIMIZER,),
+    )
 
 
-def _lives(raw, root) -> Iterator[tuple[int, object]]:  # type: ignore[no-untyped-def]
-    """Node of the written graph -> the live object that it was written for, along the names of edges."""
-    tf = _tensorflow()
-    view = tf.train.TrackableView(root)
-    graph = graph_of(raw)
-    assert graph is not None
-    pending, seen = [(0, root)], {0}
-    while pending:
-        node, live = pending.pop()
-        yield node, live
-        live_children = view.children(live)
-        for edge, child in graph.children[node]:
-            if child not in seen and edge in live_children:
-                seen.add(child)
-                pending.append((child, live_children[edge]))
+def _root(model: Model, optimizer: KerasOptimizer | None) -> _Root:
+    """What a training script saves; with the counter that `tf.train.Checkpoint.restore` asks for."""
+    parts = {MODEL: model, OPTIMIZER: _optimizer_of(model, optimizer)}
+    root = _tensorflow().train.Checkpoint(**{key: part for key, part in parts.items() if part is not None})
+    root.save_counter  # noqa: B018  makes the variable
+    found: _Root = root
+    return found
 
 
-def _layouts(checkpoint, raw, lives, framework):  # type: ignore[no-untyped-def]
-    """(parameter name, (kind, role, axes)) of every variable whose layer's class the catalog knows."""
-    graph = graph_of(raw)
-    assert checkpoint.residue is not None
-    names = {
-        step: node.to[1]
-        for step, node in children(checkpoint.residue.root)
+class _Live:
+    """Which live object each node of a written graph was made of."""
+
+    def __init__(self, raw: RawTree, checkpoint: Checkpoint, root: _Root) -> None:
+        graph = graph_of(raw)
+        assert graph is not None  # TensorFlow wrote it just now
+        self._graph: Graph = graph
+        self._names = _param_names(checkpoint)
+        self._objects = dict(self._walk(root))
+
+    def _walk(self, root: _Root) -> Iterator[tuple[int, object]]:
+        """Along the edges, which have the same names on both sides."""
+        view = _tensorflow().train.TrackableView(root)
+        pending: list[tuple[int, object]] = [(0, root)]
+        seen = {0}
+        while pending:
+            node, live = pending.pop()
+            yield node, live
+            parts = view.children(live)
+            for edge, child in self._graph.children[node]:
+                if child not in seen and edge in parts:
+                    seen.add(child)
+                    pending.append((child, parts[edge]))
+
+    def _name(self, node: int) -> str | None:
+        variable = self._graph.variables.get(node)
+        return None if variable is None else self._names.get(variable.key)
+
+    def layouts(self, framework: str) -> Iterator[tuple[str, tuple[str, str, tuple[str, ...]]]]:
+        """What each variable is, as far as the catalog knows its layer's class."""
+        for node, live in self._objects.items():
+            kind = layers.kind_of_class(framework, type(live), live)
+            if kind is None:
+                continue
+            for edge, child in self._graph.children[node]:
+                name = self._name(child)
+                shape = tuple(getattr(self._objects.get(child), "shape", ()))
+                layout = layers.declared(framework, kind, edge, shape)
+                if name is not None and layout is not None:
+                    yield name, (kind, *layout)
+
+    def trainable(self, model: Model) -> Iterator[tuple[str, bool]]:
+        """Whether each parameter is trained."""
+        trained = {id(variable) for variable in model.trainable_variables}
+        for node, live in self._objects.items():
+            name = self._name(node)
+            if name is not None:
+                yield name, id(live) in trained
+
+
+def _param_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Key of the bundle -> name of the parameter that stands there."""
+    root = checkpoint.residue.root if checkpoint.residue is not None else None
+    return {
+        str(key): str(node.to[1])
+        for key, node in children(root)
         if isinstance(node, Lifted) and node.to[0] == "param"
     }
-    for node, live in lives.items():
-        kind = layers.kind_of_class(framework, type(live), live)
-        if kind is None:
-            continue
-        for edge, child in graph.children[node]:
-            if child not in graph.variables:
-                continue
-            name = names.get(graph.variables[child].key)
-            shape = checkpoint.params[name].tensor.shape if name else ()
-            layout = layers.declared(framework, kind, edge, shape) if name else None
-            if layout is not None:
-                yield name, (kind, *layout)
 
 
-def _tensorflow():  # type: ignore[no-untyped-def]
+def _tensorflow() -> ModuleType:
     try:
         import tensorflow
     except ImportError as error:
         raise missing_extra("tensorflow", "tensorflow", "ckptconv.keras") from error
-    return tensorflow
+    module: ModuleType = tensorflow
+    return module

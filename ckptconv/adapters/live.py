@@ -1,96 +1,156 @@
-"""What both adapters share: a directory that lives as long as the document whose tensors lie in it."""
+"""What both adapters share: documents of live objects, and the files that their values lie in."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import pickle
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ckptconv import supply
 from ckptconv.catalog import completion
-from ckptconv.document import Checkpoint, Param, Value
-from ckptconv.errors import CkptError
-from ckptconv.tensor import MissingTensor, TensorRef
+from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Param, Value
+from ckptconv.errors import CkptError, MappingError, Problem, TargetError
+from ckptconv.source import FileSource
 
 SPILL_PREFIX = "ckptconv-live-"
 
+DESCRIBED = "describe"
+CAPTURED = "capture"
+"""Who supplied a fact, as the document says it."""
+
+Layouts = Mapping[str, tuple[str, str, tuple[str, ...]]]
+"""Parameter -> kind of its layer, its role, its axes."""
+
 
 class Spill:
-    """A temporary directory that is removed when nothing refers to it any more."""
+    """A temporary directory for what a framework writes and reads; it goes with the last who refers to it."""
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix=SPILL_PREFIX)
         self.path = Path(self._directory.name)
-        weakref.finalize(self, self._directory.cleanup)
+
+    def keep_for(self, checkpoint: Checkpoint) -> None:
+        """Let the directory live as long as the document's tensors can be read."""
+        files = {
+            extent.source
+            for _, tensor in checkpoint.tensors()
+            for extent in tensor.extents
+            if isinstance(extent.source, FileSource)
+        }
+        for file in files:
+            weakref.finalize(file, _let_go, self)
 
 
-def with_progress(checkpoint: Checkpoint, progress: Mapping[str, Value] | None, who: str) -> Checkpoint:
-    """The document with the counters that the caller of an adapter knows.
+def _let_go(spill: Spill) -> None:
+    """The last call that refers to a directory is its end."""
 
-    Raises: usage for a counter that does not exist.
+
+@contextlib.contextmanager
+def writing(what: str, failure: type[Exception] = OSError) -> Iterator[None]:
+    """What goes wrong while a framework writes live objects, as our errors; `failure` is the framework's own.
+
+    Raises: unsupported-feature for what cannot be written, target-unwritable for where it cannot be.
     """
-    unknown = [name for name in progress or {} if name not in supply.settable_fields()]
+    try:
+        yield
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise CkptError.of(
+            "unsupported-feature",
+            f"the {what} cannot be written: {error}",
+            "Leave out of its state what the framework's own save refuses.",
+            loc=(what,),
+        ) from error
+    except (OSError, RuntimeError, failure) as error:
+        raise TargetError.of(
+            "target-unwritable",
+            f"the {what} cannot be written to the temporary directory: {error}",
+            "Make room there, or set TMPDIR to a larger place.",
+            loc=(tempfile.gettempdir(),),
+        ) from error
+
+
+def with_progress(checkpoint: Checkpoint, progress: Mapping[str, Value] | None) -> Checkpoint:
+    """The document with the counters that the caller of `capture` knows.
+
+    Raises: usage for a counter that does not exist, or cannot have that value.
+    """
+    unknown = [name for name in progress or {} if name not in PROGRESS_FIELDS]
     if unknown:
         raise CkptError.of(
             "usage",
-            f"there is no field '{unknown[0]}'",
-            "Fields: " + ", ".join(supply.settable_fields()) + ".",
+            f"progress has no field '{unknown[0]}'",
+            "Fields: " + ", ".join(PROGRESS_FIELDS) + ".",
             loc=("progress", unknown[0]),
         )
-    return supply.set_fields(checkpoint, progress or {}, who=who)
+    try:
+        values = supply.settings(texts(progress))
+    except CkptError as error:
+        raise CkptError(*(_in_progress(problem) for problem in error.problems)) from None
+    return supply.set_fields(checkpoint, values, who=CAPTURED)
 
 
-def skeleton(checkpoint: Checkpoint) -> Checkpoint:
-    """The document without values: names, shapes, axes, classes, hyperparameters. Counters are forgotten."""
-
-    def bare(name: str, tensor: TensorRef) -> TensorRef:
-        return MissingTensor(spec=tensor.spec, name=name)
-
+def _in_progress(problem: Problem) -> Problem:
     return replace(
-        checkpoint,
-        params={
-            name: replace(param, tensor=bare(name, param.tensor)) for name, param in checkpoint.params.items()
-        },
-        optimizers=tuple(
-            replace(
-                optimizer,
-                slots={
-                    slot: {name: bare(f"{name}/{slot}", tensor) for name, tensor in by_param.items()}
-                    for slot, by_param in optimizer.slots.items()
-                },
-            )
-            for optimizer in checkpoint.optimizers
-        ),
-        extras={key: bare(key, tensor) for key, tensor in checkpoint.extras.items()},
+        problem, loc=("progress", *problem.loc[1:]), hint="Pass the count, as in progress={'epochs': 2}."
     )
 
 
-def declared(
-    checkpoint: Checkpoint,
-    layouts: Mapping[str, tuple[str, str, tuple[str, ...]]],
-    trainable: Mapping[str, bool],
-) -> Checkpoint:
-    """The document with (layer, role, axes) by parameter name as the live layers declare them."""
+def texts(values: Mapping[str, Value] | None) -> dict[str, str]:
+    """Settings as `--set` has them."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in (values or {}).items()
+    }
+
+
+def declared(checkpoint: Checkpoint, layouts: Layouts, trainable: Mapping[str, bool]) -> Checkpoint:
+    """The document with kinds, axes and flags as the live layers declare them."""
 
     def one(param: Param) -> Param:
-        layout = layouts.get(param.name)
-        known = trainable.get(param.name, param.trainable)
-        if layout is None:
-            return replace(param, trainable=known)
-        layer, role, axes = layout
-        return replace(param, trainable=known, layer=layer, role=role, axes=axes, evidence="declared")
+        flag = trainable.get(param.name, param.trainable)
+        if param.name not in layouts:
+            return replace(param, trainable=flag)
+        layer, role, axes = layouts[param.name]
+        return replace(
+            param,
+            trainable=flag,
+            layer=layer,
+            role=role,
+            axes=axes,
+            evidence="declared",
+            candidates=(),
+        )
 
     return replace(checkpoint, params={name: one(param) for name, param in checkpoint.params.items()})
 
 
-def with_optimizer(checkpoint: Checkpoint, class_name: str, arguments: Mapping[str, object], who: str) -> Checkpoint:
-    """The document whose optimizers are of the live one's class, with its constructor's arguments."""
-    return replace(
-        checkpoint,
-        optimizers=tuple(
-            completion.with_arguments(optimizer, class_name, arguments, who)
-            for optimizer in checkpoint.optimizers
-        ),
+def of_class(checkpoint: Checkpoint, cls: type, package: str, arguments: Mapping[str, object]) -> Checkpoint:
+    """The document whose optimizer is of the live one's class, with its constructor's arguments.
+
+    A class of another package may have a framework's name and another rule: its state alone tells it then.
+    """
+    if cls.__module__.partition(".")[0] != package:
+        return checkpoint
+    optimizers = tuple(
+        completion.with_arguments(optimizer, cls.__name__, arguments, DESCRIBED)
+        for optimizer in checkpoint.optimizers
     )
+    return replace(checkpoint, optimizers=optimizers)
+
+
+def unbuilt(what: str, message: str, hint: str) -> MappingError:
+    """The error for live objects that have no variables yet."""
+    return MappingError(Problem(code="template-unbuilt", loc=(what,), message=message, hint=hint))
+
+
+def undone(change: Callable[[], None], back: Callable[[], None]) -> None:
+    """Make a change in live objects; where it fails half-way, take it `back` and raise what went wrong."""
+    try:
+        change()
+    except BaseException:
+        back()
+        raise

@@ -6,89 +6,101 @@ is what a file would hold, and what is restored is what `load_state_dict` accept
 
 from __future__ import annotations
 
-import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-from ckptconv import convert as conversion
-from ckptconv.adapters.live import Spill, declared, skeleton, with_optimizer, with_progress
+from ckptconv.adapters.live import Spill, declared, of_class, texts, unbuilt, with_progress, writing
 from ckptconv.catalog import layers
+from ckptconv.convert import convert
 from ckptconv.detect import PathLike, open
 from ckptconv.document import Checkpoint, Value
-from ckptconv.errors import missing_extra
+from ckptconv.errors import LossError, MappingError, Problem, missing_extra
 from ckptconv.report import Report
+from ckptconv.skeleton import INLINE_NBYTES, skeleton_of
 
 if TYPE_CHECKING:
     import torch
 
 MODEL, OPTIMIZER, SCHEDULER = "model", "optimizer", "scheduler"
+_WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
+"""Class of a wrapper -> where it has the model."""
+
+State = dict[str, object]
 
 
-class Stateful(Protocol):
-    """A scheduler or scaler."""
+class Scheduler(Protocol):
+    """A learning-rate scheduler, as far as it is used here."""
 
-    def state_dict(self) -> dict[str, object]: ...
+    def state_dict(self) -> State: ...
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
+    def load_state_dict(self, state_dict: State) -> None: ...
 
 
 def describe(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Stateful | None = None
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Scheduler | None = None
 ) -> Checkpoint:
     """A skeleton of live objects: names, layer kinds and axes, parameter order, class and hyperparameters.
 
-    It serves as `template` or `source_spec`; `ckptconv.schema.write_skeleton` makes a JSON file of it.
-    I/O: a temporary file without tensor bytes.
+    It serves as `template` or `source_spec`; `ckptconv.write_skeleton` makes a JSON file of it.
+    I/O: a temporary file with small arrays only.
+    Raises: template-unbuilt for lazy or meta parameters; template-mismatch for another model's optimizer.
     """
-    torch = _torch()
-    skip: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if hasattr(torch.serialization, "skip_data"):
-        skip = torch.serialization.skip_data()
-    with skip:
-        captured, _ = _captured(model, optimizer, scheduler)
-    return skeleton(captured)
+    return skeleton_of(_captured(_state(model, optimizer, scheduler, small=True), model, optimizer, Spill()))
 
 
 def capture(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: Stateful | None = None,
+    scheduler: Scheduler | None = None,
     *,
     progress: Mapping[str, Value] | None = None,
 ) -> Checkpoint:
     """The state of live objects as a document; `progress` gives the counters that they do not hold.
 
     I/O: a temporary file that lives as long as the document's tensors.
-    Raises: usage for an unknown progress field.
+    Raises: as `describe`; usage for an unknown progress field; target-unwritable.
     """
-    captured, _ = _captured(model, optimizer, scheduler)
-    return with_progress(captured, progress, "capture")
+    captured = _captured(_state(model, optimizer, scheduler), model, optimizer, Spill())
+    return with_progress(captured, progress)
 
 
 def restore(
     source: PathLike | Checkpoint,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
-    scheduler: Stateful | None = None,
+    scheduler: Scheduler | None = None,
     *,
     source_spec: PathLike | Checkpoint | None = None,
-    set_: Mapping[str, str] | None = None,
+    set_: Mapping[str, Value] | None = None,
     allow: Sequence[str] = (),
 ) -> Report:
-    """Put a checkpoint of any framework into live objects, in place; the report says what became of each item.
+    """Put a checkpoint of any framework into live objects, in place; the report accounts for every item.
 
-    Raises: as `ckptconv.convert`; nothing is changed then.
+    Parameters stay the objects that they are, with their device, dtype and ties.
+    Raises: as `ckptconv.convert` and `describe`; nothing is changed then.
     """
     torch = _torch()
-    template, spill = _captured(model, optimizer, scheduler)
+    spill = Spill()
+    template = describe(model, optimizer, scheduler)
     target = spill.path / "restored.pt"
-    report = conversion.convert(
-        source, target, template=template, source_spec=source_spec, set_=set_, allow=allow
+    report = convert(
+        source, target, template=template, source_spec=source_spec, set_=texts(set_), allow=allow
     )
     state = torch.load(target, map_location="cpu", weights_only=True, mmap=True)
-    model.load_state_dict(state[MODEL])
+    if optimizer is not None:
+        for group, live in zip(state[OPTIMIZER]["param_groups"], optimizer.param_groups, strict=True):
+            if "param_names" not in live:
+                group.pop("param_names", None)
+        if "precision-loss" not in allow:
+            _check_precision(state[OPTIMIZER], optimizer)
+        for entry in state[OPTIMIZER]["state"].values():
+            # `load_state_dict` keeps tensors that need no change: these would hold on to the mapped file.
+            entry.update((key, value.clone()) for key, value in entry.items() if torch.is_tensor(value))
+    _unwrapped(model).load_state_dict(state[MODEL])
     if optimizer is not None:
         optimizer.load_state_dict(state[OPTIMIZER])
     if scheduler is not None:
@@ -97,55 +109,137 @@ def restore(
 
 
 def _captured(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, scheduler: Stateful | None
-) -> tuple[Checkpoint, Spill]:
-    """The objects' document, with what only the live objects tell: kinds of layers, order, classes."""
+    state: State, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, spill: Spill
+) -> Checkpoint:
+    """The document of a training dictionary, with what only the live objects tell."""
     torch = _torch()
-    spill = Spill()
-    state: dict[str, object] = {MODEL: model.state_dict()}
+    path = Path(spill.path / "captured.pt")
+    with writing("training state"):
+        torch.save(state, path)
+    checkpoint = open(path, format="pytorch", dialect="plain")
+    spill.keep_for(checkpoint)
+    model = _unwrapped(model)
+    checkpoint = declared(checkpoint, dict(_layouts(model)), dict(_trainable(model)))
+    if optimizer is None:
+        return checkpoint
+    return of_class(checkpoint, type(optimizer), "torch", {})
+
+
+def _state(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Scheduler | None,
+    *,
+    small: bool = False,
+) -> State:
+    """The dictionary that a plain loop saves; `small`: large tensors by stand-ins of their shape and type."""
+    model = _unwrapped(model)
+    _check_built(model)
+    state: State = {MODEL: model.state_dict()}
     if optimizer is not None:
         state[OPTIMIZER] = _named(optimizer, model)
     if scheduler is not None:
         state[SCHEDULER] = scheduler.state_dict()
-    path = Path(spill.path / "captured.pt")
-    torch.save(state, path)
-    checkpoint = open(path, format="pytorch", dialect="plain")
-    checkpoint = declared(checkpoint, dict(_layouts(model)), _trainable(model))
-    if optimizer is not None:
-        checkpoint = with_optimizer(checkpoint, type(optimizer).__name__, {}, "describe")
-    return checkpoint, spill
+    return {key: _stand_in(value, {}) for key, value in state.items()} if small else state
 
 
-def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, object]:
+def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    while (inner := _WRAPPERS.get(type(model).__name__)) is not None:
+        model = getattr(model, inner)
+    return model
+
+
+def _check_built(model: torch.nn.Module) -> None:
+    torch = _torch()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            hint = "Run the model once on a batch: model(batch)."
+            raise unbuilt(MODEL, f"'{name}' of the model has no shape yet", hint)
+        if tensor.is_meta:
+            hint = "Give it memory: model.to_empty(device='cpu')."
+            raise unbuilt(MODEL, f"'{name}' of the model is on the meta device", hint)
+
+
+def _stand_in(value: object, seen: dict[object, torch.Tensor]) -> object:
+    """The same structure in which a large tensor is one element, repeated; views of one memory stay so."""
+    torch = _torch()
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.numel() * value.element_size() <= INLINE_NBYTES:
+            return value
+        view = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
+        if view not in seen:
+            seen[view] = torch.empty(1, dtype=value.dtype).zero_().expand(value.shape)
+        return seen[view]
+    if isinstance(value, dict):
+        result = copy.copy(value)  # keeps a state_dict's `_metadata`
+        result.update((key, _stand_in(part, seen)) for key, part in value.items())
+        return result
+    if isinstance(value, list):
+        return [_stand_in(part, seen) for part in value]
+    return value
+
+
+def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> State:
     """The optimizer's state_dict with the names of its parameters, which a live model tells."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = optimizer.state_dict()
     groups = []
-    for group, live in zip(state["param_groups"], optimizer.param_groups, strict=True):
+    for position, (group, live) in enumerate(zip(state["param_groups"], optimizer.param_groups, strict=True)):
         found = [names.get(id(parameter)) for parameter in live["params"]]
-        groups.append(group if None in found else {**group, "param_names": found})
+        if None in found:
+            raise MappingError(
+                Problem(
+                    code="template-mismatch",
+                    loc=(OPTIMIZER, "param_groups", position),
+                    message=f"{found.count(None)} of the group's {len(found)} parameters are not the model's",
+                    hint="Pass the model whose parameters the optimizer was made with.",
+                )
+            )
+        groups.append({**group, "param_names": found})
     return {**state, "param_groups": groups}
 
 
+def _check_precision(state: Mapping[str, Mapping[int, State]], optimizer: torch.optim.Optimizer) -> None:
+    """`load_state_dict` brings state to the type of its parameter without a word: here it is said before.
+
+    Raises: precision-loss.
+    """
+    torch = _torch()
+    live = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in state["state"].items():
+        for key, value in entry.items():
+            if key == "step" or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                continue
+            parameter = live[index]
+            if torch.promote_types(value.dtype, parameter.dtype) != parameter.dtype:
+                raise LossError.of(
+                    "precision-loss",
+                    f"'{key}' of parameter {index} is {value.dtype}, PyTorch keeps it as {parameter.dtype}",
+                    "Use a model of the source's precision, or allow precision-loss.",
+                    loc=(OPTIMIZER, "state", index, key),
+                )
+
+
 def _layouts(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, str, tuple[str, ...]]]]:
-    for prefix, module in model.named_modules():
+    """What each parameter and buffer is, as far as the catalog knows its module's class."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
         kind = layers.kind_of_class("torch", type(module), module)
         if kind is None:
             continue
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for suffix, tensor in own:
+        for suffix, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             layout = layers.declared("torch", kind, suffix, tuple(tensor.shape))
             if layout is not None:
                 yield f"{prefix}.{suffix}" if prefix else suffix, (kind, *layout)
 
 
-def _trainable(model: torch.nn.Module) -> dict[str, bool]:
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
-    flags.update(dict.fromkeys((name for name, _ in model.named_buffers()), False))
-    return flags
+def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, bool]]:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        yield name, parameter.requires_grad
+    for name, _ in model.named_buffers(remove_duplicate=False):
+        yield name, False
 
 
-def _torch():  # type: ignore[no-untyped-def]
+def _torch() -> ModuleType:
     try:
         import torch
     except ImportError as error:

@@ -23,6 +23,7 @@ __all__ = [
     "Candidate",
     "candidates",
     "declared",
+    "initial_value",
     "is_framework_only",
     "keras_candidates",
     "kind_of_class",
@@ -72,6 +73,8 @@ class _Table:
     kinds: Mapping[str, _Kind]
     only: Mapping[str, str]
     """Role -> the one framework that has it."""
+    inits: Mapping[str, float]
+    """Role -> its value in a new model, where every new model has the same."""
     roles: tuple[str, ...]
 
     keys: Mapping[str, frozenset[str]]
@@ -82,13 +85,15 @@ class _Table:
 def _table() -> _Table:
     record = load("layers.json")
     record.text("source")
-    only, names = {}, []
+    only, names, inits = {}, [], {}
     for role, entry in record.records("roles"):
         entry.text("definition")
         names.append(role)
         framework = entry.optional_text("only")
         if framework is not None:
             only[role] = framework
+        if entry.has("init"):
+            inits[role] = entry.number("init")
         entry.close()
     found = {name: _kind(name, entry, names) for name, entry in record.records("kinds")}
     foreign = record.record("foreign_keys")
@@ -99,7 +104,7 @@ def _table() -> _Table:
         for framework in sorted(_FRAMEWORKS)
     }
     foreign.close()
-    table = _Table(kinds=found, only=only, roles=tuple(names), keys=keys)
+    table = _Table(kinds=found, only=only, inits=inits, roles=tuple(names), keys=keys)
     record.close()
     return table
 
@@ -147,6 +152,11 @@ def roles() -> tuple[str, ...]:
 def is_framework_only(role: str) -> bool:
     """Whether only one framework has variables of this role (torch's `batch_count`)."""
     return role in _table().only
+
+
+def initial_value(role: str) -> float | None:
+    """What a variable of a role that only one framework has is in every new model; None where it differs."""
+    return _table().inits.get(role)
 
 
 def same_layer(kind: str, other: str) -> bool:

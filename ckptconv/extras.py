@@ -1,0 +1,116 @@
+"""Arrays that are neither matched parameters nor slots: where the source's go, whence the target's come.
+
+Between two checkpoints of one dialect an array goes where it was. Otherwise the source's stay behind and the
+target has what its template has: counters of files, states of generators, metrics. A template that is a
+skeleton has values only of what is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptconv.catalog import layers
+from ckptconv.document import Block, Checkpoint
+from ckptconv.errors import Problem
+from ckptconv.report import Entry
+from ckptconv.tensor import FilledTensor, MissingTensor, TensorRef
+
+_ARRAYS_ALONE = frozenset({"tensorflow", "torch-cpu", "torch-cuda"})
+"""Libraries whose generators have their whole state in one array; others have numbers beside it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extras:
+    """The target's extra arrays, and the account."""
+
+    tensors: Mapping[str, TensorRef]
+    ledger: tuple[Entry, ...]
+    problems: tuple[Problem, ...]
+
+
+def place_extras(source: Checkpoint, template: Checkpoint) -> Extras:
+    """The template's extras, with the source's values where both are of one dialect."""
+    carried = {key: source.extras[key] for key in _in_place(source, template)}
+    ledger = [Entry(item=("extra", key), fate="copied", target=key) for key in carried]
+    ledger += _left(source, carried)
+    problems = []
+    for key, tensor in template.extras.items():
+        if key in carried:
+            continue
+        ledger.append(kept_from_template(key))
+        if isinstance(tensor, MissingTensor):
+            problems.append(_no_value(("template", key), key))
+    return Extras(tensors={**template.extras, **carried}, ledger=tuple(ledger), problems=tuple(problems))
+
+
+def kept_from_template(name: str) -> Entry:
+    """The account of what the source cannot have."""
+    return Entry(
+        item=("template", name),
+        fate="kept-from-template",
+        target=name,
+        detail="only the target's framework has it",
+    )
+
+
+def own_param(name: str, role: str, tensor: TensorRef) -> tuple[TensorRef, Entry, tuple[Problem, ...]]:
+    """The value of a parameter that no source parameter makes: the template's, else its role's first one."""
+    if not isinstance(tensor, MissingTensor):
+        return tensor, kept_from_template(name), ()
+    init = layers.initial_value(role)
+    if init is None:
+        return tensor, kept_from_template(name), (_no_value(("params", name), name),)
+    created = Entry(
+        item=("template", name),
+        fate="created",
+        target=name,
+        detail=f"only the target's framework has it, the template holds no value; a new model has {init:g}",
+    )
+    return FilledTensor(spec=tensor.spec, value=init), created, ()
+
+
+def _no_value(loc: tuple[str, str], name: str) -> Problem:
+    return Problem(
+        code="template-mismatch",
+        loc=loc,
+        message=f"the template is a skeleton and holds no value of '{name}', which the source cannot have",
+        hint="Use the template's checkpoint itself, or make the skeleton again with write_skeleton().",
+    )
+
+
+def _in_place(source: Checkpoint, template: Checkpoint) -> Iterator[str]:
+    """Extras that the template has at the same place, of the same type and shape."""
+    theirs, own = source.provenance, template.provenance
+    if (theirs.format, theirs.dialect) != (own.format, own.dialect):
+        return
+    in_parts = {
+        key
+        for block in (*source.rng, *source.data)
+        if block.library not in _ARRAYS_ALONE
+        for key in block.tensors
+    }
+    for key, tensor in source.extras.items():
+        place = template.extras.get(key)
+        if place is not None and place.spec == tensor.spec and key not in in_parts:
+            yield key
+
+
+def _left(source: Checkpoint, carried: Mapping[str, TensorRef]) -> Iterator[Entry]:
+    blocks: tuple[Block, ...] = (*source.rng, *source.data)
+    for block in blocks:
+        if block.tensors and all(key in carried for key in block.tensors):
+            continue
+        yield Entry(
+            item=("residue", block.name),
+            fate="left",
+            detail=f"{block.library} state cannot change framework; --keep holds it for the way back",
+        )
+    in_blocks = {key for block in blocks for key in block.tensors}
+    for key in source.extras:
+        if key not in in_blocks and key not in carried:
+            yield Entry(
+                item=("extra", key),
+                fate="left",
+                detail="the source's framework alone knows it; --keep holds it for the way back",
+            )
