@@ -35,9 +35,12 @@ def test_valid(path):
     assert schema.validate_manifest(content["input"]) == []
     manifest = content["input"]
     if manifest["residue"] is None or "inline" in manifest["residue"]:
-        back = schema.to_json(schema.from_json(manifest))
+        back = schema.to_json(schema.from_json(manifest), values=True)
         assert schema.validate_manifest(back) == []
-        assert schema.from_json(back) == schema.from_json(manifest)
+        assert schema.to_json(schema.from_json(back), values=True) == back
+        assert [item.get("value") for item in (*back["params"], *back["extras"])] == [
+            item.get("value") for item in (*manifest["params"], *manifest["extras"])
+        ]
 
 
 @pytest.mark.parametrize("path", INVALID, ids=lambda path: path.stem)
