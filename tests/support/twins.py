@@ -6,6 +6,7 @@ becomes one of Keras'. It knows nothing of ckptconv; both directions are compare
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from tests.support.command import convert_here
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -248,6 +251,42 @@ def assert_equal(
             assert row.torch in fresh or np.any(array)
             np.testing.assert_array_equal(have[slot], row.to_keras(array), err_msg=f"{row.torch} {slot}")
     assert int(theirs.optimizer.iterations) == STEP
+
+
+def both_ways(
+    torch_model: Callable[[], Any],
+    keras_model: Callable[[], Any],
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    kind: str = "keras3",
+    allow: Sequence[str] = (),
+) -> None:
+    """Convert a run of either framework onto a fresh template of the other, and compare everything."""
+    allowed = [argument for code in allow for argument in ("--allow", code)]
+    ours = torch_run(torch_model(), 1)
+    template = keras_run(kind, keras_model(), 2, step=0).save(folder / "fresh" / "ckpt")
+    converted = convert_here(ours.save(folder / "run.pt"), folder / "out-1", "--template", template, *allowed)
+    assert_equal(ours, keras_run(kind, keras_model(), 3, step=0).load(converted), rows)
+
+    theirs = keras_run(kind, keras_model(), 4)
+    fresh = torch_run(torch_model(), 5).save(folder / "fresh.pt")
+    source = theirs.save(folder / "run" / "ckpt")
+    converted = convert_here(source, folder / "out.pt", "--template", fresh, *allowed)
+    resumed = torch_run(torch_model(), 6).load(converted)
+    assert_equal(resumed, theirs, rows)
+    assert steps(resumed) == {STEP}
+
+
+def ledger(report: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a report by their item, `param/0.weight`."""
+    entries = json.loads(report.read_text())["ledger"]
+    return {"/".join(map(str, entry["item"])): entry for entry in entries}
+
+
+def codes(problems: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """(code, last part of the place) of problems, sorted."""
+    return sorted((problem["code"], str(problem["loc"][-1])) for problem in problems)
 
 
 def steps(run: TorchRun) -> set[int]:
