@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptconv import dtypes, mapping, note
@@ -13,8 +13,11 @@ from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.goal import Goal
 from ckptconv.ops import Cast
+from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
 from ckptconv.report import ALLOWABLE, Entry
 from ckptconv.transfer import Transfer, progress_entries, transfer
+
+_PLAIN = (bool, int, float, str)
 
 
 def allowed_codes(codes: Sequence[str]) -> frozenset[str]:
@@ -55,7 +58,23 @@ def plan(checkpoint: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
         result = Transfer(checkpoint=kept, ledger=(), problems=unready)
     else:
         result = _onto_template(kept, goal.template, goal, wishes)
-    return replace(result, ledger=(*dropped, *result.ledger))
+    return replace(
+        result, ledger=(*dropped, *result.ledger, *_left_in_residue(checkpoint, result.checkpoint))
+    )
+
+
+def _left_in_residue(source: Checkpoint, target: Checkpoint) -> Iterator[Entry]:
+    """What of the source's file was not lifted and the target does not have, in the largest parts."""
+    if source.residue is None or source.residue is target.residue:
+        return
+    pending: list[tuple[Path, Node]] = [((), source.residue.root)]
+    while pending:
+        path, node = pending.pop()
+        if not any(isinstance(leaf, Lifted) for _, leaf in walk(node)):
+            detail = node.name if isinstance(node, Opaque) else repr(node) if isinstance(node, _PLAIN) else ""
+            yield Entry(item=("residue", *path), fate="left", detail=detail[:80])
+        elif not isinstance(node, Lifted):
+            pending += reversed([((*path, step), part) for step, part in children(node)])
 
 
 def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:

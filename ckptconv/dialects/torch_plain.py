@@ -22,6 +22,7 @@ from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.dialects.torch_lower import rebuild_state, settle
 from ckptconv.dialects.torch_modules import Module, is_module_state, is_state_dict, lift_module
 from ckptconv.dialects.torch_note import lift_note, note_of, with_note
+from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
@@ -87,6 +88,7 @@ class Plain:
             raise FormatError.of(
                 "unknown-dialect", "the file holds no dictionary", "See: ckptconv inspect --raw.", loc=()
             )
+        refuse_repeated_keys(root)
         survey, lifter = _survey(root), Lifter(root)
         modules = _lift_models(root, survey.models, lifter)
         params = {name: param for module in modules for name, param in module.params.items()}
@@ -107,7 +109,7 @@ class Plain:
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),
             provenance=provenance(raw, self.name, evidence),
-            oddities=(*odd, *odd_schedules, *odd_progress),
+            oddities=(*odd, *odd_schedules, *odd_progress, *named_code(root)),
         )
         return lift_note(checkpoint, root)
 

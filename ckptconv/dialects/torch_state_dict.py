@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.dialects.torch_modules import is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
 from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
@@ -45,6 +46,7 @@ class StateDict:
             raise FormatError.of(
                 "unknown-dialect", "the file holds no dictionary", "See: ckptconv inspect --raw.", loc=()
             )
+        refuse_repeated_keys(raw.root)
         lifter = Lifter(raw.root)
         module = lift_module(raw.root, (), lifter)
         extras = lift_rest(raw.root, lifter)
@@ -56,6 +58,7 @@ class StateDict:
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),
             provenance=provenance(raw, self.name, self.detect(raw)),
+            oddities=named_code(raw.root),
         )
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
