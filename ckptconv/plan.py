@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptconv import dtypes, mapping, note
 from ckptconv.dialects.base import DIALECTS
+from ckptconv.dialects.residue import scalar_tensor
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
+from ckptconv.extras import kept_from_template
 from ckptconv.goal import Goal
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
@@ -85,7 +88,25 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
     problems = (*unsolved, *result.problems)
     if problems:
         return replace(result, problems=problems)
+    result = _numbered(result, goal)
     return replace(result, checkpoint=_with_note(result.checkpoint, kept))
+
+
+def _numbered(result: Transfer, goal: Goal) -> Transfer:
+    """The file's number as its name tells it: after `ckpt-9` a CheckpointManager writes `ckpt-10`."""
+    key, name = goal.dialect.save_counter, goal.path.name
+    number = re.search(r"-([0-9]{1,18})$", name)
+    kept = kept_from_template(key) if key is not None else None
+    if key is None or number is None or kept not in result.ledger:
+        return result
+    counter = result.checkpoint.extras[key]
+    value = scalar_tensor(int(number[1]), counter.dtype.name, counter.shape)
+    created = replace(kept, fate="created", detail=f"the number in the name '{name}'")
+    return replace(
+        result,
+        checkpoint=replace(result.checkpoint, extras={**result.checkpoint.extras, key: value}),
+        ledger=tuple(created if entry == kept else entry for entry in result.ledger),
+    )
 
 
 def _code_to_allow(problem: Problem) -> str:

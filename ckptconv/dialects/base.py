@@ -39,6 +39,8 @@ class Dialect(Protocol):
     """One line for `ckptconv formats`."""
     needs_template: bool
     """Whether a tree can only be written where a residue (own or a template's) gives its structure."""
+    save_counter: str | None
+    """The extra array in which a file says which one it is of its run; None where there is none."""
 
     def detect(self, raw: RawTree) -> Detection | None:
         """Whether this convention made the tree."""

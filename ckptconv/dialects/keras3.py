@@ -16,6 +16,7 @@ from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_document import lift
 from ckptconv.document import Checkpoint
 from ckptconv.errors import Problem
+from ckptconv.formats.object_graph import SAVE_COUNTER_KEY
 from ckptconv.rawtree import RawTree
 
 
@@ -26,6 +27,7 @@ class Keras3:
     format = "tensorflow"
     framework: str | None = "keras3"
     needs_template = True
+    save_counter: str | None = SAVE_COUNTER_KEY
     summary = "Keras 3 model and optimizer saved with tf.train.Checkpoint"
 
     def detect(self, raw: RawTree) -> Detection | None:

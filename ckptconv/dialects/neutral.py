@@ -92,6 +92,7 @@ class Neutral:
     framework: str | None = None
     summary = "the neutral document with its tensors and residue"
     needs_template = False
+    save_counter: str | None = None
 
     def detect(self, raw: RawTree) -> Detection | None:
         """The manifest says it."""

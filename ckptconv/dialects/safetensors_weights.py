@@ -25,6 +25,7 @@ class Weights:
     framework: str | None = None
     summary = "parameters by name; progress in the embedded note"
     needs_template = False
+    save_counter: str | None = None
 
     def detect(self, raw: RawTree) -> Detection | None:
         """Every safetensors file is taken for weights."""

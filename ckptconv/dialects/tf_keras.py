@@ -16,6 +16,7 @@ from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_document import lift
 from ckptconv.document import Checkpoint
 from ckptconv.errors import Problem
+from ckptconv.formats.object_graph import SAVE_COUNTER_KEY
 from ckptconv.rawtree import RawTree
 
 
@@ -26,6 +27,7 @@ class TfKeras:
     format = "tensorflow"
     framework: str | None = "tf_keras"
     needs_template = True
+    save_counter: str | None = SAVE_COUNTER_KEY
     summary = "tf_keras model and optimizer (TF >= 2.11) saved with tf.train.Checkpoint or save_weights"
 
     def detect(self, raw: RawTree) -> Detection | None:
@@ -64,6 +66,7 @@ class TfKerasLegacy:
     format = "tensorflow"
     framework: str | None = "tf_keras_legacy"
     needs_template = True
+    save_counter: str | None = SAVE_COUNTER_KEY
     summary = "tf_keras model and legacy optimizer (TF <= 2.10, tf_keras.optimizers.legacy)"
 
     def detect(self, raw: RawTree) -> Detection | None:

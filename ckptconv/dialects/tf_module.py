@@ -25,6 +25,7 @@ from ckptconv.document import Checkpoint
 from ckptconv.errors import MappingError, Problem
 from ckptconv.formats.object_graph import (
     OBJECT_GRAPH_KEY,
+    SAVE_COUNTER_KEY,
     VARIABLE_VALUE,
     Attribute,
     Edge,
@@ -49,6 +50,7 @@ class TfModule:
     format = "tensorflow"
     framework: str | None = None
     needs_template = False
+    save_counter: str | None = SAVE_COUNTER_KEY
     summary = "tf.Module or any tf.train.Checkpoint; written without a template too (weights)"
 
     def detect(self, raw: RawTree) -> Detection | None:

@@ -65,6 +65,7 @@ class Plain:
     format = "pytorch"
     framework: str | None = "torch"
     needs_template = True
+    save_counter: str | None = None
     summary = "dictionary of a plain training loop: model, optimizer, scheduler, counters"
 
     def detect(self, raw: RawTree) -> Detection | None:

@@ -30,6 +30,7 @@ class StateDict:
     format = "pytorch"
     framework: str | None = "torch"
     needs_template = False
+    save_counter: str | None = None
     summary = "bare model.state_dict(): weights and buffers only"
 
     def detect(self, raw: RawTree) -> Detection | None:

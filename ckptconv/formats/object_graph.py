@@ -175,6 +175,10 @@ def variable_key(path: tuple[str, ...]) -> str:
     return "/".join(escape(name) for name in path) + ATTRIBUTES + VARIABLE_VALUE
 
 
+SAVE_COUNTER_KEY = variable_key(("save_counter",))
+"""Where `tf.train.Checkpoint` counts the files that it has saved."""
+
+
 def _node(message: protos.TrackableObject) -> Node:
     saver = None
     if message.HasField("registered_saver"):
