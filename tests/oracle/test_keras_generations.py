@@ -139,7 +139,7 @@ def where(run: Run, value: np.ndarray) -> str:
 
 
 def restored_natively(source: str, target: str, algorithm: str, folder: Path) -> tuple[Run, Run]:
-    """(the trained run, a run that restored its checkpoint without a conversion); matrices of one shape only."""
+    """(the trained run, one that restored its checkpoint unconverted); only matrices, all of one shape."""
     trained = Run(source, algorithm, seed=1, bias=False)
     trained.train(STEPS)
     control = Run(target, algorithm, seed=4, bias=False)
