@@ -29,6 +29,7 @@ from ckptconv.mapping import Cover, Pair
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Path, transform, walk
 from ckptconv.report import Entry, Fate, OptimizerVerdict
+from ckptconv.schedules import place_schedules
 from ckptconv.supply import CONVENTIONS, COUNT, LAST
 from ckptconv.tensor import FilledTensor, Op, TensorRef, TensorSpec
 
@@ -99,16 +100,16 @@ def transfer(
     _source_only(source, cover, account)
     account.merged = frozenset(merge.source for merge in cover.merged)
     optimizers = _optimizers(source, template, pairs, account)
-    _schedules(source, template, account)
-    extras = place_extras(source, template)
-    account.ledger += extras.ledger
-    account.problems += extras.problems
+    schedules, extras = place_schedules(source, template, account.allow), place_extras(source, template)
+    account.ledger += (*schedules.ledger, *extras.ledger)
+    account.problems += (*schedules.problems, *extras.problems)
     account.ledger += progress_entries(replace(template, progress=source.progress))
     checkpoint = replace(
         template,
         progress=source.progress,
         params=params,
         optimizers=optimizers,
+        schedules=schedules.schedules,
         extras=extras.tensors,
         provenance=replace(
             source.provenance,
@@ -553,31 +554,6 @@ def _without_place(origin: Optimizer, consumed: frozenset[str], account: _Accoun
                         allowed_by="state-dropped",
                     )
                 )
-
-
-def _schedules(source: Checkpoint, template: Checkpoint, account: _Account) -> None:
-    """A schedule crosses to another framework only when the catalog can rebuild it, which it cannot yet."""
-    found = [(s, "source") for s in source.schedules] + [(s, "template") for s in template.schedules]
-    for schedule, side in found:
-        allowed = account.refuse(
-            Problem(
-                code="schedule-unsupported",
-                loc=("schedules", schedule.name),
-                message=f"the {side} has a learning-rate schedule ({schedule.family}, "
-                f"position {value_of(schedule.position)}), and schedules do not cross frameworks yet",
-                hint="--allow schedule-unsupported carries the learning rate of the next update and leaves "
-                "the schedule itself to the target's code; its position stays in the embedded note.",
-            )
-        )
-        if allowed and side == "source":
-            account.ledger.append(
-                Entry(
-                    item=("position", schedule.name),
-                    fate="noted",
-                    detail=f"{schedule.family} at {value_of(schedule.position)}; the learning rate is frozen",
-                    allowed_by="schedule-unsupported",
-                )
-            )
 
 
 def progress_entries(checkpoint: Checkpoint) -> Iterator[Entry]:

@@ -22,6 +22,8 @@ class Family:
     """torch's classes."""
     keys: frozenset[str]
     """Keys of the state_dict that, all together, tell it."""
+    is_numeric: bool
+    """Whether its state is numbers alone: then another object of the class goes on where it stood."""
 
 
 @cache
@@ -37,6 +39,7 @@ def _table() -> Mapping[str, Family]:
             definition=entry.text("definition"),
             classes=torch.texts("classes"),
             keys=frozenset(torch.texts("keys")),
+            is_numeric=torch.flag("numbers_alone", False),
         )
         torch.close()
         entry.close()
