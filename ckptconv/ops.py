@@ -42,7 +42,7 @@ def _fixed(op: object, spec: TensorSpec) -> TensorSpec:
     return spec
 
 
-def _within(op: Scale | Cast, before: Array, after: Array) -> Array:
+def _within(op: Scale | Shift | Cast, before: Array, after: Array) -> Array:
     """`after`, if no finite value of `before` has left the range of its dtype."""
     lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
     if lost:
@@ -325,6 +325,46 @@ class Scale(PlainOp):
 
 
 @dataclass(frozen=True, slots=True)
+class Shift(PlainOp):
+    """Add a number; the sum is rounded once, to the tensor's dtype."""
+
+    offset: float
+
+    def inverse(self) -> Shift:
+        return Shift(-self.offset)
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        (spec,) = inputs
+        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+            raise _misfit(self, spec, "Only floating-point numbers are shifted.")
+        return spec
+
+    def view(self, tensor: StoredTensor) -> StoredTensor | None:
+        return tensor if self.offset == 0.0 else None
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        return self.of(inputs[0].block(start, stop))
+
+    def of(self, part: Array) -> Array:
+        """The sum of each element and the offset.
+
+        Raises: precision-loss where a finite value would become infinite.
+        """
+        wide = np.complex128 if part.dtype.kind == "c" else np.float64
+        with np.errstate(all="ignore"):
+            total = np.asarray(part.astype(wide) + self.offset).astype(part.dtype)
+        return _within(self, part, total)
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
+
+    def to_json(self) -> dict[str, object]:
+        return {"op": "shift", "offset": self.offset}
+
+
+@dataclass(frozen=True, slots=True)
 class Cast(PlainOp):
     """Convert to another dtype; exact where the target holds every value of the source."""
 
@@ -401,14 +441,14 @@ class Cast(PlainOp):
 
 def _below_elementwise(op: Permute | Reshape | Slice, tensor: DerivedTensor) -> TensorRef | None:
     """Move `op` below an op that treats every element alike: there it can become a view of stored bytes."""
-    if not isinstance(tensor.op, (Scale, Cast)):
+    if not isinstance(tensor.op, (Scale, Shift, Cast)):
         return None
     (part,) = tensor.parts
     return part.apply(op).apply(tensor.op)
 
 
 def _elementwise_windows(
-    op: Scale | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
+    op: Scale | Shift | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
 ) -> Iterator[Bytes]:
     after = op.spec((tensor.spec,)).dtype.itemsize
     room = max(min(nbytes, nbytes * tensor.dtype.itemsize // after), 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ckptconv import dtypes, ops
 from ckptconv.errors import CkptError
-from ckptconv.ops import Cast, Concat, Permute, Reshape, Scale, Slice
+from ckptconv.ops import Cast, Concat, Permute, Reshape, Scale, Shift, Slice
 from ckptconv.tensor import DerivedTensor, FilledTensor, StoredTensor, TensorRef, TensorSpec
 
 
@@ -39,7 +39,7 @@ def chains(draw: st.DrawFn):
         shape += (0,)
     steps, current = [], shape
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["permute", "reshape", "slice", "concat", "scale", "hide"]))
+        kind = draw(st.sampled_from(["permute", "reshape", "slice", "concat", "scale", "shift", "hide"]))
         op: object = kind
         if kind == "permute":
             op = Permute(tuple(draw(st.permutations(range(len(current))))))
@@ -57,6 +57,8 @@ def chains(draw: st.DrawFn):
             current = tuple(n * 2 if a == op.axis else n for a, n in enumerate(current))
         elif kind == "scale":
             op = Scale(2.0)
+        elif kind == "shift":
+            op = Shift(0.5)
         steps.append(op)
     return shape, steps
 
@@ -76,6 +78,8 @@ def run(array: np.ndarray, lazy: TensorRef, steps) -> tuple[np.ndarray, TensorRe
                 array, lazy = np.concatenate([array, array], op.axis), lazy.apply(op, lazy)
             case Scale():
                 array, lazy = array * np.float32(op.factor), lazy.apply(op)
+            case Shift():
+                array, lazy = array + np.float32(op.offset), lazy.apply(op)
             case "hide" if array.ndim:
                 lazy = hidden(lazy)
     return array, lazy
@@ -113,7 +117,7 @@ def test_inverse_of_permute(order) -> None:
 def test_inverses() -> None:
     array = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
     lazy = StoredTensor.of_array(array)
-    for op in (Reshape((4, 6), (3, 8)), Scale(0.25), Scale(-2.0)):
+    for op in (Reshape((4, 6), (3, 8)), Scale(0.25), Scale(-2.0), Shift(0.0)):
         np.testing.assert_array_equal(lazy.apply(op).apply(op.inverse()).read(), array)
     parts = [lazy.apply(Slice(1, 0, 2)), lazy.apply(Slice(1, 2, 6))]
     np.testing.assert_array_equal(parts[0].apply(Concat(1), parts[1]).read(), array)
@@ -156,6 +160,7 @@ def test_cast_keeps_or_refuses(source: str, target: str) -> None:
         (np.array([-1]), Cast("uint64")),
         (np.array([2**24 + 1]), Cast("float32")),
         (np.array([3e38], np.float32), Scale(2.0)),
+        (np.array([3e38], np.float32), Shift(3e38)),
     ],
 )
 def test_what_does_not_fit_is_an_error(values, op) -> None:
@@ -186,6 +191,7 @@ STRING = TensorSpec(dtype=dtypes.BY_NAME["string"], shape=(2,), encoded_nbytes=6
         (Concat(0), STRING),
         (Cast("uint8"), STRING),
         (Scale(2.0), STRING),
+        (Shift(2.0), STRING),
         (Scale(2.0), TensorSpec(dtype=dtypes.BY_NAME["int32"], shape=(2,))),
         (Cast("float32"), TensorSpec(dtype=dtypes.BY_NAME["qint8"], shape=(2,))),
         (Cast("float32"), TensorSpec(dtype=dtypes.BY_NAME["complex64"], shape=(2,))),

@@ -466,6 +466,7 @@ def test_a_report_is_valid():
         ops.Slice(0, 0, 1),
         ops.Concat(0),
         ops.Scale(0.5),
+        ops.Shift(0.25),
         ops.Cast("float16"),
         AsBytes(),
         FromBytes("float32", (2,)),
