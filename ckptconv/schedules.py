@@ -84,7 +84,7 @@ def _refused(schedule: Schedule, side: str) -> Problem:
         code="schedule-unsupported",
         loc=("schedules", schedule.name),
         message=f"the {side} has a learning-rate schedule ({schedule.family}, "
-        f"position {value_of(schedule.position)}), the other side has none like it, and schedules do not cross yet",
+        f"position {value_of(schedule.position)}), the other side none like it; schedules do not cross yet",
         hint="--allow schedule-unsupported carries the learning rate of the next update and leaves the "
         "schedule itself to the target's code; its position stays in the embedded note.",
     )

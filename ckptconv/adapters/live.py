@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +32,8 @@ class Spill:
     """A temporary directory for what a framework writes and reads; it goes with the last who refers to it."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix=SPILL_PREFIX)
-        self.path = Path(self._directory.name)
+        self.path = Path(tempfile.mkdtemp(prefix=SPILL_PREFIX))
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def keep_for(self, checkpoint: Checkpoint) -> None:
         """Let the directory live as long as the document's tensors can be read."""

@@ -17,7 +17,7 @@ from ckptconv.adapters.live import Spill, declared, of_class, texts, unbuilt, wi
 from ckptconv.catalog import layers
 from ckptconv.convert import convert
 from ckptconv.detect import PathLike, open
-from ckptconv.document import Checkpoint, Value
+from ckptconv.document import Checkpoint, Known, Unknown, Value
 from ckptconv.errors import LossError, MappingError, Problem, missing_extra
 from ckptconv.report import Report
 from ckptconv.skeleton import INLINE_NBYTES, skeleton_of
@@ -65,6 +65,8 @@ def capture(
     Raises: as `describe`; usage for an unknown progress field; target-unwritable.
     """
     captured = _captured(_state(model, optimizer, scheduler), model, optimizer, Spill())
+    if optimizer is not None and not optimizer.state:
+        captured = _never_stepped(captured)
     return with_progress(captured, progress)
 
 
@@ -197,6 +199,25 @@ def _named(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> State:
             )
         groups.append({**group, "param_names": found})
     return {**state, "param_groups": groups}
+
+
+def _never_stepped(checkpoint: Checkpoint) -> Checkpoint:
+    """Of a file an empty state may be left out; a live optimizer without state has done nothing yet.
+
+    Where the class keeps no state at all, its emptiness tells nothing.
+    """
+    (optimizer,) = checkpoint.optimizers
+    if not isinstance(optimizer.step, Unknown) or not optimizer.step.candidates:
+        return checkpoint
+    (reading,) = optimizer.step.candidates
+    step = Known(
+        value=reading.value, status="derived", source=reading.source, formula="0 while there is no state"
+    )
+    return replace(
+        checkpoint,
+        optimizers=(replace(optimizer, step=step),),
+        progress=replace(checkpoint.progress, step=step),
+    )
 
 
 def _check_precision(state: Mapping[str, Mapping[int, State]], optimizer: torch.optim.Optimizer) -> None:
