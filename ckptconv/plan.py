@@ -84,6 +84,7 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
     frameworks = (_framework(kept), goal.dialect.framework or "torch")
     cover = mapping.match(kept, template, frameworks=frameworks)
     unsolved = tuple(p for p in cover.problems if _code_to_allow(p) not in wishes.allowed)
+    cover = replace(cover, problems=unsolved)
     result = transfer(kept, template, cover, allow=wishes.allowed, conventions=wishes.conventions)
     problems = (*unsolved, *result.problems)
     if problems:

@@ -1,4 +1,4 @@
-"""From a source document and a template's document to the document that is written: every value found its place.
+"""From a source document and a template's to the document that is written: every value finds its place.
 
 The result has the template's names, axes, dtypes, groups and residue, and the source's values. Each item
 of the source is in the ledger with what became of it.
@@ -17,10 +17,12 @@ from ckptconv.catalog.slots import SlotConversion
 from ckptconv.document import (
     PROGRESS_FIELDS,
     Checkpoint,
+    Fact,
     Known,
     Optimizer,
     Param,
     Unknown,
+    Value,
     value_of,
 )
 from ckptconv.errors import Loc, Problem
@@ -55,6 +57,8 @@ class _Account:
     """What is collected on the way."""
 
     allow: frozenset[str]
+    incomplete: bool
+    """Whether parameters lack partners: what follows from that is not said again."""
     ledger: list[Entry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     verdicts: list[OptimizerVerdict] = field(default_factory=list)
@@ -84,7 +88,7 @@ def transfer(
     `conventions`: how bare counters of the target are meant (`supply.CONVENTIONS`).
     Every problem is collected; nothing is read but what is in memory already.
     """
-    account = _Account(allow)
+    account = _Account(allow, incomplete=bool(cover.problems))
     template = _with_conventions(template, conventions, account)
     pairs = {pair.target: pair for pair in cover.pairs}
     masters = {
@@ -153,9 +157,10 @@ def _with_conventions(template: Checkpoint, conventions: Mapping[str, str], acco
             Problem(
                 code="progress-unknown",
                 loc=path,
-                message=f"the target has a counter at '{where}', and whether it counts what is finished or names "
-                "the last one is not recorded",
-                hint=f"Pass --set {name}=N --set {setting}={COUNT} (or {LAST}), or leave the key out of the template."
+                message=f"the target has a counter at '{where}', and whether it counts what is finished or "
+                "names the last one is not recorded",
+                hint=f"Pass --set {name}=N --set {setting}={COUNT} (or {LAST}), or leave the key out of "
+                "the template."
                 if setting
                 else f"Leave the key out of the template; {name} is in the embedded note.",
             )
@@ -284,7 +289,10 @@ def _optimizers(
     result = []
     for target in template.optimizers:
         partner = partners.get(target.name)
-        result.append(target if partner is None else _optimizer(partner, target, source, pairs, account))
+        if partner is None:
+            result.append(_cold(target, source, account))
+        else:
+            result.append(_optimizer(partner, target, source, pairs, account))
     return tuple(result)
 
 
@@ -293,8 +301,9 @@ def _no_place(optimizer: Optimizer, account: _Account) -> None:
         Problem(
             code="state-dropped",
             loc=("optimizers", optimizer.name),
-            message=f"the template has no optimizer for the state of '{optimizer.name}' ({optimizer.algorithm})",
-            hint="Use a template with a built optimizer, or --allow state-dropped to carry the weights alone.",
+            message=f"the template has no optimizer for the state of '{optimizer.name}' "
+            f"({optimizer.algorithm})",
+            hint="Use a template with a built optimizer, or --allow state-dropped to carry weights alone.",
         )
     )
     if allowed:
@@ -318,28 +327,49 @@ def _partners(source: Checkpoint, template: Checkpoint, account: _Account) -> di
     for target in template.optimizers:
         if target.name in names:
             partners[target.name] = names.pop(target.name)
-        elif account.refuse(
-            Problem(
-                code="slots-missing",
-                loc=("optimizers", target.name),
-                message=f"the template's optimizer '{target.name}' has no counterpart in the source "
-                f"({', '.join(o.name for o in source.optimizers) or 'which has no optimizer state'}): "
-                "it would start cold",
-                hint="Use a template without an optimizer, or --allow slots-missing.",
-            )
-        ):
-            account.ledger.append(
-                Entry(
-                    item=("template", target.name),
-                    fate="kept-from-template",
-                    target=target.name,
-                    detail="fresh state: the source has no optimizer",
-                    allowed_by="slots-missing",
-                )
-            )
     for left in names.values():
         _no_place(left, account)
     return partners
+
+
+def _cold(target: Optimizer, source: Checkpoint, account: _Account) -> Optimizer:
+    """An optimizer of the template that the source has no state for: fresh slots under the run's step.
+
+    A step without its slots is no better than a cold start, so both need the caller's word.
+    """
+    known = row(target.algorithm, target.framework)
+    keeps_state = bool(target.slots) or known is None or bool(known.slots_present({}))
+    if keeps_state:
+        names = ", ".join(f"'{o.name}'" for o in source.optimizers)
+        account.refuse(
+            Problem(
+                code="slots-missing",
+                loc=("optimizers", target.name),
+                message=f"the template's optimizer '{target.name}' would start cold: the source has "
+                + (f"the state of {names} only" if names else "no optimizer state"),
+                hint="Use a template without an optimizer, or --allow slots-missing.",
+            )
+        )
+    account.ledger.append(
+        Entry(
+            item=("template", target.name),
+            fate="kept-from-template",
+            target=target.name,
+            detail="fresh state: the source has none",
+            allowed_by="slots-missing" if keeps_state else "",
+        )
+    )
+    step = source.progress.step
+    if not isinstance(step, Known):
+        if _counts(target.algorithm, target.framework):
+            account.problems.append(_no_step(target, step))
+        return target
+    return replace(target, step=step, param_steps=dict.fromkeys(target.param_steps, _whole(step.value)))
+
+
+def _whole(value: Value) -> int:
+    assert isinstance(value, int)
+    return value
 
 
 def _optimizer(
@@ -360,11 +390,13 @@ def _optimizer(
     conversion = convert(renamed, target, allow=account.allow)
     account.problems += conversion.problems
     account.verdicts.append(conversion.verdict)
+    if not conversion.hyperparameters:
+        return target  # refused: nothing of it can be written
     if conversion.residual is not None:
         account.residuals.append((len(account.verdicts) - 1, conversion.residual))
     account.requires += conversion.target_requires
     if not isinstance(conversion.step, Known) and _counts(conversion.algorithm, target.framework):
-        account.problems.append(_no_step(origin, conversion))
+        account.problems.append(_no_step(origin, conversion.step))
     slots = _slots(origin, target, producers, pairs, source, conversion, account)
     _without_place(origin, account.merged.union(producers.values()), account)
     account.ledger.append(
@@ -426,17 +458,18 @@ def _no_names(optimizer: Optimizer, side: str) -> Problem:
     )
 
 
-def _no_step(origin: Optimizer, conversion: Conversion) -> Problem:
-    reason = conversion.step.reason if isinstance(conversion.step, Unknown) else "the source has none"
+def _no_step(optimizer: Optimizer, step: Fact) -> Problem:
+    reason = step.reason if isinstance(step, Unknown) else "the source has none"
     readings = ""
-    if isinstance(conversion.step, Unknown) and conversion.step.candidates:
+    if isinstance(step, Unknown) and step.candidates:
         readings = "; seen: " + ", ".join(
-            f"{c.value} from {c.source} ({c.condition})" for c in conversion.step.candidates
+            f"{c.value} from {c.source} ({c.condition})" for c in step.candidates
         )
     return Problem(
         code="progress-unknown",
-        loc=("optimizers", origin.name, "step"),
-        message=f"the target counts updates and the source does not tell how many were done: {reason}{readings}",
+        loc=("optimizers", optimizer.name, "step"),
+        message="the target counts updates and the source does not tell how many were done: "
+        f"{reason}{readings}",
         hint="Pass --set step=N.",
     )
 
@@ -495,7 +528,7 @@ def _slots(
                             item=("slot", origin.name, slot_row.slot, producers.get(name, name)),
                             fate="created",
                             target=f"{name}/{slot_row.slot}",
-                            detail=f"the source has none for this parameter; {slot_row.init} is its value before the first update",
+                            detail=f"the source has none for it; {slot_row.init} before the first update",
                         )
                     )
                     continue
@@ -533,6 +566,8 @@ def _shape_of(target: Optimizer, name: str, pairs: Mapping[str, Pair], source: C
 
 def _without_place(origin: Optimizer, consumed: frozenset[str], account: _Account) -> None:
     """State of parameters that the target's optimizer does not train."""
+    if account.incomplete:
+        return
     for slot, by_param in origin.slots.items():
         for name in by_param:
             if name in consumed:

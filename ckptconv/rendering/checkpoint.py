@@ -216,8 +216,12 @@ def _by_interest(hyperparameters: Mapping[str, Fact]) -> list[tuple[str, Fact]]:
     return sorted(hyperparameters.items(), key=lambda item: item[0] != "learning_rate")
 
 
+def _counted_in(unit: str) -> str:
+    return "in a unit that the file does not tell" if unit == "unknown" else f"counted in {unit}s"
+
+
 def _schedule(schedule: Schedule) -> list[View]:
-    value, note = _fact("position", schedule.position, f"counted in {schedule.unit}s")
+    value, note = _fact("position", schedule.position, _counted_in(schedule.unit))
     rows: list[tuple[str, str | Text]] = [("position", Text.assemble(value, "  ", note))]
     if schedule.parameters:
         settings = ", ".join(_short(clean(k), fact) for k, fact in schedule.parameters.items())
