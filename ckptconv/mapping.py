@@ -3,6 +3,10 @@
 Source and template are compared module by module: first by name, then by their order, and only where one
 assignment alone is possible. A layout operation follows from named axes on both sides; where two
 operations fit and nothing declares which, that is a problem and not a guess.
+
+What is matched by order is taken in the order of declaration on both sides. Two models that declare layers of
+equal shape in different orders, and do not name them alike, cannot be told from two that agree: the report
+says `matched by structure` of every such parameter.
 """
 
 from __future__ import annotations
@@ -105,6 +109,9 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
     if not all(_may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
         found = _by_order(sources, targets, chosen)
         if isinstance(found, Problem):
+            # Not one partner is known: leaving all behind is no loss that a caller may allow.
+            if found.code == "param-unmatched" and not chosen:
+                found = replace(found, code="template-mismatch")
             problems.append(found)
         else:
             chosen.update(found)

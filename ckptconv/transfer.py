@@ -6,7 +6,7 @@ of the source is in the ledger with what became of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -98,7 +98,9 @@ def transfer(
     }
     target_holds_masters = any(MASTER in optimizer.slots for optimizer in template.optimizers)
     params = {
-        name: _param(param, pairs.get(name), source, {} if target_holds_masters else masters, account)
+        name: _param(param, pairs[name], source, {} if target_holds_masters else masters, account)
+        if name in pairs
+        else _own(param, account, unmatched=name not in cover.target_only)
         for name, param in template.params.items()
     }
     _source_only(source, cover, account)
@@ -170,18 +172,23 @@ def _with_conventions(template: Checkpoint, conventions: Mapping[str, str], acco
     return replace(template, residue=replace(residue, root=transform(residue.root, settle)))
 
 
+def _own(param: Param, account: _Account, *, unmatched: bool) -> Param:
+    """A parameter of the template that no parameter of the source makes."""
+    own, entry, problems = own_param(param.name, param.role, param.tensor)
+    if unmatched:
+        entry = replace(entry, detail="no partner in the source", allowed_by="param-unmatched")
+    account.ledger.append(entry)
+    account.problems += problems
+    return replace(param, tensor=own)
+
+
 def _param(
     param: Param,
-    pair: Pair | None,
+    pair: Pair,
     source: Checkpoint,
     masters: Mapping[str, tuple[Path, TensorRef]],
     account: _Account,
 ) -> Param:
-    if pair is None:
-        own, entry, problems = own_param(param.name, param.role, param.tensor)
-        account.ledger.append(entry)
-        account.problems += problems
-        return replace(param, tensor=own)
     tensor = source.params[pair.source].tensor
     detail = ""
     if pair.source in masters:
@@ -252,6 +259,20 @@ def _through(
 
 
 def _source_only(source: Checkpoint, cover: Cover, account: _Account) -> None:
+    """Parameters of the source that make none of the target."""
+    accounted = {pair.source for pair in cover.pairs}.union(
+        cover.source_only, (merge.source for merge in cover.merged)
+    )
+    for name in source.params:
+        if name not in accounted:
+            account.ledger.append(
+                Entry(
+                    item=("param", name),
+                    fate="left",
+                    detail="no partner in the template",
+                    allowed_by="param-unmatched",
+                )
+            )
     for name in cover.source_only:
         param = source.params[name]
         detail = (
@@ -398,7 +419,8 @@ def _optimizer(
     if not isinstance(conversion.step, Known) and _counts(conversion.algorithm, target.framework):
         account.problems.append(_no_step(origin, conversion.step))
     slots = _slots(origin, target, producers, pairs, source, conversion, account)
-    _without_place(origin, account.merged.union(producers.values()), account)
+    matched = {source.params[pair.source].tied_to or pair.source for pair in pairs.values()}
+    _without_place(origin, account.merged.union(producers.values()), matched, account)
     account.ledger.append(
         Entry(
             item=("step", origin.name),
@@ -522,6 +544,18 @@ def _slots(
                 if have is None:
                     if place is None:
                         continue
+                    if name not in producers:
+                        made[name] = place
+                        account.ledger.append(
+                            Entry(
+                                item=("template", f"{name}/{slot_row.slot}"),
+                                fate="kept-from-template",
+                                target=f"{name}/{slot_row.slot}",
+                                detail="its parameter has no partner in the source",
+                                allowed_by="param-unmatched",
+                            )
+                        )
+                        continue
                     made[name] = FilledTensor(spec=place.spec, value=slot_row.init)
                     account.ledger.append(
                         Entry(
@@ -564,13 +598,25 @@ def _shape_of(target: Optimizer, name: str, pairs: Mapping[str, Pair], source: C
     return tensor.shape
 
 
-def _without_place(origin: Optimizer, consumed: frozenset[str], account: _Account) -> None:
+def _without_place(
+    origin: Optimizer, consumed: frozenset[str], matched: Collection[str], account: _Account
+) -> None:
     """State of parameters that the target's optimizer does not train."""
     if account.incomplete:
         return
     for slot, by_param in origin.slots.items():
         for name in by_param:
             if name in consumed:
+                continue
+            if name not in matched:  # its parameter is a problem already, or was allowed to be left
+                account.ledger.append(
+                    Entry(
+                        item=("slot", origin.name, slot, name),
+                        fate="left",
+                        detail="its parameter has no partner in the template",
+                        allowed_by="param-unmatched",
+                    )
+                )
                 continue
             allowed = account.refuse(
                 Problem(
