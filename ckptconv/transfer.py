@@ -57,8 +57,6 @@ class _Account:
     """What is collected on the way."""
 
     allow: frozenset[str]
-    incomplete: bool
-    """Whether parameters lack partners: what follows from that is not said again."""
     ledger: list[Entry] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     verdicts: list[OptimizerVerdict] = field(default_factory=list)
@@ -88,7 +86,7 @@ def transfer(
     `conventions`: how bare counters of the target are meant (`supply.CONVENTIONS`).
     Every problem is collected; nothing is read but what is in memory already.
     """
-    account = _Account(allow, incomplete=bool(cover.problems))
+    account = _Account(allow)
     template = _with_conventions(template, conventions, account)
     pairs = {pair.target: pair for pair in cover.pairs}
     masters = {
@@ -602,8 +600,6 @@ def _without_place(
     origin: Optimizer, consumed: frozenset[str], matched: Collection[str], account: _Account
 ) -> None:
     """State of parameters that the target's optimizer does not train."""
-    if account.incomplete:
-        return
     for slot, by_param in origin.slots.items():
         for name in by_param:
             if name in consumed:

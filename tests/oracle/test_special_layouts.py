@@ -117,7 +117,7 @@ class TestSquareMatrices:
         keras = framework("keras3")
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="mid")])
         fresh = keras_run("keras3", model, 2).save(tmp_path / "k" / "ckpt")
-        allow = ("--allow", "assumed-layout", "--allow", "slots-missing")
+        allow = ("--allow", "assumed-layout", "--allow", "slots-missing", "--set", "step=3")
         arguments = ("convert", tmp_path / "run.pt", tmp_path / "out", "--template", fresh, *allow)
         assert ("param-unmatched", "head.weight") in codes(refused_here(*arguments))
         convert_here(tmp_path / "short.pt", tmp_path / "out", "--template", fresh, *allow)
