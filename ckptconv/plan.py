@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptconv import dtypes, mapping, note
 from ckptconv.dialects.base import DIALECTS
-from ckptconv.dialects.residue import scalar_tensor
+from ckptconv.dialects.residue import scalar_tensor, untold
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.extras import kept_from_template
@@ -136,6 +136,13 @@ def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) ->
         for address, _ in checkpoint.tensors()
         if everything or address[0] == "param"
     ]
+    if own and residue is not None:
+        ledger += [
+            Entry(
+                item=("progress", name), fate="noted", detail="supplied; the target has no place of its own"
+            )
+            for name in untold(checkpoint, residue.root)
+        ]
     problems: list[Problem] = []
     if not everything:
         if goal.dialect.needs_template:

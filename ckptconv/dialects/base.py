@@ -60,9 +60,11 @@ class Dialect(Protocol):
         reference-broken.
         """
 
-
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
-        """Why a checkpoint of this dialect cannot serve as a template: `template-unbuilt`, with the lines that build it."""
+        """Why a checkpoint of this dialect cannot serve as a template.
+
+        `template-unbuilt`, with the lines that build it.
+        """
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """Lines of Python that load the written file `target` in its framework; empty where there is none."""

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptconv.catalog.optimizers import as_algorithm, row, with_form
+from ckptconv.dialects.residue import untold
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Optimizer, Progress, Residue, value_of
 from ckptconv.errors import MappingError, Problem
-from ckptconv.note import EXTENSION, Note, edit_note, read_note
+from ckptconv.note import EXTENSION, Note, edit_note, read_note, write_note
 
 ATTRIBUTE = "note"
 """Attribute of the residue that holds the note that the file came with."""
@@ -112,7 +113,8 @@ def note_of(checkpoint: Checkpoint, residue: Residue | None) -> str | None:
     """The note to write: a new one as it is, the file's own brought up to date where progress was edited."""
     text = checkpoint.extensions.get(EXTENSION)
     if not isinstance(text, str):
-        return None
+        needed = residue is not None and untold(checkpoint, residue.root)
+        return write_note(checkpoint) if needed else None
     if residue is None or residue.attributes.get(ATTRIBUTE) != text:
         return text
     stated, now = read_note(text).progress, checkpoint.progress

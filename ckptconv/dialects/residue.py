@@ -5,10 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from ckptconv import dtypes
-from ckptconv.document import Checkpoint, Unknown, Value
+from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Known, Unknown, Value
 from ckptconv.errors import CkptError, LossError, MappingError
-from ckptconv.rawtree import Lifted, Node, Path, transform
+from ckptconv.note import SOURCE as NOTED
+from ckptconv.rawtree import Lifted, Node, Path, transform, walk
 from ckptconv.tensor import StoredTensor, TensorRef
+
+
+def untold(checkpoint: Checkpoint, root: Node) -> tuple[str, ...]:
+    """Progress fields that somebody supplied and the tree has no place for: only a note can hold them."""
+    held = set()
+    for _, leaf in walk(root):
+        if isinstance(leaf, Lifted):
+            if leaf.to[0] == "progress":
+                held.add(leaf.to[1])
+            elif leaf.to[0] in ("step", "param_step"):
+                held.add("step")
+    return tuple(
+        name
+        for name in PROGRESS_FIELDS
+        if isinstance(fact := getattr(checkpoint.progress, name), Known)
+        and fact.status == "supplied"
+        and fact.source != NOTED
+        and name not in held
+    )
 
 
 class Lifter:
@@ -19,7 +39,7 @@ class Lifter:
         self._taken: dict[Path, Lifted] = {}
 
     def take(
-        self, path: Path, to: Path, **encoding: str | int | float | bool | None | tuple[int, ...]
+        self, path: Path, to: Path, **encoding: str | int | float | bool | tuple[int, ...] | None
     ) -> None:
         """The node at `path` now stands at `to` in the document."""
         self._taken[path] = Lifted(to=to, encoding=encoding)
@@ -94,7 +114,7 @@ def fill(root: Node, checkpoint: Checkpoint) -> Node:
             problems.append(
                 MappingError.of(
                     "reference-broken",
-                    f"'{where}' is filled from {'.'.join(map(str, node.to))}, which the document does not have",
+                    f"'{where}' is filled from {'.'.join(map(str, node.to))}, which the document lacks",
                     "The document was edited or the template is of another model: pass the matching one.",
                     loc=path,
                 )
@@ -110,7 +130,7 @@ def fill(root: Node, checkpoint: Checkpoint) -> Node:
             problems.append(
                 MappingError.of(
                     "progress-unknown",
-                    f"the target holds a value at '{where}' ({'.'.join(map(str, node.to))}) that is not known",
+                    f"the target's value at '{where}' ({'.'.join(map(str, node.to))}) is not known",
                     _how_to_supply(node.to),
                     loc=path,
                 )
@@ -151,8 +171,8 @@ def _settle(value: TensorRef | Value, lifted: Lifted, checkpoint: Checkpoint, pa
         )
     raise MappingError.of(
         "residue-stale",
-        f"'{where}' holds {raw} and '{name}' is now {value}: whether the place counts what is finished or names "
-        "the last one is not recorded",
+        f"'{where}' holds {raw} and '{name}' is now {value}: whether the place counts what is finished "
+        "or names the last one is not recorded",
         f"Keep {name} at {raw} or {raw} + 1, or write to a target without that key.",
         loc=path,
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ckptconv.dialects.residue import untold
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Unknown, value_of
-from ckptconv.note import KEY, edit_note, read_note
+from ckptconv.note import KEY, edit_note, read_note, write_note
 from ckptconv.rawtree import DictNode
 
 EXTENSION = "ckptconv/note"
@@ -56,7 +57,7 @@ def note_of(checkpoint: Checkpoint, root: DictNode) -> str | None:
     """The note to write: the dictionary's own, brought up to date where the document was edited, or a new."""
     text = checkpoint.extensions.get(EXTENSION)
     if not isinstance(text, str):
-        return None
+        return write_note(checkpoint) if untold(checkpoint, root) else None
     if text != root.get(KEY):
         return text
     told = read_note(text).progress

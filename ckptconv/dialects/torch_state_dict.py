@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckptconv.dialects.base import Detection, register
-from ckptconv.dialects.residue import Lifter, fill
+from ckptconv.dialects.residue import Lifter, fill, untold
 from ckptconv.dialects.torch_modules import is_module_state, is_state_dict, lift_module
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
 from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
-from ckptconv.errors import FormatError, Problem
+from ckptconv.errors import FormatError, LossError, Problem
+from ckptconv.note import EXTENSION
 from ckptconv.rawtree import DictNode, Node, RawTree
 
 _NO_RUN = Unknown(reason="a bare state_dict holds weights only")
@@ -67,6 +68,7 @@ class StateDict:
         residue = checkpoint.residue
         root = own_residue(checkpoint, self.name)
         if root is not None and residue is not None:
+            _refuse_untold(checkpoint, root)
             return RawTree(
                 format=self.format,
                 root=with_layouts(fill(root, checkpoint), root),
@@ -81,6 +83,18 @@ class StateDict:
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`torch.load` and `load_state_dict`."""
         return f"import torch\n\nmodel.load_state_dict(torch.load({target!r}))"
+
+
+def _refuse_untold(checkpoint: Checkpoint, root: Node) -> None:
+    """Raises: state-dropped for what was supplied to a file that has no place for it, not even a note."""
+    lost = untold(checkpoint, root) if EXTENSION not in checkpoint.extensions else ()
+    if lost:
+        raise LossError.of(
+            "state-dropped",
+            f"a bare state_dict has no place for '{lost[0]}', which was supplied",
+            f"Leave --set {lost[0]} out, or write to safetensors or neutral.",
+            loc=("progress", lost[0]),
+        )
 
 
 def _from_params(params: Mapping[str, Param]) -> Node:

@@ -332,6 +332,29 @@ class TestNotes:
         with safe_open(source, "np") as before, safe_open(edited, "np") as after:
             self.assert_only_the_step_differs(before.metadata()["ckptconv"], after.metadata()["ckptconv"])
 
+    def test_of_what_was_supplied_on_the_way(self, tmp_path: Path) -> None:
+        """SGD of torch has no place for a step, a bundle none for epochs: they get a note, not lost."""
+        source = FIXTURES / "plain" / "linear-sgd-9-steps" / "run.pt"
+        neutral = archive(source, tmp_path)
+        written = convert_here(neutral, tmp_path / "noted.pt", "--set", "step=77")
+        assert inspect_here(written)["progress"]["step"]["value"] == 77
+        loaded = torch.load(written, weights_only=True)
+        assert json.loads(loaded.pop("ckptconv"))["progress"]["step"]["value"] == 77
+        assert_same(torch.load(source, weights_only=True), loaded)
+
+        source = FIXTURES / "keras3" / "sequential-adam" / "artifact" / "ckpt-1"
+        written = convert_here(source, tmp_path / "noted-1", "--to", "tensorflow", "--set", "epochs=4")
+        assert inspect_here(written)["progress"]["epochs"]["value"] == 4
+        after = content(written)
+        assert json.loads(after.pop(NOTE)[2])["progress"]["epochs"]["value"] == 4
+        assert content(source) == after
+
+        torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "weights.pt")
+        target = tmp_path / "again.pt"
+        (problem,) = refused_here("convert", tmp_path / "weights.pt", target, "--set", "step=77")
+        assert (problem["code"], problem["loc"]) == ("state-dropped", ["progress", "step"])
+        assert not target.exists()
+
     @staticmethod
     def assert_only_the_step_differs(before: str, after: str) -> None:
         old, new = json.loads(before), json.loads(after)
