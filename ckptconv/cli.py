@@ -6,6 +6,7 @@ and progress to stderr; with `--json` problems are JSON on stdout too: `{"proble
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterable
@@ -76,6 +77,9 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script."""
+    # A document is a tree of small values without cycles, often millions of them, that lives until the end:
+    # walking it again each time it has grown by a quarter takes longer than reading the file.
+    gc.set_threshold(100_000)
     prepare_streams()
     app()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from ckptconv.catalog.axes import bind, expand, layout_ops
@@ -173,7 +173,7 @@ def candidates(
     `key`: the last part of its name (torch) or its edge in the object graph. `siblings` may hold
     the variable itself.
     """
-    return _fitting(framework, key, shape, len(shape), {**siblings, key: shape})
+    return _fitting(framework, key, shape, len(shape), siblings)
 
 
 def torch_candidates(suffix: str, rank: int, siblings: Collection[str]) -> tuple[Candidate, ...]:
@@ -192,14 +192,28 @@ def _fitting(
     framework: str, key: str, shape: Shape | None, rank: int, siblings: Mapping[str, Shape | None]
 ) -> tuple[Candidate, ...]:
     framework = _COLUMN.get(framework, framework)
+    keys = _table().keys.get(framework, frozenset())
+    if key not in keys:
+        return ()
+    telling = {name: siblings[name] for name in keys if name in siblings}
+    if shape is not None:
+        telling[key] = shape
+    return _readings(framework, key, rank, tuple(telling.items()))
+
+
+@lru_cache(maxsize=4096)
+def _readings(
+    framework: str, key: str, rank: int, siblings: tuple[tuple[str, Shape | None], ...]
+) -> tuple[Candidate, ...]:
+    """What the variable may be; a model repeats its layers, so that few are worked out."""
     table = _table()
-    telling = {name: size for name, size in siblings.items() if name in table.keys.get(framework, ())}
+    telling = dict(siblings)
     found = []
     for kind in table.kinds.values():
         variables = kind.variables.get(framework, {})
         if key not in variables or not telling.keys() <= variables.keys():
             continue
-        if any(not v.optional and name not in siblings for name, v in variables.items() if name != key):
+        if any(not v.optional and name not in telling for name, v in variables.items()):
             continue
         axes = expand(variables[key].axes, rank)
         if axes is None or not _is_uniform(variables, key, rank, telling):

@@ -7,6 +7,7 @@ Source: CPython 3.11 `Lib/pickle.py`, `Lib/_compat_pickle.py`.
 from __future__ import annotations
 
 import _compat_pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -54,8 +55,10 @@ class Made:
 Value = bool | int | float | str | bytes | Made | None
 
 
-def parts_of(value: Made) -> list[Value]:
+def parts_of(value: Made) -> Sequence[Value]:
     """Everything below a value, in the pickle's order."""
+    if not value.args and not value.pairs and value.state is None:
+        return value.items
     parts = [*value.args, *value.items]
     for pair in value.pairs:
         parts += pair

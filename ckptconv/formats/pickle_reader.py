@@ -32,7 +32,7 @@ Source: CPython 3.11 `Lib/pickletools.py`, `Lib/pickle.py`, `Lib/_compat_pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -86,22 +86,25 @@ class _Freezer:
             value = todo[-1]
             if not isinstance(value, Made) or value.depth > 0:
                 todo.pop()
-            elif value.depth == 0:
+                continue
+            parts = parts_of(value)
+            if value.depth == 0:
                 value.depth = -1
-                todo += [part for part in parts_of(value)[::-1] if isinstance(part, Made) and not part.depth]
-            else:
-                todo.pop()
-                depth, value.size = self._measure(value)
-                # Open until here: what it refers to itself by is a cycle.
-                value.node = self._node(value)
-                value.depth = depth
+                waiting = [part for part in parts[::-1] if isinstance(part, Made) and not part.depth]
+                if waiting:
+                    todo += waiting
+                    continue
+            todo.pop()
+            depth, value.size = self._measure(parts)
+            # Open until here: what it refers to itself by is a cycle.
+            value.node = self._node(value)
+            value.depth = depth
         return _node_of(root)
 
-    def _measure(self, value: Made) -> tuple[int, int]:
+    def _measure(self, parts: Sequence[Value]) -> tuple[int, int]:
         """Levels and nodes from here down."""
-        depth, size = 0, 1
-        for part in parts_of(value):
-            size += 1
+        depth, size = 0, 1 + len(parts)
+        for part in parts:
             if isinstance(part, Made):
                 size += part.size
                 if part.depth > depth:
@@ -113,21 +116,28 @@ class _Freezer:
         return depth + 1, size
 
     def _node(self, value: Made) -> Node:
-        get = _node_of
         if value.kind == "dict":
-            return DictNode(items=tuple([(get(key), get(item)) for key, item in value.pairs]))
+            return DictNode(items=_pairs_of(value))
         if value.kind in ("list", "tuple", "set", "frozenset"):
-            return ListNode(items=tuple([get(item) for item in value.items]), kind=value.kind)
+            return ListNode(items=_nodes_of(value.items), kind=value.kind)
         return self._decode(
             Opaque(
                 kind=value.kind,
                 name=value.name,
-                args=tuple([get(arg) for arg in value.args]),
-                state=get(value.state),
-                items=tuple([get(item) for item in value.items]),
-                pairs=tuple([(get(key), get(item)) for key, item in value.pairs]),
+                args=_nodes_of(value.args),
+                state=_node_of(value.state),
+                items=_nodes_of(value.items),
+                pairs=_pairs_of(value),
             )
         )
+
+
+def _nodes_of(values: Sequence[Value]) -> tuple[Node, ...]:
+    return tuple([_node_of(value) if isinstance(value, Made) else value for value in values])
+
+
+def _pairs_of(value: Made) -> tuple[tuple[Node, Node], ...]:
+    return tuple([(_node_of(key), _node_of(item)) for key, item in value.pairs])
 
 
 def _node_of(value: Value) -> Node:

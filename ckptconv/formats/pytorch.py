@@ -97,7 +97,10 @@ class PyTorchFormat:
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
 
     def sniff(self, path: Path) -> bool:
-        """Whether it is a zip with `<prefix>/data.pkl`; judged by the first record where the end is lost."""
+        """Whether it is a zip with `<prefix>/data.pkl`; judged by the first record, which it is in torch's.
+
+        Where it is another one the directory tells, and where that is lost the first record again.
+        """
         if not path.is_file():
             return False
         source = FileSource(path)
@@ -105,12 +108,14 @@ class PyTorchFormat:
         source.read_into(0, memoryview(head))
         if not head.startswith(LOCAL_SIGNATURE):
             return False
+        first = bytes(head[30 : 30 + int.from_bytes(head[26:28], "little")])
+        if first.count(b"/") == 1 and first.endswith(b"/data.pkl"):
+            return True
         try:
             return any(
                 name.count("/") == 1 and name.endswith("/data.pkl") for name in read_archive(source).records
             )
         except CkptError:
-            first = bytes(head[30 : 30 + int.from_bytes(head[26:28], "little")])
             return first.endswith((b"/data.pkl", b"/version"))
 
     def read(self, path: Path) -> RawTree:
