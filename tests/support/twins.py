@@ -91,7 +91,13 @@ def framework(kind: str) -> Any:
 def adam(kind: str) -> Any:
     """Keras' Adam of that generation."""
     optimizers = framework(kind).optimizers
-    return (optimizers.legacy if kind == "tf_keras_legacy" else optimizers).Adam(0.003, epsilon=1e-8)
+    return (optimizers.legacy if kind == "tf_keras_legacy" else optimizers).Adam(0.03, epsilon=1e-8)
+
+
+def numpy_of(tensor: Any) -> Array:
+    """A tensor's values; those of bfloat16 as float32, which NumPy has."""
+    tensor = tensor.detach()
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
 
 
 @dataclass(kw_only=True)
@@ -104,12 +110,12 @@ class TorchRun:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        return {name: tensor.numpy() for name, tensor in self.model.state_dict().items()}
+        return {name: numpy_of(tensor) for name, tensor in self.model.state_dict().items()}
 
     def slots(self, name: str) -> dict[str, Array]:
         """Adam's moments of a parameter, {} where it has none."""
         state = self.optimizer.state.get(self.model.get_parameter(name), {})
-        return {slot: state[slot].numpy() for slot in ("exp_avg", "exp_avg_sq") if slot in state}
+        return {slot: numpy_of(state[slot]) for slot in ("exp_avg", "exp_avg_sq") if slot in state}
 
     def save(self, path: Path) -> Path:
         import torch
@@ -173,7 +179,7 @@ def torch_run(model: Any, seed: int, *, optimizer: Any = None, without: Iterable
     import torch
 
     rng = np.random.default_rng(seed)
-    optimizer = optimizer or torch.optim.Adam(model.parameters(), lr=0.002)
+    optimizer = optimizer or torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     without = set(without)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
@@ -189,6 +195,7 @@ def torch_run(model: Any, seed: int, *, optimizer: Any = None, without: Iterable
         optimizer.step()
         for tensor, value in zip(model.parameters(), held, strict=True):
             tensor.copy_(value)
+            tensor.grad = None
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter)
@@ -239,7 +246,9 @@ def assert_equal(
         {name for name, _ in ours.model.named_parameters(remove_duplicate=False)},
     )
     for row, variable in zip(rows, variables, strict=True):
-        np.testing.assert_array_equal(variable.numpy(), row.to_keras(arrays[row.torch]), err_msg=row.torch)
+        want_array = row.to_keras(arrays[row.torch])
+        assert variable.numpy().shape == want_array.shape
+        np.testing.assert_array_equal(variable.numpy(), want_array, err_msg=row.torch)
         have = theirs.slots(variable)
         want = ours.slots(row.torch) if row.torch in trainable else {}
         if row.torch in fresh:
@@ -248,9 +257,33 @@ def assert_equal(
             assert have
         assert have.keys() == want.keys(), row.torch
         for slot, array in want.items():
-            assert row.torch in fresh or np.any(array)
+            assert row.torch in fresh or np.any(array) or not array.size
             np.testing.assert_array_equal(have[slot], row.to_keras(array), err_msg=f"{row.torch} {slot}")
     assert int(theirs.optimizer.iterations) == STEP
+
+
+def assert_resumes_alike(ours: TorchRun, theirs: KerasRun, rows: Sequence[Row], x: Array) -> None:
+    """Both runs, equal now, do three steps on the same batch and are equal again, up to rounding."""
+    import tensorflow as tf
+    import torch
+
+    before = {name: value.copy() for name, value in ours.arrays.items()}
+    ours.model.train()
+    for _ in range(3):
+        ours.optimizer.zero_grad()
+        torch.square(ours.model(torch.from_numpy(x))).mean().backward()
+        ours.optimizer.step()
+        variables = theirs.model.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(theirs.model(tf.constant(x), training=True)))
+        gradients = [tf.convert_to_tensor(gradient) for gradient in tape.gradient(loss, variables)]
+        theirs.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    trainable = {name for name, p in ours.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    for row in rows:
+        value = row.to_keras(ours.arrays[row.torch])
+        np.testing.assert_allclose(row.keras(theirs.model).numpy(), value, rtol=1e-4, atol=2e-6)
+        moved = np.abs(ours.arrays[row.torch] - before[row.torch]).max()
+        assert moved > 1e-4 if row.torch in trainable else moved == 0, row.torch
 
 
 def both_ways(
@@ -261,13 +294,21 @@ def both_ways(
     *,
     kind: str = "keras3",
     allow: Sequence[str] = (),
+    without: Sequence[str] = (),
+    batch: Array | None = None,
 ) -> None:
-    """Convert a run of either framework onto a fresh template of the other, and compare everything."""
+    """Convert a run of either framework onto a fresh template of the other, and compare everything.
+
+    `without`: parameters that never got a gradient in PyTorch. `batch`: what both runs go on with.
+    """
     allowed = [argument for code in allow for argument in ("--allow", code)]
-    ours = torch_run(torch_model(), 1)
+    ours = torch_run(torch_model(), 1, without=without)
     template = keras_run(kind, keras_model(), 2, step=0).save(folder / "fresh" / "ckpt")
     converted = convert_here(ours.save(folder / "run.pt"), folder / "out-1", "--template", template, *allowed)
-    assert_equal(ours, keras_run(kind, keras_model(), 3, step=0).load(converted), rows)
+    resumed_there = keras_run(kind, keras_model(), 3, step=0).load(converted)
+    assert_equal(ours, resumed_there, rows, fresh_slots=without)
+    if batch is not None:
+        assert_resumes_alike(ours, resumed_there, rows, batch)
 
     theirs = keras_run(kind, keras_model(), 4)
     fresh = torch_run(torch_model(), 5).save(folder / "fresh.pt")
@@ -276,6 +317,8 @@ def both_ways(
     resumed = torch_run(torch_model(), 6).load(converted)
     assert_equal(resumed, theirs, rows)
     assert steps(resumed) == {STEP}
+    if batch is not None:
+        assert_resumes_alike(resumed, theirs, rows, batch)
 
 
 def ledger(report: Path) -> dict[str, dict[str, Any]]:
