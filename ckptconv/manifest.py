@@ -35,6 +35,10 @@ Tensors = Callable[[Path, TensorSpec], TensorRef] | Mapping[Path, TensorRef] | N
 """Where a document's tensors are, by `Checkpoint.lookup` address; None makes a skeleton."""
 
 
+INLINE_NBYTES = 8 << 10
+"""Largest array that a skeleton keeps the values of; the state of torch's generator has 5,056 bytes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
     """A file of a neutral directory, as the manifest lists it."""
@@ -55,7 +59,7 @@ def to_json(
     """The manifest: valid against the schema, tensors left out.
 
     `state_file` is the name under which the caller stores `residue_bytes`; without it the residue is inline.
-    `values`: parameters and extras that are in memory are written with their values, as a skeleton has them.
+    `values`: with those that a skeleton keeps, see `keeps_value`. I/O: reads these.
     """
     return {
         "schema": "ckptconv/checkpoint",
@@ -68,7 +72,11 @@ def to_json(
         "rng": [_block_to_json(block) for block in checkpoint.rng],
         "data": [_block_to_json(block) for block in checkpoint.data],
         "extras": [
-            {"name": key, **spec_to_json(tensor.spec), **_value_to_json(tensor, values)}
+            {
+                "name": key,
+                **spec_to_json(tensor.spec),
+                **(_value_to_json(tensor, is_param=False) if values else {}),
+            }
             for key, tensor in checkpoint.extras.items()
         ],
         "residue": residue_to_json(checkpoint.residue, state_file),
@@ -146,15 +154,24 @@ def _param_to_json(param: Param, values: bool) -> dict[str, Json]:
         "evidence": param.evidence,
         "trainable": param.trainable,
         **spec_to_json(param.tensor.spec),
-        **_value_to_json(param.tensor, values),
+        **(_value_to_json(param.tensor, is_param=True) if values else {}),
         "tied_to": param.tied_to,
         **({"candidates": [_layout_to_json(layout) for layout in param.candidates]} if param.candidates else {}),
     }
 
 
-def _value_to_json(tensor: TensorRef, values: bool) -> dict[str, Json]:
-    """The bytes of a tensor that is in memory."""
-    if not (values and isinstance(tensor, StoredTensor) and isinstance(tensor.extent.source, BufferSource)):
+def keeps_value(tensor: TensorRef, *, is_param: bool) -> bool:
+    """Whether a skeleton has the tensor's values: small arrays that no source of another framework gives.
+
+    Among the parameters these are counters; everything among the extras may be one.
+    """
+    if isinstance(tensor, MissingTensor) or tensor.spec.nbytes > INLINE_NBYTES:
+        return False
+    return not is_param or tensor.dtype.kind in ("int", "uint", "bool")
+
+
+def _value_to_json(tensor: TensorRef, *, is_param: bool) -> dict[str, Json]:
+    if not keeps_value(tensor, is_param=is_param):
         return {}
     data = b"".join(window.tobytes() for window in tensor.windows())
     return {"value": base64.b64encode(data).decode("ascii")}

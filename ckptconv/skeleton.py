@@ -13,15 +13,12 @@ from pathlib import Path
 
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Optimizer, Unknown
 from ckptconv.errors import FormatError, TargetError
-from ckptconv.manifest import from_json, to_json
+from ckptconv.manifest import from_json, keeps_value, to_json
 from ckptconv.residue_json import STATE_FILE
 from ckptconv.strictjson import dump_document, parse
 from ckptconv.tensor import BufferSource, Extent, MissingTensor, StoredTensor, TensorRef
 
 _HEAD_NBYTES = 4096
-
-INLINE_NBYTES = 8 << 10
-"""Largest array that keeps its values; the state of torch's generator has 5,056 bytes."""
 
 _FORGOTTEN = Unknown(reason="a skeleton is of no moment of the run")
 
@@ -32,12 +29,9 @@ def skeleton_of(checkpoint: Checkpoint) -> Checkpoint:
     I/O: reads the small arrays that keep their values.
     """
 
-    def bare(tensor: TensorRef, *name: str) -> TensorRef:
-        return MissingTensor(spec=tensor.spec, name=".".join(name))
-
     def optimizer(one: Optimizer) -> Optimizer:
         slots: Mapping[str, Mapping[str, TensorRef]] = {
-            slot: {name: bare(tensor, one.name, slot, name) for name, tensor in by_param.items()}
+            slot: {name: _bare(tensor, one.name, slot, name) for name, tensor in by_param.items()}
             for slot, by_param in one.slots.items()
         }
         return replace(one, slots=slots, step=_forgotten(one.step), param_steps={})
@@ -47,17 +41,12 @@ def skeleton_of(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint,
         progress=replace(progress, **{name: _forgotten(getattr(progress, name)) for name in PROGRESS_FIELDS}),
         params={
-            name: replace(
-                param,
-                tensor=_kept(param.tensor, name)
-                if param.tensor.dtype.kind in ("int", "uint", "bool")
-                else bare(param.tensor, name),
-            )
+            name: replace(param, tensor=_kept(param.tensor, name, is_param=True))
             for name, param in checkpoint.params.items()
         },
         optimizers=tuple(map(optimizer, checkpoint.optimizers)),
         schedules=tuple(replace(s, position=_forgotten(s.position)) for s in checkpoint.schedules),
-        extras={key: _kept(tensor, key) for key, tensor in checkpoint.extras.items()},
+        extras={key: _kept(tensor, key, is_param=False) for key, tensor in checkpoint.extras.items()},
     )
 
 
@@ -65,10 +54,14 @@ def _forgotten(fact: Fact) -> Fact:
     return _FORGOTTEN if isinstance(fact, Known) else fact
 
 
-def _kept(tensor: TensorRef, name: str) -> TensorRef:
-    """The tensor in memory where it is small, else without its values."""
-    if isinstance(tensor, MissingTensor) or tensor.spec.nbytes > INLINE_NBYTES:
-        return MissingTensor(spec=tensor.spec, name=name)
+def _bare(tensor: TensorRef, *name: str) -> TensorRef:
+    return MissingTensor(spec=tensor.spec, name=".".join(name))
+
+
+def _kept(tensor: TensorRef, name: str, *, is_param: bool) -> TensorRef:
+    """The tensor in memory where a skeleton has its values, else without."""
+    if not keeps_value(tensor, is_param=is_param):
+        return _bare(tensor, name)
     data = b"".join(window.tobytes() for window in tensor.windows())
     extent = Extent(source=BufferSource(data, name), offset=0, nbytes=len(data))
     return StoredTensor.dense(tensor.spec, extent)

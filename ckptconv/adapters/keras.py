@@ -8,15 +8,16 @@ compiled model is a part of the model; it is taken where no other is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from ckptconv import supply
 from ckptconv.adapters.live import (
     Spill,
     declared,
     of_class,
+    restored,
     texts,
     unbuilt,
     undone,
@@ -118,7 +119,19 @@ def restore(
         _root(model, optimizer).read(str(path)).assert_consumed()
 
     undone(lambda: read(target), lambda: read(_written_at(spill)))
-    return replace(report, target=model.name)
+    return restored(report, model.name, _with_rate(template, _optimizer_of(model, optimizer)))
+
+
+def _with_rate(template: Checkpoint, optimizer: KerasOptimizer | None) -> Checkpoint:
+    """The document of before with the learning rate of now: of what restoring changes, the only argument."""
+    rate = None if optimizer is None else _inner(optimizer).get_config().get("learning_rate")
+    return supply.set_fields(template, {"learning_rate": rate}) if isinstance(rate, float) else template
+
+
+def _inner(optimizer: KerasOptimizer) -> KerasOptimizer:
+    """The optimizer itself, not the `LossScaleOptimizer` around it."""
+    inner: KerasOptimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return inner
 
 
 def _written_at(spill: Spill) -> Path:
@@ -144,9 +157,9 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
     framework = dialect.framework or "keras3"
     live = _Live(raw, checkpoint, root)
     checkpoint = declared(checkpoint, dict(live.layouts(framework)), dict(live.trainable(model)))
-    inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
-    if inner is None:
+    if optimizer is None:
         return checkpoint
+    inner = _inner(optimizer)
     package = "keras" if framework == "keras3" else "tf_keras"
     return of_class(checkpoint, type(inner), package, inner.get_config())
 
@@ -171,7 +184,17 @@ def _optimizer_of(model: Model, optimizer: KerasOptimizer | None) -> KerasOptimi
 def _root(model: Model, optimizer: KerasOptimizer | None) -> _Root:
     """What a training script saves; with the counter that `tf.train.Checkpoint.restore` asks for."""
     parts = {MODEL: model, OPTIMIZER: _optimizer_of(model, optimizer)}
-    root = _tensorflow().train.Checkpoint(**{key: part for key, part in parts.items() if part is not None})
+    there = {key: part for key, part in parts.items() if part is not None}
+    tf = _tensorflow()
+    try:
+        root = tf.train.Checkpoint(**there)
+    except ValueError as error:
+        raise CkptError.of(
+            "unsupported-feature",
+            f"TensorFlow does not know how to save {' and '.join(there)}: {error}",
+            "Run Keras on TensorFlow: KERAS_BACKEND=tensorflow.",
+            loc=(MODEL,),
+        ) from error
     root.save_counter  # noqa: B018  makes the variable
     found: _Root = root
     return found

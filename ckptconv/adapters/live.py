@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptconv import supply
-from ckptconv.catalog import completion
+from ckptconv.catalog import completion, conversion
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Param, Value
 from ckptconv.errors import CkptError, MappingError, Problem, TargetError
+from ckptconv.report import Report
 from ckptconv.source import FileSource
 
 SPILL_PREFIX = "ckptconv-live-"
@@ -141,6 +142,20 @@ def of_class(checkpoint: Checkpoint, cls: type, package: str, arguments: Mapping
         for optimizer in checkpoint.optimizers
     )
     return replace(checkpoint, optimizers=optimizers)
+
+
+def restored(report: Report, target: str, live: Checkpoint) -> Report:
+    """The report, its target the live objects; what their code says already is not required of it any more.
+
+    `live`: the document of the objects as they are now.
+    """
+    said = {
+        line
+        for optimizer in live.optimizers
+        for line in conversion.convert(optimizer, optimizer).target_requires
+    }
+    required = tuple(line for line in report.target_requires if line not in said)
+    return replace(report, target=target, target_requires=required, restore="")
 
 
 def unbuilt(what: str, message: str, hint: str) -> MappingError:

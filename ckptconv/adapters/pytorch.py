@@ -13,14 +13,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-from ckptconv.adapters.live import Spill, declared, of_class, texts, unbuilt, with_progress, writing
+from ckptconv.adapters.live import (
+    Spill,
+    declared,
+    of_class,
+    restored,
+    texts,
+    unbuilt,
+    with_progress,
+    writing,
+)
 from ckptconv.catalog import layers
 from ckptconv.convert import convert
 from ckptconv.detect import PathLike, open
 from ckptconv.document import Checkpoint, Known, Unknown, Value
 from ckptconv.errors import LossError, MappingError, Problem, missing_extra
+from ckptconv.manifest import INLINE_NBYTES
 from ckptconv.report import Report
-from ckptconv.skeleton import INLINE_NBYTES, skeleton_of
+from ckptconv.skeleton import skeleton_of
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +117,7 @@ def restore(
         optimizer.load_state_dict(state[OPTIMIZER])
     if scheduler is not None:
         scheduler.load_state_dict(state[SCHEDULER])
-    return replace(report, target=type(model).__name__)
+    return restored(report, type(model).__name__, describe(model, optimizer, scheduler))
 
 
 def _captured(

