@@ -186,7 +186,7 @@ def test_schedule_families() -> None:
     assert schedules.infer({"last_epoch", "base_lrs"}) == "unknown"
     assert schedules.family("lambda") is not None
     assert schedules.family("nonsense") is None
-    assert len(schedules.families()) == 15
+    assert len(schedules.families()) == 17
 
 
 # --- SGD

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 
 from ckptconv import dtypes
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Known, Unknown, Value
 from ckptconv.errors import CkptError, LossError, MappingError
 from ckptconv.note import SOURCE as NOTED
-from ckptconv.rawtree import Lifted, Node, Path, transform, walk
+from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path, transform, walk
 from ckptconv.tensor import StoredTensor, TensorRef
 
 
@@ -74,7 +76,8 @@ def encode(value: TensorRef | Value, lifted: Lifted) -> Node:
 
     Encodings: none or `{"as": "value"}` the plain number; `{"as": "tensor", "dtype": ..}` a 0-d tensor of
     that dtype (`"shape"` for others); `{"as": "int" | "float"}` a number of that type; `{"plus": n}` is
-    added first, where a producer counts from elsewhere. `{"raw": n}`: see `_settle`.
+    added first, where a producer counts from elsewhere. `{"raw": n}`: see `_settle`. A sequence is a
+    `{"as": "list"}`, or a `{"as": "counter"}` of how often each number is in it.
     """
     if isinstance(value, TensorRef):
         return value
@@ -92,8 +95,17 @@ def encode(value: TensorRef | Value, lifted: Lifted) -> Node:
     if how == "float" and isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, tuple):
-        raise TypeError(f"a tuple has no single place: {lifted.to}")
+        return _sequence(value, str(how))
     return value
+
+
+def _sequence(values: tuple[Value, ...], how: str) -> Node:
+    """Several numbers that stand in one place: as a list, or counted."""
+    plain = [value for value in values if not isinstance(value, tuple)]
+    if how == "counter":
+        counts = Counter(plain)
+        return DictNode(items=tuple(counts.items()), kind="collections.Counter")
+    return ListNode(items=tuple(plain))
 
 
 def fill(root: Node, checkpoint: Checkpoint) -> Node:

@@ -151,25 +151,6 @@ SWITCHES: frozenset[str] = frozenset(
 )
 """Keys of a param_group that choose an implementation or are read otherwise: no hyperparameters."""
 
-FAMILIES: tuple[tuple[str, frozenset[str]], ...] = (
-    ("sequential", frozenset({"_milestones", "_schedulers"})),
-    ("chained", frozenset({"_schedulers"})),
-    ("plateau", frozenset({"patience", "cooldown_counter"})),
-    ("one-cycle", frozenset({"total_steps", "_schedule_phases"})),
-    ("cyclic", frozenset({"_scale_fn_custom"})),
-    ("lambda", frozenset({"lr_lambdas"})),
-    ("cosine-restarts", frozenset({"T_0", "T_mult"})),
-    ("cosine", frozenset({"T_max", "eta_min"})),
-    ("multi-step", frozenset({"milestones", "gamma"})),
-    ("step", frozenset({"step_size", "gamma"})),
-    ("linear", frozenset({"start_factor", "end_factor", "total_iters"})),
-    ("polynomial", frozenset({"total_iters", "power"})),
-    ("constant", frozenset({"factor", "total_iters"})),
-    ("swa", frozenset({"anneal_epochs", "anneal_strategy"})),
-    ("exponential", frozenset({"gamma"})),
-)
-"""Family of a schedule -> the keys that only its class stores; the first that fits."""
-
 SCHEDULER_MARKS: frozenset[str] = frozenset({"_step_count", "base_lrs", "_last_lr", "_schedulers"})
 """One of these stands in every scheduler's state_dict."""
 

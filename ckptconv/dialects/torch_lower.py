@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.dialects.torch_note import EXTENSION
-from ckptconv.dialects.torch_scheduler import moved, rate_at
+from ckptconv.dialects.torch_scheduler import moved, named_rates, placed, rate_at
 from ckptconv.dialects.torch_values import Encoding, dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError, LossError, MappingError
@@ -52,7 +52,29 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
         else s
         for s in checkpoint.schedules
     )
-    return replace(checkpoint, progress=progress, optimizers=tuple(optimizers), schedules=schedules)
+    return replace(
+        checkpoint,
+        progress=progress,
+        optimizers=tuple(optimizers),
+        schedules=_placed(schedules, {o.name: o for o in optimizers}, root),
+    )
+
+
+def _placed(
+    schedules: tuple[Schedule, ...], optimizers: Mapping[str, Optimizer], root: Node
+) -> tuple[Schedule, ...]:
+    """The schedules, those that stand elsewhere than when the residue was taken with all that follows."""
+    stood = {
+        str(lifted.to[1]): lifted.encoding.get("was")
+        for _, lifted in places(root)
+        if lifted.to[0] == "position" and "was" in lifted.encoding
+    }
+    return tuple(
+        placed(s, optimizers.get(s.optimizer))
+        if s.name in stood and stood[s.name] != value_of(s.position)
+        else s
+        for s in schedules
+    )
 
 
 def is_carried(checkpoint: Checkpoint, root: Node) -> bool:
@@ -151,7 +173,8 @@ def _stale_rates(optimizer: Optimizer, schedule: Schedule, positions: Mapping[st
         rate, base = fact.value, value_of(group.hyperparameters.get("base_learning_rate"))
         due = None
         if isinstance(base, (int, float)):
-            due = rate_at(schedule, float(base), positions[schedule.name])
+            named = named_rates(group.hyperparameters)
+            due = rate_at(schedule, float(base), positions[schedule.name], named)
         if due is not None and isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6):
             continue
         wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"

@@ -25,7 +25,7 @@ from ckptconv.dialects.torch_note import lift_note, note_of, with_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
-from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
+from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule, with_epochs
 from ckptconv.dialects.torch_values import (
     dotted,
     keyed,
@@ -102,7 +102,7 @@ class Plain:
             progress=progress,
             params=trained(params, optimizers),
             optimizers=optimizers,
-            schedules=schedules,
+            schedules=tuple(with_epochs(schedule, progress) for schedule in schedules),
             rng=_blocks(root, extras, _is_rng),
             data=_blocks(root, extras, lambda key: key in torch_keys.DATA),
             extras=extras,
