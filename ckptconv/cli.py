@@ -121,7 +121,7 @@ def inspect(
         if as_json:
             from ckptconv import schema
 
-            print_json(schema.to_json(checkpoint))
+            print_json(schema.to_json(checkpoint, values=True))
             return
         from ckptconv.rendering import inspect_view
 
