@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptconv import engine, supply, verification
-from ckptconv.catalog.residuals import epsilon_residual
+from ckptconv.catalog.residuals import measure
 from ckptconv.detect import (
     PathLike,
     detect_dialect,
@@ -197,11 +197,9 @@ def _sized(verdicts: Sequence[OptimizerVerdict], planned: Transfer) -> list[Opti
     for position, what in planned.residuals:
         verdict = result[position]
         optimizer = next(o for o in planned.checkpoint.optimizers if o.name == verdict.optimizer)
-        largest, median = epsilon_residual(
-            optimizer.slots[what.slot].values(), what.step, what.beta_2, what.epsilon, what.direction
-        )
+        largest, median = measure(optimizer.slots, what)
         text = (
-            f"epsilon's place changes the next update by {largest:.1e} of itself at most, "
+            f"{what.formula.partition(':')[0]}: changes the next update by {largest:.1e} of itself at most, "
             f"{median:.1e} in the median"
         )
         result[position] = replace(verdict, residuals=(*verdict.residuals, text))

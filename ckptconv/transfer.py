@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from ckptconv import dtypes
 from ckptconv.catalog.conversion import Conversion, convert
 from ckptconv.catalog.optimizer_rows import row
-from ckptconv.catalog.residuals import EpsilonResidual
+from ckptconv.catalog.residuals import Residual
 from ckptconv.catalog.slots import SlotConversion
 from ckptconv.document import (
     PROGRESS_FIELDS,
@@ -38,6 +39,9 @@ from ckptconv.tensor import FilledTensor, Op, TensorRef, TensorSpec
 MASTER = "master"
 """The slot that holds a parameter in higher precision than the model does."""
 
+_NUMBER = TensorSpec(dtype=dtypes.BY_NAME["float32"], shape=())
+"""How a number per parameter stands that the source keeps once (torch's `mu_product`)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
@@ -47,7 +51,7 @@ class Transfer:
     ledger: tuple[Entry, ...]
     verdicts: tuple[OptimizerVerdict, ...] = ()
     target_requires: tuple[str, ...] = ()
-    residuals: tuple[tuple[int, EpsilonResidual], ...] = ()
+    residuals: tuple[tuple[int, Residual], ...] = ()
     """(position in `verdicts`, what to compute on the state) where a difference has a size."""
     problems: tuple[Problem, ...] = ()
 
@@ -61,7 +65,7 @@ class _Account:
     problems: list[Problem] = field(default_factory=list)
     verdicts: list[OptimizerVerdict] = field(default_factory=list)
     requires: list[str] = field(default_factory=list)
-    residuals: list[tuple[int, EpsilonResidual]] = field(default_factory=list)
+    residuals: list[tuple[int, Residual]] = field(default_factory=list)
     merged: frozenset[str] = frozenset()
     """Parameters of the source in whose place another one stands."""
 
@@ -440,6 +444,7 @@ def _optimizer(
         param_steps=dict(conversion.param_steps),
         groups=groups,
         slots=slots,
+        scalars={**target.scalars, **conversion.scalars},
     )
 
 
@@ -524,6 +529,7 @@ def _slots(
 ) -> dict[str, dict[str, TensorRef]]:
     result: dict[str, dict[str, TensorRef]] = {}
     rows = list(conversion.slots)
+    counted = conversion.param_steps
     if MASTER in origin.slots and MASTER in target.slots and MASTER in conversion.left:
         rows.append(SlotConversion(slot=MASTER, ops=((),) * len(target.groups)))
     for slot_row in rows:
@@ -537,6 +543,9 @@ def _slots(
                     else origin.slots.get(slot_row.slot, {}).get(producers.get(name, ""))
                 )
                 place = places.get(name) if places else None
+                if have is None and places is None and slot_row.shape == "scalar" and name in counted:
+                    made[name] = FilledTensor(spec=_NUMBER, value=slot_row.init)
+                    continue
                 if have is None and places is None:
                     continue  # a target that creates state per parameter has none for this one either
                 if have is None:
@@ -564,12 +573,10 @@ def _slots(
                         )
                     )
                     continue
-                spec = (
-                    place.spec
-                    if place
-                    else TensorSpec(dtype=have.dtype, shape=_shape_of(target, name, pairs, source))
-                )
-                ops = (*pairs[name].ops, *slot_row.ops[position])
+                layout = () if slot_row.shape == "scalar" else pairs[name].ops
+                shape = () if slot_row.shape == "scalar" else _shape_of(target, name, pairs, source)
+                spec = place.spec if place else TensorSpec(dtype=have.dtype, shape=shape)
+                ops = (*layout, *slot_row.ops[position])
                 made[name], done = _through(
                     have, ops, spec, ("optimizers", target.name, slot_row.slot, name), account
                 )
@@ -583,7 +590,11 @@ def _slots(
                 )
         result[slot_row.slot] = made
     for slot in conversion.left:
-        if slot != MASTER:
+        if slot in conversion.scalars:
+            account.ledger.append(
+                Entry(item=("slot", origin.name, slot), fate="transformed", target=f"{target.name}.{slot}")
+            )
+        elif slot != MASTER:
             detail = "the target's rule does not read it"
             account.ledger.append(Entry(item=("slot", origin.name, slot), fate="left", detail=detail))
     return result

@@ -13,7 +13,7 @@ import pytest
 
 from ckptconv.catalog import loading, optimizers, schedules
 from ckptconv.document import Candidate, Group, Known, Optimizer, Unknown, Value, value_of
-from ckptconv.ops import Scale
+from ckptconv.ops import Scale, Shift
 from ckptconv.tensor import StoredTensor
 
 SHAPE = (2, 3)
@@ -117,11 +117,10 @@ def test_numbers_are_numbers(bad: loading.Json) -> None:
         loading.Record({"a": bad}, "x.json").number("a")
 
 
-def test_every_algorithm_has_a_torch_and_a_keras_row() -> None:
-    assert {"sgd", "adam", "adamw"} <= set(optimizers.algorithms())
+def test_every_algorithm_has_a_row() -> None:
+    assert {"sgd", "adam", "adamw", "nadam", "rmsprop"} <= set(optimizers.algorithms())
     for name in optimizers.algorithms():
-        assert optimizers.row(name, "torch") is not None
-        assert optimizers.row(name, "keras3") is not None
+        assert any(optimizers.row(name, framework) for framework in optimizers.FRAMEWORKS)
     assert optimizers.row("adamw", "tf_keras_legacy") is None
     assert optimizers.row("nonsense", "torch") is None
 
@@ -165,14 +164,18 @@ SGD_KEYS: dict[str, Value] = dict.fromkeys(("lr", "momentum", "dampening", "weig
         ("keras3", {"_momentums", "_velocities"}, {}, "adam_3", {"adam"}),
         ("keras3", {"_momentums", "_velocities"}, {}, "adam_w", {"adamw"}),
         ("keras3", {"_momentums", "_velocities"}, {}, "lamb", {"lamb"}),
-        ("keras3", {"_momentums", "_velocities"}, {}, "mine", {"adam", "adamw", "nadam", "lamb", "rmsprop"}),
+        ("keras3", {"_momentums", "_velocities"}, {}, "mine", {"adam", "adamw", "lamb", "rmsprop"}),
         ("keras3", {"momentums"}, {}, "sgd", {"sgd"}),
-        ("keras3", {"_momentums"}, {}, "lion", set()),
+        ("keras3", {"_momentums", "_velocities", "_u_product"}, {}, "mine", {"nadam"}),
+        ("keras3", {"_momentums"}, {}, None, {"lion"}),
+        ("torch", {"exp_avg", "exp_avg_sq", "mu_product"}, {}, None, {"nadam"}),
+        ("torch", {"square_avg", "acc_delta"}, {}, None, {"adadelta"}),
+        ("torch", {"exp_avg", "exp_inf"}, {}, None, {"adamax"}),
         ("keras3", set(), {}, None, {"sgd"}),
         ("tf_keras_legacy", {"m", "v"}, {"beta_1": 0, "beta_2": 0}, "Adam", {"adam"}),
         ("tf_keras_legacy", {"m", "v"}, {"beta_1": 0, "beta_2": 0}, "Adamax", {"adamax"}),
         ("tf_keras_legacy", {"momentum"}, {"momentum": 0, "decay": 0}, "SGD", {"sgd"}),
-        ("tf_keras_legacy", {"momentum", "rms"}, {"momentum": 0, "rho": 0}, "RMSprop", set()),
+        ("tf_keras_legacy", {"momentum", "rms"}, {"momentum": 0, "rho": 0}, "RMSprop", {"rmsprop"}),
     ],
 )
 def test_infer(
@@ -316,7 +319,8 @@ def test_adam_to_keras() -> None:
     assert done.ops("first_moment", 0) == ()
     assert done.verdict.verdict == "approximate"
     assert done.residual is not None
-    assert (done.residual.step, done.residual.direction) == (9, "corrected-to-raw")
+    assert done.residual.formula == "bias-corrected: corrected -> raw"
+    assert done.residual.values["step"] == 9
     assert done.target_requires[0] == (
         "keras.optimizers.Adam(learning_rate=0.001, beta_1=0.9, beta_2=0.999, epsilon=1e-07)"
     )
@@ -513,27 +517,99 @@ def test_as_algorithm() -> None:
     assert known.form == {"epsilon": "corrected", "weight_decay": "decoupled"}
 
 
-# --- the size of epsilon's displacement
+# --- the size of a difference
 
 
-@pytest.mark.parametrize("direction", ["corrected-to-raw", "raw-to-corrected"])
+ADAM_AT_19 = {"beta_2": 0.999, "epsilon": 1e-5, "step": 19.0}
+
+
+@pytest.mark.parametrize("direction", ["corrected -> raw", "raw -> corrected"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_epsilon_residual(direction: str, dtype: type) -> None:
+def test_measure(direction: str, dtype: type) -> None:
     rng = np.random.default_rng(0)
     v = np.exp(rng.normal(-20, 6, size=(7, 401))).astype(dtype)
     m = rng.normal(size=v.shape)
     v[0, :5] = 0
-    beta, epsilon, step = 0.999, 1e-5, 19
-    c = math.sqrt(1 - beta ** (step + 1))
-    corrected = m / (np.sqrt(v) / c + epsilon) / c
-    raw = m / (np.sqrt(v) + epsilon)
-    old, new = (corrected, raw) if direction == "corrected-to-raw" else (raw, corrected)
+    beta, epsilon = ADAM_AT_19["beta_2"], ADAM_AT_19["epsilon"]
+    c = math.sqrt(1 - beta**20)
+    root = np.sqrt(beta * v.astype(np.float64))  # the least that the next update can have
+    corrected, raw = m / (root / c + epsilon) / c, m / (root + epsilon)
+    old, new = (corrected, raw) if direction == "corrected -> raw" else (raw, corrected)
     error = np.abs(new / old - 1)[v > 0]
-    tensors = [StoredTensor.of_array(v[:3]), StoredTensor.of_array(v[3:])]
-    largest, median = optimizers.epsilon_residual(tensors, step, beta, epsilon, direction)
+    slots = {"second_moment": {"a": StoredTensor.of_array(v[:3]), "b": StoredTensor.of_array(v[3:])}}
+    what = optimizers.Residual(
+        formula=f"bias-corrected: {direction}", slot="second_moment", values=ADAM_AT_19
+    )
+    largest, median = optimizers.measure(slots, what)
     assert largest == pytest.approx(error.max(), rel=1e-6)
     assert median == pytest.approx(np.median(error), rel=1e-2)
 
 
-def test_epsilon_residual_of_nothing() -> None:
-    assert optimizers.epsilon_residual([tensor(0.0)], 5, 0.9, 1e-7, "corrected-to-raw") == (0.0, 0.0)
+def test_measure_of_nothing() -> None:
+    what = optimizers.Residual(
+        formula="bias-corrected: raw -> corrected", slot="second_moment", values=ADAM_AT_19
+    )
+    assert optimizers.measure({"second_moment": {"w": tensor(0.0)}}, what) == (0.0, 0.0)
+
+
+def test_a_fitted_epsilon_takes_the_same_step_at_the_median() -> None:
+    v = np.full(SHAPE, 0.25, np.float32)
+    source = optimizer(
+        "rmsprop",
+        "keras3",
+        {"learning_rate": 0.5, "rho": 0.9, "epsilon": 0.01, "momentum": 0.0, "centered": False},
+        "second_moment",
+    )
+    source = replace(source, slots={"second_moment": {"w": StoredTensor.of_array(v)}})
+    hypers = {"learning_rate": 0.1, "rho": 0.5, "epsilon": 1e-8, "momentum": 0.0, "centered": False}
+    target = optimizer("rmsprop", "torch", {**hypers, "weight_decay": 0, "maximize": False}, step=None)
+    done = optimizers.convert(source, target)
+    assert done.problems == ()
+    epsilon = value_of(done.hyperparameters[0]["epsilon"])
+    assert isinstance(epsilon, float)
+    assert math.sqrt(0.25) + epsilon == pytest.approx(math.sqrt(0.26), rel=1e-4)
+    assert done.verdict.verdict == "approximate"
+    assert done.residual is not None
+    largest, median = optimizers.measure(source.slots, done.residual)
+    assert 0 < median <= largest < 3e-3
+
+
+def test_adagrads_epsilon_moves_into_the_accumulator() -> None:
+    hypers: dict[str, Value] = {"learning_rate": 0.5, "epsilon": 0.25}
+    source = optimizer("adagrad", "keras3", hypers, "accumulator")
+    target = optimizer(
+        "adagrad",
+        "torch",
+        {**hypers, "epsilon": 1e-10, "weight_decay": 0, "learning_rate_decay": 0, "initial_accumulator": 0},
+        step=None,
+    )
+    done = optimizers.convert(source, target)
+    assert done.problems == ()
+    assert done.verdict.verdict == "exact"
+    assert done.ops("accumulator", 0) == (Shift(0.25),)
+    assert value_of(done.hyperparameters[0]["epsilon"]) == 0.0
+    legacy = optimizers.convert(source, optimizer("adagrad", "tf_keras_legacy", hypers, "accumulator"))
+    assert value_of(legacy.hyperparameters[0]["epsilon"]) == 1e-37
+
+
+def test_momentum_products() -> None:
+    hypers: dict[str, Value] = {"learning_rate": 0.5, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
+    torch_hypers = {**hypers, "momentum_decay": 0.004, "weight_decay": 0, "maximize": False}
+    source = optimizer("nadam", "torch", torch_hypers, *MOMENTS)
+    number = StoredTensor.of_array(np.float32(0.125))
+    source = replace(source, slots={**source.slots, "momentum_product": {"w": number}})
+    target = replace(
+        optimizer("nadam", "keras3", hypers, *MOMENTS, step=0), scalars={"momentum_product": Known(value=1.0)}
+    )
+    stopped = optimizers.convert(source, target)
+    assert codes(stopped) == [("hyperparameter-unsupported", group_loc("momentum_decay"))]
+    done = optimizers.convert(source, target, allow=frozenset({"hyperparameter-unsupported"}))
+    assert done.verdict.verdict == "lossy"
+    assert value_of(done.scalars["momentum_product"]) == 0.125
+    back = replace(target, step=Known(value=9), scalars={"momentum_product": Known(value=0.125)})
+    template = replace(source, slots={}, param_steps={})
+    done = optimizers.convert(back, template)
+    assert done.problems == ()
+    assert value_of(done.hyperparameters[0]["momentum_decay"]) == 1.0
+    made = next(slot for slot in done.slots if slot.slot == "momentum_product")
+    assert (made.created, made.init, made.shape) == (True, 0.125, "scalar")

@@ -1,29 +1,27 @@
 """Optimizer state from one framework's form to another's: which op on which slot, and what stays different.
 
-    SGD     m = mu m + (1 - d) g, p -= lr m              torch, the form `gradient`
-            v = mu v - lr g,      p += v                 Keras, the form `velocity`
-            hence v = -lr m with lr the rate of the next update, and Keras' lr' = lr (1 - d).
-            They part when the rate changes: Keras keeps the old rate inside v.
-    Adam    the moments are the same numbers everywhere; only epsilon's place differs (`corrected`, `raw`).
-    decay   `coupled` (g += wd p) and `decoupled` (p -= lr wd p) are different rules where wd is not 0.
+What differs between two forms, and how the numbers cross, stands in the tables of `data/optimizers`
+(`transitions.py`): SGD's buffer times -lr, Adagrad's epsilon into its accumulator, an epsilon that stands
+elsewhere. Weight decay moves between optimizer and model and is in `hyperparameters.py`.
 
-Sources: the rows of `data/optimizers`. What is refused has a code that `allow` may name; then the state
-is converted, the difference remains, and the verdict is `lossy`.
+What is refused has a code that `allow` may name; then the state is converted, the difference remains, and
+the verdict is `lossy`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 from ckptconv.catalog.findings import Findings
 from ckptconv.catalog.hyperparameters import Settings, settle
 from ckptconv.catalog.optimizer_rows import Row, relatives, row
-from ckptconv.catalog.residuals import EpsilonResidual
-from ckptconv.catalog.slots import SlotConversion, convert_slots
+from ckptconv.catalog.residuals import Residual, fitted
+from ckptconv.catalog.slots import SlotConversion, convert_slots, scalar_slots
 from ckptconv.catalog.texts import target_code
+from ckptconv.catalog.transitions import Transition, between, numbers
 from ckptconv.document import Fact, Group, Known, Optimizer, value_of
 from ckptconv.errors import Problem
 from ckptconv.report import OptimizerVerdict
@@ -53,8 +51,10 @@ class Conversion:
     verdict: OptimizerVerdict
     target_requires: tuple[str, ...] = ()
     """What the target's code must say because its file does not hold it."""
-    residual: EpsilonResidual | None = None
-    """Says how to compute the size of epsilon's displacement; None where there is none."""
+    scalars: Mapping[str, Fact] = field(default_factory=dict)
+    """The target's optimizer-wide numbers."""
+    residual: Residual | None = None
+    """Says how to compute the size of what stays different; None where it has none."""
     problems: tuple[Problem, ...] = ()
 
     def ops(self, slot: str, group: int) -> tuple[Op, ...]:
@@ -80,20 +80,36 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     ours, theirs = pair
     settings = settle(source, target, ours, theirs, findings.refuse)
     meant = ours.form(settings.source[0])
-    theirs, form = _nearest_form(meant, theirs)
-    slots, left = convert_slots(source, target, ours, theirs, settings, (meant, form), findings)
+    theirs, form = _nearest_form(meant, theirs, settings)
+    steps, lacking = between(theirs.family, meant, form)
+    steps = tuple(each for each in steps if not _is_one_rule(each, settings))
+    for point in lacking:
+        findings.refuse(
+            "form-mismatch",
+            f"{point} is '{meant.get(point, 'none')}' in the source's rule and '{form.get(point, 'none')}' "
+            f"in that of {theirs.class_name}, and no conversion closes that",
+            "Allow form-mismatch to convert the state all the same.",
+            "form",
+            point,
+        )
+    slots, left = convert_slots(source, target, ours, theirs, settings, steps, findings)
+    per_param, scalars = scalar_slots(source, theirs, len(settings.facts), findings)
     step, param_steps = _steps(source, theirs, findings)
-    residual = _epsilon(ours, settings, step, (meant, form), findings)
+    changed = _changed(source, theirs, settings, steps)
+    residual = _differences(source, ours, settings, changed, step, steps, findings)
+    settings = changed
+    _unrecorded_switch(ours, meant, settings, steps, findings)
     return Conversion(
         algorithm=theirs.algorithm,
         form=form,
-        slots=slots,
+        slots=(*slots, *per_param),
         left=left,
+        scalars=scalars,
         hyperparameters=settings.facts,
         step=step,
         param_steps=param_steps,
         verdict=_verdict(source, target, f"{theirs.algorithm} ({theirs.framework})", findings),
-        target_requires=target_code(theirs, settings, form),
+        target_requires=target_code(theirs, settings, form, step),
         residual=residual,
         problems=tuple(findings.problems),
     )
@@ -195,7 +211,7 @@ def _verdict(source: Optimizer, target: Optimizer, name: str, findings: Findings
     )
 
 
-def _nearest_form(meant: Mapping[str, str], theirs: Row) -> tuple[Row, dict[str, str]]:
+def _nearest_form(meant: Mapping[str, str], theirs: Row, settings: Settings) -> tuple[Row, dict[str, str]]:
     """The target's class and form that come nearest to what the source means.
 
     A class of the same framework, family and decay may have the switch that the template's class lacks
@@ -205,47 +221,84 @@ def _nearest_form(meant: Mapping[str, str], theirs: Row) -> tuple[Row, dict[str,
     classes = [theirs, *(r for r in relatives(theirs) if r.base_form.get("weight_decay") == decay)]
     for candidate in classes:
         for switches in ({}, *({name: True} for name in candidate.switches)):
-            form = candidate.form(switches)
+            form = candidate.form({**settings.target(0), **switches})
             if form.get("epsilon") == meant.get("epsilon"):
                 return candidate, form
-    return theirs, theirs.form({})
+    return theirs, theirs.form(settings.target(0))
 
 
-def _epsilon(
+def _is_one_rule(step: Transition, settings: Settings) -> bool:
+    """Whether what differs is a term that is 0."""
+    if step.moves is None:
+        return False
+    told = [{**settings.target(i), **values}.get(step.moves) for i, values in enumerate(settings.source)]
+    return all(value == 0 and value is not None for value in told)
+
+
+def _differences(
+    source: Optimizer,
     ours: Row,
     settings: Settings,
+    changed: Settings,
     step: Fact,
-    forms: tuple[Mapping[str, str], Mapping[str, str]],
+    steps: tuple[Transition, ...],
     findings: Findings,
-) -> EpsilonResidual | None:
-    """States epsilon's displacement, where there is one."""
-    mine, other = forms[0].get("epsilon"), forms[1].get("epsilon")
-    values = settings.target(0)
-    epsilon = values.get("epsilon")
-    open_switch = next((name for name in ours.switches if name not in settings.source[0]), None)
-    if mine == other or epsilon == 0:
-        if mine != "corrected" and open_switch and "epsilon" in forms[0] and epsilon != 0:
+) -> Residual | None:
+    """States what stays different, and how its size is computed."""
+    residual = None
+    for each in steps:
+        if each.verdict == "exact" and not each.text:
+            continue
+        if any(slot not in source.slots for slot in each.slots):
+            continue  # what would differ is not there: a buffer of a run without momentum
+        text = f"{each.point}: {each.before} here, {each.after} there"
+        findings.differ(each.verdict, f"{text}; {each.text}" if each.text else text)
+        if each.measure is not None:
+            values = numbers(settings.target(0), settings.source[0])
+            if each.fit is not None:
+                values["fitted"] = numbers(changed.target(0)).get(each.moves or "", math.nan)
+            amsgrad = settings.target(0).get("amsgrad") and "max_second_moment" in ours.slots
+            residual = Residual.of(each, values, value_of(step), amsgrad=bool(amsgrad)) or residual
+    return residual
+
+
+def _changed(source: Optimizer, theirs: Row, settings: Settings, steps: tuple[Transition, ...]) -> Settings:
+    """The settings after the transitions: an epsilon squared, 0 where it went elsewhere, or fitted."""
+    facts = [dict(group) for group in settings.facts]
+    for index, group in enumerate(facts):
+        values = numbers(settings.target(index), settings.source[index])
+        for each in steps:
+            changes = {
+                name: (product.of(values), "as the other form needs it")
+                for name, product in each.settings.items()
+                if all(needed in values for needed in product.names)
+            }
+            if each.fit is not None and each.moves in values:
+                assert each.moves is not None
+                number, about = fitted(each.fit, source.slots, values[each.moves], values)
+                changes[each.moves] = (number, about)
+            for name, (number, formula) in changes.items():
+                number = max(number, theirs.smallest.get(name, number))
+                group[name] = Known(value=number, status="derived", formula=formula)
+    return replace(settings, facts=tuple(facts))
+
+
+def _unrecorded_switch(
+    ours: Row,
+    meant: Mapping[str, str],
+    settings: Settings,
+    steps: tuple[Transition, ...],
+    findings: Findings,
+) -> None:
+    """Says which choice of the source's code was taken for granted, because its file does not hold it."""
+    for name, change in ours.switches.items():
+        if name in settings.source[0] or settings.target(0).get("epsilon") == 0:
+            continue
+        if any(meant.get(point) != value for point, value in change.items()):
+            points = ", ".join(f"{point} '{meant[point]}'" for point in change if point in meant)
             findings.residuals.append(
-                f"epsilon: taken for '{mine}', as the source does not record {open_switch}; "
-                f"--set {open_switch}=true if it was set"
+                f"taken for {points}, as the source does not record {name}; --set {name}=true if it was set"
             )
-        return None
-    text = f"epsilon stands in another place of the update ({mine} here, {other} there)"
-    if mine != "corrected" and open_switch:
-        text += f", unless the source run had {open_switch}=True, which it does not record"
-    findings.differ("approximate", text)
-    beta_2, done = values.get("beta_2"), value_of(step)
-    if not isinstance(epsilon, float) or not isinstance(beta_2, float) or not isinstance(done, int):
-        return None
-    if 0 <= beta_2 < 1 and 0 <= epsilon < math.inf and 0 <= done < 1 << 63:
-        return EpsilonResidual(
-            slot="max_second_moment" if values.get("amsgrad") else "second_moment",
-            step=done,
-            beta_2=beta_2,
-            epsilon=epsilon,
-            direction=f"{mine}-to-{other}",
-        )
-    return None
 
 
 def _steps(source: Optimizer, theirs: Row, findings: Findings) -> tuple[Fact, Mapping[str, int]]:

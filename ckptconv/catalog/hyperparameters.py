@@ -201,7 +201,7 @@ def _translate(
     told: dict[str, Fact] = {name: fact for name, fact in own.items() if name in theirs.hyperparameters}
     loc = ("groups", index, "hyperparameters")
     for name, fact in own.items():
-        if name in theirs.hyperparameters or name in _FOLDED or name in ours.switches:
+        if name in theirs.hyperparameters or name in (*_FOLDED, *ours.settled) or name in ours.switches:
             continue
         if fact.value != theirs.neutral.get(name, fact.value):
             refuse(
@@ -276,7 +276,9 @@ def _weight_decay(
     refuse: Refuse,
 ) -> float:
     """Carries a decay over where both sides mean the same by it; what was dropped of a coupled one."""
-    mine, other = ours.base_form.get("weight_decay", "none"), theirs.base_form.get("weight_decay", "none")
+    mine = ours.form({name: fact.value for name, fact in own.items()}).get("weight_decay", "none")
+    other = theirs.base_form.get("weight_decay", "none")
+    switch = next((n for n, change in theirs.switches.items() if change.get("weight_decay") == mine), None)
     fact = own.get("weight_decay")
     offered = value_of(group.hyperparameters.get("weight_decay"))
     if fact is None:
@@ -294,6 +296,10 @@ def _weight_decay(
     if not isinstance(value, (int, float)) or value == 0 or mine in (other, "none"):
         if "weight_decay" in theirs.hyperparameters:
             told["weight_decay"] = replace(fact, value=value)
+        return 0.0
+    if switch is not None:
+        told["weight_decay"] = replace(fact, value=value)
+        told[switch] = Known(value=True, status="derived", formula=f"the source's decay is {mine}")
         return 0.0
     regularizer = f"kernel_regularizer=keras.regularizers.L2({value / 2!r})"
     way = {

@@ -121,6 +121,13 @@ class Record:
         inner = self.record(key)
         return {name: inner.scalar(name) for name in inner.keys}
 
+    def number_map(self, key: str) -> Mapping[str, float]:
+        """An object of numbers; empty where the key does not stand."""
+        if not self.has(key):
+            return {}
+        inner = self.record(key)
+        return {name: inner.number(name) for name in inner.keys}
+
     def record(self, key: str) -> Record:
         """An object."""
         return Record(self._get(key), f"{self.where}.{key}")

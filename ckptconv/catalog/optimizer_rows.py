@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 from ckptconv.catalog.loading import Record, load, names
+from ckptconv.catalog.transitions import transitions
 from ckptconv.document import Value
 
 FRAMEWORKS = ("torch", "keras3", "tf_keras", "tf_keras_legacy")
@@ -73,22 +74,34 @@ class Row:
     """Canonical hyperparameter -> the value that equals not having it."""
     base_form: Mapping[str, str]
     switches: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Hyperparameter -> what its being true changes in the form."""
+    """Hyperparameter -> what its being true changes in the form; the target's code may choose it freely."""
+    form_when: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Hyperparameter -> what its not being 0 changes in the form; its value comes from the run."""
+    slot_shapes: Mapping[str, str] = field(default_factory=dict)
+    """Canonical slot -> `scalar` where it is one number per parameter; others have the parameter's shape."""
+    scalars: Mapping[str, str] = field(default_factory=dict)
+    """Canonical name -> key of a number that the optimizer keeps once, for all parameters."""
+    scalar_inits: Mapping[str, float] = field(default_factory=dict)
+    """Canonical name -> its value before the first update."""
+    settled: frozenset[str] = frozenset()
+    """Hyperparameters that have had their whole effect on the state: a class without them lacks nothing."""
+    smallest: Mapping[str, float] = field(default_factory=dict)
+    """Hyperparameter -> the smallest value that the class does not replace by its default."""
+    after_restore: tuple[str, ...] = ()
+    """Lines that the target's code must run, as what they set is saved nowhere; `{step}` is filled in."""
     required_keys: frozenset[str] = frozenset()
     foreign_keys: frozenset[str] = frozenset()
     telling_values: Mapping[str, Value] = field(default_factory=dict)
-    lookalikes: Mapping[str, str] = field(default_factory=dict)
-    """Algorithm -> its scope, of classes whose state has the same keys."""
 
     def form(self, hyperparameters: Mapping[str, Value]) -> dict[str, str]:
         """The points where update rules differ, for these hyperparameters.
 
-        `epsilon`: `corrected` (beside the bias-corrected root) or `raw`; `momentum`: `gradient` (the learning
-        rate is not in the buffer) or `velocity` (it is, negated); `weight_decay`: `coupled`, `decoupled`,
-        `none`.
+        `epsilon`: `corrected` (beside the bias-corrected root), `raw`, `outside` or `inside` the root,
+        `in_max` or `after_max`; `momentum`: `gradient` (the learning rate is not in the buffer), `velocity` (it is,
+        negated), `step` (it is); `weight_decay`: `coupled`, `decoupled`, `none`.
         """
         form = dict(self.base_form)
-        for name, change in self.switches.items():
+        for name, change in (*self.switches.items(), *self.form_when.items()):
             if hyperparameters.get(name):
                 form.update(change)
         return form
@@ -107,9 +120,10 @@ class Row:
 
     def accepts(self, slots: frozenset[str], keys: Mapping[str, Value]) -> bool:
         """Whether the class could have written a state with these slots and hyperparameters."""
-        if not slots <= set(self.slots.values()):
+        if not slots <= {*self.slots.values(), *self.scalars.values()}:
             return False
         lasting = {key for slot, key in self.slots.items() if slot not in self.slot_conditions}
+        lasting.update(self.scalars.values())
         if slots and not lasting <= slots:
             return False
         if keys and (not self.required_keys <= set(keys) or self.foreign_keys & set(keys)):
@@ -134,19 +148,22 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
         entry.text("definition")
         inits[slot] = entry.number("init")
         entry.close()
-    known, neutral = set(), {}
+    known, neutral, settled = set(), {}, set()
     for hyperparameter, entry in record.records("hyperparameters"):
         entry.text("definition")
         known.add(hyperparameter)
         if entry.has("neutral"):
             neutral[hyperparameter] = entry.scalar("neutral")
+        if entry.flag("settled", False):
+            settled.add(hyperparameter)
         entry.close()
+    transitions(record)
     rows = {}
     for framework, entry in record.records("frameworks"):
         if framework not in FRAMEWORKS:
             raise ValueError(f"{entry.where}: unknown framework")
-        row = _row(entry, name, family, framework, inits, neutral)
-        if not set(row.hyperparameters) <= known or not set(row.slots) <= set(inits):
+        row = replace(_row(entry, name, family, framework, inits, neutral), settled=frozenset(settled))
+        if not set(row.hyperparameters) <= known or not {*row.slots, *row.scalars} <= set(inits):
             raise ValueError(f"{entry.where}: a slot or hyperparameter is not defined")
         rows[framework] = row
     record.close()
@@ -161,7 +178,7 @@ def _row(
     inits: Mapping[str, float],
     neutral: Mapping[str, Value],
 ) -> Row:
-    slots, variables, conditions, readers = {}, {}, {}, {}
+    slots, variables, conditions, readers, shapes = {}, {}, {}, {}, {}
     for slot, entry in record.records("slots"):
         slots[slot] = entry.text("key")
         variable, condition = entry.optional_text("variable"), entry.optional_text("when")
@@ -171,6 +188,8 @@ def _row(
             conditions[slot] = readers[slot] = condition
         if entry.has("read_when"):
             readers[slot] = entry.text("read_when")
+        if entry.has("shape"):
+            shapes[slot] = entry.text("shape")
         entry.close()
     hyperparameters = {}
     for name, entry in record.records("hyperparameters"):
@@ -182,10 +201,6 @@ def _row(
             optional=entry.flag("optional", False),
         )
         entry.close()
-    switches = {}
-    if record.has("switches"):
-        inner = record.record("switches")
-        switches = {name: inner.text_map(name) for name in inner.keys}
     row = Row(
         algorithm=algorithm,
         family=family,
@@ -202,16 +217,29 @@ def _row(
         slot_readers=readers,
         slot_inits={slot: inits[slot] for slot in slots},
         hyperparameters=hyperparameters,
-        neutral=neutral,
+        neutral={**neutral, **record.scalar_map("neutral")},
         base_form=record.text_map("form"),
-        switches=switches,
+        switches=_changes(record, "switches"),
+        form_when=_changes(record, "form_when"),
+        slot_shapes=shapes,
+        scalars=(scalars := record.text_map("scalars")),
+        scalar_inits={name: inits[name] for name in scalars},
+        smallest=record.number_map("smallest"),
+        after_restore=record.texts("after_restore"),
         required_keys=frozenset(record.texts("required_keys")),
         foreign_keys=frozenset(record.texts("foreign_keys")),
         telling_values=record.scalar_map("telling_values"),
-        lookalikes=record.text_map("lookalikes"),
     )
     record.close()
     return row
+
+
+def _changes(record: Record, key: str) -> Mapping[str, Mapping[str, str]]:
+    """Hyperparameter -> points of the form that it changes."""
+    if not record.has(key):
+        return {}
+    inner = record.record(key)
+    return {name: inner.text_map(name) for name in inner.keys}
 
 
 def algorithms() -> tuple[str, ...]:
@@ -238,13 +266,11 @@ def infer(
     `slots`: native keys of the state (torch, without the step), names of the slot lists (Keras 3, tf_keras;
     also empty ones), slot names (legacy). `hyperparameters`: the whole param group without `params`, or the
     stored scalars by edge. `scope`: the first part of the optimizer's variables' names, where they have one;
-    it settles what the keys leave open. Candidates without a row of their own are classes that look the same.
+    it settles what the keys leave open.
     """
     fits = [table[framework] for table in _tables().values() if framework in table]
     fits = [candidate for candidate in fits if candidate.accepts(slots, hyperparameters)]
     scopes = {candidate.algorithm: candidate.scope for candidate in fits}
-    for candidate in fits:
-        scopes.update({name: other for name, other in candidate.lookalikes.items() if name not in scopes})
     if scope is not None:
         plain = re.sub(r"_\d+$", "", scope)
         named = tuple(name for name, other in scopes.items() if other == plain)

@@ -1,66 +1,177 @@
-"""How large a difference between two update rules is on a given state, in one streaming pass."""
+"""How large a difference between two update rules is on a given state, in one streaming pass.
+
+Every formula is the relative difference of the next update of one element, from what the state holds now.
+The next update's second moment is at least beta_2 times the present one (rho times, b2 times; an accumulator
+only grows), and the formulas fall with it, so that the figure is a bound of that update for every element
+whose second moment is not 0. An element with 0 has had no gradient yet and is left out.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ckptconv.tensor import TensorRef
+from ckptconv.catalog.transitions import Transition
+from ckptconv.tensor import MissingTensor, TensorRef
 
 _BINS = 1 << 16
+Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
+Slots = Mapping[str, Mapping[str, TensorRef]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EpsilonResidual:
-    """What has to be known to state the effect of epsilon's place: pass it on to `epsilon_residual`."""
+class Residual:
+    """What has to be known to state a difference: pass it on to `measure`."""
+
+    formula: str
+    """Key of `FORMULAS`."""
+    slot: str
+    """Canonical slot whose values decide."""
+    minus: str | None = None
+    """Canonical slot whose square is taken off them (centered RMSprop)."""
+    values: Mapping[str, float]
+    """Hyperparameters, with `step`."""
+
+    @classmethod
+    def of(
+        cls, transition: Transition, values: Mapping[str, float], step: object, *, amsgrad: bool = False
+    ) -> Residual | None:
+        """The residual of a transition; None where something that its formula needs is not known."""
+        name = f"{transition.measure}: {transition.before} -> {transition.after}"
+        formula = FORMULAS[name]
+        have = dict(values)
+        if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 63:
+            have["step"] = float(step)
+        if any(need not in have for need in formula.needs):
+            return None
+        if not 0 <= have.get("beta_2", 0) < 1 or have["epsilon"] < 0:
+            return None
+        slot = "max_second_moment" if amsgrad else formula.slot
+        centered = formula.minus is not None and bool(values.get("centered"))
+        return cls(formula=name, slot=slot, minus=formula.minus if centered else None, values=have)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formula:
+    """A relative difference, per element."""
 
     slot: str
-    """Canonical slot whose values decide: what stands under the root."""
-    step: int
-    beta_2: float
-    epsilon: float
-    direction: str
-    """`corrected-to-raw` or `raw-to-corrected`."""
+    minus: str | None = None
+    needs: tuple[str, ...]
+    error: Callable[[Floats, Mapping[str, float]], Floats]
 
 
-def epsilon_residual(
-    second_moments: Iterable[TensorRef], step: int, beta_2: float, epsilon: float, direction: str
-) -> tuple[float, float]:
-    """Largest and median relative error of the next update, per element, when epsilon changes its place.
+def _correction(values: Mapping[str, float]) -> float:
+    """sqrt(1 - beta_2^t) of the next update."""
+    beta_2 = values["beta_2"]
+    return math.sqrt(-math.expm1((values["step"] + 1) * math.log(beta_2))) if beta_2 > 0 else 1.0
 
-    With c = sqrt(1 - beta_2^(step + 1)) the error is exactly epsilon (1 - c) / (sqrt(v) + epsilon) for
-    `corrected-to-raw`, and epsilon (1 - c) / (sqrt(v) + epsilon c) for `raw-to-corrected`. It falls with v:
-    the smallest v gives the largest error, the median v the median one. Elements with v = 0 have had no
-    gradient, do not move under either rule, and are left out. The median is that of a histogram over the
-    upper 16 bits of the float32 value: its error is below 1 %.
 
+def _beside_root(v: Floats, values: Mapping[str, float]) -> Floats:
+    epsilon, c = values["epsilon"], _correction(values)
+    return np.asarray(epsilon * (1 - c) / (np.sqrt(values["beta_2"] * v) + epsilon))
+
+
+def _beside_raw_root(v: Floats, values: Mapping[str, float]) -> Floats:
+    epsilon, c = values["epsilon"], _correction(values)
+    return np.asarray(epsilon * (1 - c) / (np.sqrt(values["beta_2"] * v) + epsilon * c))
+
+
+def _over_norm(u: Floats, values: Mapping[str, float]) -> Floats:
+    return np.asarray(values["epsilon"] / (values["beta_2"] * u))
+
+
+def _squared(s: Floats, values: Mapping[str, float]) -> Floats:
+    return np.asarray(values["epsilon"] / np.sqrt(s + values["epsilon"] ** 2))
+
+
+def _out_of_root(v: Floats, values: Mapping[str, float]) -> Floats:
+    v = v * values["rho"]
+    return np.asarray(np.abs(np.sqrt(v + values["epsilon"]) / (np.sqrt(v) + values["fitted"]) - 1))
+
+
+def _into_root(v: Floats, values: Mapping[str, float]) -> Floats:
+    v = v * values["rho"]
+    return np.asarray(np.abs((np.sqrt(v) + values["epsilon"]) / np.sqrt(v + values["fitted"]) - 1))
+
+
+_ADAM = ("epsilon", "beta_2", "step")
+FORMULAS: Mapping[str, Formula] = {
+    "bias-corrected: corrected -> raw": Formula(slot="second_moment", needs=_ADAM, error=_beside_root),
+    "bias-corrected: raw -> corrected": Formula(slot="second_moment", needs=_ADAM, error=_beside_raw_root),
+    "norm: in_max -> after_max": Formula(slot="norm", needs=("epsilon", "beta_2"), error=_over_norm),
+    "norm: after_max -> in_max": Formula(slot="norm", needs=("epsilon", "beta_2"), error=_over_norm),
+    "accumulated: outside -> inside": Formula(slot="accumulator", needs=("epsilon",), error=_squared),
+    "root: inside -> outside": Formula(
+        slot="second_moment", minus="average_gradient", needs=("epsilon", "rho", "fitted"), error=_out_of_root
+    ),
+    "root: outside -> inside": Formula(
+        slot="second_moment", minus="average_gradient", needs=("epsilon", "rho", "fitted"), error=_into_root
+    ),
+}
+
+
+FITS: Mapping[str, Callable[[float, float], float]] = {
+    "out-of-root": lambda v, epsilon: epsilon / (math.sqrt(v + epsilon) + math.sqrt(v)),
+    "into-root": lambda v, epsilon: epsilon * (epsilon + 2 * math.sqrt(v)),
+}
+"""(median second moment, epsilon) -> the epsilon with which the other form takes the same step there.
+
+`out-of-root`: sqrt(v + e) = sqrt(v) + e'; `into-root`: sqrt(v) + e = sqrt(v + e').
+"""
+
+
+def fitted(name: str, slots: Slots, epsilon: float, values: Mapping[str, float]) -> tuple[float, str]:
+    """The target's epsilon for which the two rules agree at the median of the state, and why.
+
+    I/O: reads the second moments once, in windows.
+    """
+    minus = slots.get("average_gradient", {}) if values.get("centered") or "average_gradient" in slots else {}
+    _, median = _spread(slots.get("second_moment", {}), minus, lambda v: v)
+    return FITS[name](
+        median, epsilon
+    ), f"epsilon {epsilon:.3g} fitted at the median second moment {median:.3g}"
+
+
+def measure(slots: Slots, residual: Residual) -> tuple[float, float]:
+    """Largest and median relative difference of the next update over the elements of a state.
+
+    The median is that of a histogram over the upper 16 bits of the float32 value: its error is below 1 %.
     I/O: reads every tensor once, in windows.
     """
-    smallest, counts = math.inf, np.zeros(_BINS, np.int64)
-    for tensor in second_moments:
+    minus = slots.get(residual.minus, {}) if residual.minus else {}
+    formula = FORMULAS[residual.formula]
+    return _spread(slots.get(residual.slot, {}), minus, lambda v: formula.error(v, residual.values))
+
+
+def _spread(
+    tensors: Mapping[str, TensorRef], minus: Mapping[str, TensorRef], of: Callable[[Floats], Floats]
+) -> tuple[float, float]:
+    """Largest and median value of a function over all elements that are above 0."""
+    largest, counts = 0.0, np.zeros(_BINS, np.int64)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, MissingTensor):
+            continue
+        others = minus[name].windows() if name in minus else None
         for window in tensor.windows():
-            values = window.view(tensor.dtype.numpy)
-            wide = values.astype(np.float64) if values.dtype.itemsize > 4 else values.astype(np.float32)
+            wide = window.view(tensor.dtype.numpy).astype(np.float64)
+            if others is not None:
+                wide = wide - next(others).view(minus[name].dtype.numpy).astype(np.float64) ** 2
             wide = wide[(wide > 0) & np.isfinite(wide)]
             if not wide.size:
                 continue
-            smallest = min(smallest, float(wide.min()))
-            clipped = np.clip(wide, np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max)
+            with np.errstate(all="ignore"):
+                values = of(wide)
+            largest = max(largest, float(values.max()))
+            clipped = np.clip(values, np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max)
             counts += np.bincount(clipped.astype(np.float32).view(np.uint32) >> 16, minlength=_BINS)
     total = int(counts.sum())
     if total == 0:
         return 0.0, 0.0
     middle = int(np.searchsorted(np.cumsum(counts), (total + 1) // 2))
     median = float(np.array((middle << 16) + (1 << 15), np.uint32).view(np.float32))
-    return tuple(  # type: ignore[return-value]  # two elements in, two out
-        _epsilon_error(value, step, beta_2, epsilon, direction) for value in (smallest, max(median, smallest))
-    )
-
-
-def _epsilon_error(second_moment: float, step: int, beta_2: float, epsilon: float, direction: str) -> float:
-    correction = math.sqrt(-math.expm1((step + 1) * math.log(beta_2))) if beta_2 > 0 else 1.0
-    beside = epsilon if direction == "corrected-to-raw" else epsilon * correction
-    return epsilon * (1 - correction) / (math.sqrt(second_moment) + beside)
+    return largest, min(median, largest)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ckptconv.catalog.findings import Findings
 from ckptconv.catalog.hyperparameters import Settings
 from ckptconv.catalog.optimizer_rows import Row
-from ckptconv.document import Optimizer, value_of
-from ckptconv.ops import Scale
-from ckptconv.tensor import Op
+from ckptconv.catalog.transitions import Transition, numbers
+from ckptconv.document import Fact, Known, Optimizer, value_of
+from ckptconv.tensor import MissingTensor, Op, TensorRef
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,8 @@ class SlotConversion:
     """True: nothing of the source goes in, every element is `init`."""
     init: float = 0.0
     """Value of a parameter's slot where the source has none for it."""
+    shape: str = "param"
+    """`param`, or `scalar`: one number, which no layout concerns."""
     ops: tuple[tuple[Op, ...], ...] = ()
     """Per group of the target, what happens to the values (beside the parameter's own layout ops)."""
 
@@ -34,7 +36,7 @@ def convert_slots(
     ours: Row,
     theirs: Row,
     settings: Settings,
-    forms: tuple[Mapping[str, str], Mapping[str, str]],
+    steps: tuple[Transition, ...],
     findings: Findings,
 ) -> tuple[tuple[SlotConversion, ...], tuple[str, ...]]:
     """The target's slots with their ops, and the source's slots that stay behind."""
@@ -46,6 +48,8 @@ def convert_slots(
         held = [slot for slot in theirs.slots if slot in target.slots]
     left = tuple(slot for slot in source.slots if slot not in held)
     for slot in left:
+        if slot in theirs.scalars:
+            continue  # kept once for all parameters, see `scalar_slots`
         # A master copy is no state of the rule: whoever maps the parameters makes the weights from it.
         if slot != "master" and (slot not in ours.slots or not _is_idle(slot, ours, settings)):
             condition = theirs.slot_conditions.get(slot)
@@ -60,12 +64,14 @@ def convert_slots(
             )
     result = []
     for slot in held:
-        init = theirs.slot_inits[slot]
+        init, shape = theirs.slot_inits[slot], theirs.slot_shapes.get(slot, "param")
         if slot in source.slots:
-            result.append(_slot(slot, init, settings, forms, findings))
+            result.append(_slot(slot, init, shape, settings, steps, findings))
+            continue
+        if shape == "scalar" and isinstance(source.scalars.get(slot), Known):
             continue
         _created(slot, source, ours, theirs, settings, findings)
-        result.append(SlotConversion(slot=slot, created=True, init=init, ops=((),) * count))
+        result.append(SlotConversion(slot=slot, created=True, init=init, shape=shape, ops=((),) * count))
     return tuple(result), left
 
 
@@ -108,55 +114,99 @@ def _created(
 def _slot(
     slot: str,
     init: float,
+    shape: str,
     settings: Settings,
-    forms: tuple[Mapping[str, str], Mapping[str, str]],
+    steps: tuple[Transition, ...],
     findings: Findings,
 ) -> SlotConversion:
-    """What happens to a slot's values. Only a momentum buffer means different numbers in different forms."""
-    mine, other = forms[0].get(slot), forms[1].get(slot)
-    count = len(settings.facts)
-    if mine == other:
-        return SlotConversion(slot=slot, init=init, ops=((),) * count)
+    """What happens to a slot's values where the forms mean different numbers by it."""
+    touching = [step for step in steps if slot in step.slots]
     ops: list[tuple[Op, ...]] = []
     created = False
     for index, values in enumerate(settings.source):
-        rate = values.get("learning_rate")
-        loc = ("groups", index, "hyperparameters", "learning_rate")
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not math.isfinite(rate):
-            findings.stop(
-                "hyperparameter-missing",
-                f"the {slot} buffer holds the learning rate in one form and not in the other; "
-                f"the source records {'none' if rate is None else rate}",
-                "Pass --set learning_rate=VALUE, the rate of the next update.",
-                *loc,
+        done: list[Op] = []
+        for step in touching:
+            change = step.slots[slot]
+            known = numbers(settings.target(index), {"learning_rate": None}, values)
+            if "learning_rate" not in values:
+                known.pop("learning_rate", None)  # the template's is of another run
+            lacking = next((name for name in change.amount.names if name not in known), None)
+            if lacking is not None:
+                _lacking(lacking, slot, values.get(lacking), index, findings)
+                continue
+            amount = change.amount.of(known)
+            if change.kind == "scale" and (amount == 0 or not math.isfinite(amount)):
+                findings.refuse(
+                    "form-mismatch",
+                    f"{' and '.join(change.amount.names)} of the next update make the {slot} 0: it cannot be "
+                    "told with that inside it",
+                    "Convert a checkpoint of a step whose rate is not 0, "
+                    "or allow form-mismatch to begin the buffer at 0.",
+                    *("groups", index, "hyperparameters", change.amount.names[0]),
+                )
+                created = True
+                continue
+            done.append(change.op(known))
+            if step.exclusive and all(values.get(name) for name in step.exclusive):
+                findings.refuse(
+                    "form-mismatch",
+                    f"{' with '.join(step.exclusive)} is a rule that the target does not have",
+                    f"Pass --set {step.exclusive[0]}=0 if the run had none.",
+                    *("groups", index, "hyperparameters", step.exclusive[0]),
+                )
+        ops.append(tuple(done))
+    return SlotConversion(slot=slot, created=created, init=init, shape=shape, ops=tuple(ops))
+
+
+def _lacking(name: str, slot: str, have: object, index: int, findings: Findings) -> None:
+    findings.stop(
+        "hyperparameter-missing",
+        f"the {slot} buffer holds {name} in one form and not in the other; "
+        f"the source records {'none' if have is None else have}",
+        f"Pass --set {name}=VALUE" + (", the rate of the next update." if name == "learning_rate" else "."),
+        *("groups", index, "hyperparameters", name),
+    )
+
+
+def scalar_slots(
+    source: Optimizer, theirs: Row, count: int, findings: Findings
+) -> tuple[tuple[SlotConversion, ...], Mapping[str, Fact]]:
+    """Numbers that one side keeps per parameter and the other once, or both once."""
+    made, kept = [], {}
+    for name in theirs.slot_shapes:
+        if theirs.slot_shapes[name] != "scalar" or name in source.slots:
+            continue
+        value = value_of(source.scalars.get(name))
+        if isinstance(value, (int, float)):
+            made.append(
+                SlotConversion(slot=name, created=True, init=value, shape="scalar", ops=((),) * count)
             )
-            ops.append(())
-        elif rate == 0 or not math.isfinite(1 / rate):
-            findings.refuse(
-                "form-mismatch",
-                f"the learning rate of the next update is 0: {slot} cannot be told with the rate inside it",
-                "Convert a checkpoint of a step whose rate is not 0, "
-                "or allow form-mismatch to begin the buffer at 0.",
-                *loc,
-            )
-            created = True
-            ops.append(())
-        else:
-            ops.append((Scale(-float(rate)),) if other == "velocity" else (Scale(-1 / float(rate)),))
-        if values.get("dampening") and values.get("nesterov"):
-            findings.refuse(
-                "form-mismatch",
-                "nesterov with dampening is a rule that only torch has (its constructor refuses it)",
-                "Pass --set dampening=0 if the run had none.",
-                "groups",
-                index,
-                "hyperparameters",
-                "dampening",
-            )
-    if not created:
-        findings.differ(
-            "exact-at-constant-learning-rate",
-            f"{slot}: the {'target' if other == 'velocity' else 'source'} keeps the learning rate inside it; "
-            "the two frameworks part when the rate changes",
+    for name, key in theirs.scalars.items():
+        fact = source.scalars.get(name)
+        if not isinstance(fact, Known) and name in source.slots:
+            fact = _common(source.slots[name], source.param_steps)
+        if not isinstance(fact, Known) and value_of(source.step) in (0, None) and not source.slots:
+            fact = Known(value=theirs.scalar_inits[name], status="derived", formula="before the first update")
+        if isinstance(fact, Known):
+            kept[name] = fact
+            continue
+        findings.stop(
+            "slots-missing",
+            f"the target keeps '{name}' ({key}), which the source does not tell",
+            "Use a source that was saved with its optimizer's state.",
+            "scalars",
+            name,
         )
-    return SlotConversion(slot=slot, created=created, init=init, ops=tuple(ops))
+    return tuple(made), kept
+
+
+def _common(tensors: Mapping[str, TensorRef], steps: Mapping[str, int]) -> Fact | None:
+    """The number of the parameters that have done the most updates. I/O: reads one number."""
+    if not tensors:
+        return None
+    name = max(tensors, key=lambda each: steps.get(each, 0))
+    if isinstance(tensors[name], MissingTensor):
+        return None
+    return Known(
+        value=float(tensors[name].read().reshape(-1)[0]), status="derived", formula=f"that of '{name}'"
+    )

@@ -8,10 +8,10 @@ import numpy as np
 
 from ckptconv.catalog.hyperparameters import Settings
 from ckptconv.catalog.optimizer_rows import Row
-from ckptconv.document import Value
+from ckptconv.document import Fact, Value, value_of
 
 
-def target_code(theirs: Row, settings: Settings, form: Mapping[str, str]) -> tuple[str, ...]:
+def target_code(theirs: Row, settings: Settings, form: Mapping[str, str], step: Fact) -> tuple[str, ...]:
     """The constructor of the target's optimizer, and what goes beside it."""
     values = settings.target(0)
     for name, change in theirs.switches.items():
@@ -38,6 +38,8 @@ def target_code(theirs: Row, settings: Settings, form: Mapping[str, str]) -> tup
         )
     if settings.maximize:
         lines.append("# the loss negated: the source run maximizes")
+    done = value_of(step)
+    lines += [line.replace("{step}", str(done)) for line in theirs.after_restore if done is not None]
     return tuple(lines)
 
 

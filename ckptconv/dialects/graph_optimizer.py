@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptconv.catalog.optimizers import Row, algorithms, infer, row
@@ -47,6 +47,7 @@ def lift_optimizer(
         for variable, state in pairs:
             bundle.take(state, ("slot", name, slot, named[variable]))
     variables = node.variables or tuple(v for v in params if read[v].role not in STATISTICS)
+    scalars = _scalars(bundle, node, name, rows)
     hyperparameters, schedule = _hyperparameters(bundle, node, name, rows)
     step, accumulating = _step(bundle, node, name, alone=len(nodes) == 1)
     algorithm = candidates[0] if len(candidates) == 1 else "unknown"
@@ -74,6 +75,7 @@ def lift_optimizer(
             step=step,
             groups=(Group(params=tuple(named[v] for v in variables), hyperparameters=hyperparameters),),
             slots=slots,
+            scalars=scalars,
             param_order=node.order if node.variables else "unknown",
         ),
         schedule=schedule,
@@ -92,8 +94,11 @@ def _candidates(bundle: Bundle, node: OptimizerNode) -> tuple[str, ...]:
         hyperparameters["learning_rate"] = bundle.number(node.learning_rate)
     if not node.named_slots:
         known = {key for found in table.values() for key in found.slots.values()}
-        lists = (
-            frozenset(edge for edge in node.lists if edge in known or edge in node.slots) | node.scalar_state
+        lists = frozenset(
+            (
+                *(edge for edge in node.lists if edge in known or edge in node.slots),
+                *_scalar_places(node, table.values()),
+            )
         )
         fits = infer(node.generation, lists, hyperparameters, node.scope)
         named = tuple(
@@ -106,9 +111,28 @@ def _candidates(bundle: Bundle, node: OptimizerNode) -> tuple[str, ...]:
             found.slots[slot] for slot, variable in found.slot_variables.items() if variable in node.slots
         }
         if len(keys) == len(node.slots):
+            keys |= set(_scalar_places(node, table.values()))
             fits = infer(node.generation, frozenset(keys), hyperparameters, node.scope)
             result.update(dict.fromkeys(name for name in fits if name in table))
     return tuple(result)
+
+
+def _scalar_places(node: OptimizerNode, rows: Iterable[Row]) -> dict[str, int]:
+    """Edge -> variable of the numbers that an optimizer keeps once and that are no hyperparameters."""
+    known = {key for found in rows for key in found.scalars.values()}
+    legacy = {edge: variable for edge, variable in node.scalars.items() if edge in known}
+    return {**legacy, **node.scalar_state}
+
+
+def _scalars(bundle: Bundle, node: OptimizerNode, name: str, rows: Sequence[Row]) -> dict[str, Fact]:
+    """Numbers beside the step that the rule reads (Nadam's product of momenta)."""
+    places = _scalar_places(node, rows)
+    facts: dict[str, Fact] = {}
+    for scalar, key in {s: k for found in rows for s, k in found.scalars.items()}.items():
+        if key in places:
+            facts[scalar] = Known(value=bundle.number(places[key]), source=bundle.source(places[key]))
+            bundle.take_number(places[key], ("scalar", name, scalar))
+    return facts
 
 
 def _variable_names(found: Row) -> frozenset[str]:
@@ -128,7 +152,8 @@ def _canonical(rows: Sequence[Row], native: str, *, by_variable: bool) -> str:
 def _hyperparameters(
     bundle: Bundle, node: OptimizerNode, name: str, rows: Sequence[Row]
 ) -> tuple[dict[str, Fact], Schedule | None]:
-    places = dict(node.scalars)
+    scalars = _scalar_places(node, rows)
+    places = {edge: variable for edge, variable in node.scalars.items() if edge not in scalars}
     if node.learning_rate is not None:
         edge = "learning_rate" if node.generation == "tf_keras_legacy" else "_learning_rate"
         places[edge] = node.learning_rate

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 from ckptconv.dialects.object_paths import Graph
@@ -31,7 +32,12 @@ Generation = Literal["keras3", "tf_keras", "tf_keras_legacy"]
 Shapes = Mapping[int, tuple[int, ...]]
 """Shape of every variable node."""
 
-_LEGACY_MARKS = frozenset({"iter", "decay", "beta_1", "beta_2", "learning_rate", "momentum", "rho"})
+_LEGACY_MARKS = frozenset(
+    {
+        *("iter", "decay", "beta_1", "beta_2", "learning_rate", "momentum", "rho", "momentum_cache", "beta"),
+        *("l1_regularization_strength", "l2_regularization_strength", "learning_rate_power"),
+    }
+)
 _BOOKKEEPING = frozenset(
     {"_variables", "_trainable_variables", "_trainable_variables_indices", "_index_dict", "_model_variables"}
 )
@@ -64,7 +70,7 @@ class OptimizerNode:
     """Whether `slots` has the slots' own names (`m`) for want of list edges."""
     slot_names: frozenset[str] = frozenset()
     """The slots' own names, where their variables' full names have them."""
-    scalar_state: frozenset[str] = frozenset()
+    scalar_state: Mapping[str, int] = field(default_factory=dict)
     """Edges to single variables beside counter and learning rate (Nadam's `_u_product`)."""
     averages: tuple[int, ...] = ()
     accumulators: tuple[int, ...] = ()
@@ -76,7 +82,8 @@ class OptimizerNode:
     """Variable of the current loss scale."""
 
 
-def optimizer_nodes(graph: Graph) -> dict[int, tuple[str, ...]]:
+@lru_cache(maxsize=2)
+def optimizer_nodes(graph: Graph) -> Mapping[int, tuple[str, ...]]:
     """Every optimizer, wrappers included, with the shortest path to it."""
     paths: dict[int, tuple[str, ...]] = {0: ()}
     found: dict[int, tuple[str, ...]] = {}
@@ -187,8 +194,10 @@ def _keras3(
     )
 
 
-def _scalar_state(graph: Graph, edges: Mapping[str, int]) -> frozenset[str]:
-    return frozenset(edge for edge, child in edges.items() if child in graph.variables) - _SETTINGS
+def _scalar_state(graph: Graph, edges: Mapping[str, int]) -> dict[str, int]:
+    return {
+        edge: child for edge, child in edges.items() if child in graph.variables and edge not in _SETTINGS
+    }
 
 
 def _scope(graph: Graph, step: int | None, names: tuple[str, ...]) -> str | None:

@@ -303,4 +303,7 @@ def _entry(
 
 
 def _slot(optimizer: Optimizer, slot: str, param: str, layout: Encoding) -> Lifted:
+    table = row(optimizer.algorithm, "torch")
+    if table is not None and slot in table.slot_shapes:
+        layout = {}  # it does not have the parameter's shape
     return Lifted(to=("slot", optimizer.name, slot, param), encoding=layout)

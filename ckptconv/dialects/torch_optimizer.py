@@ -163,6 +163,8 @@ def _lift_state(
             continue
         slot = "master" if key in torch_keys.MASTER else known.slot_of(key) if known is not None else None
         shape = params[param].tensor.shape if param in params else None
+        if known is not None and known.slot_shapes.get(slot or "") == "scalar":
+            shape = ()
         fits = tensor[0].shape == shape if shape is not None else len(tensor[0].shape) > 0
         if slot is None and not fits:
             continue  # not in the parameter's layout: an extra
