@@ -21,7 +21,6 @@ from ckptconv.formats.base import Layout
 from ckptconv.jobs import (
     Job,
     JobResult,
-    Step,
     check_extent,
     plan_steps,
     pwrite,
@@ -38,9 +37,11 @@ _WINDOW_NBYTES = (256 << 10, 2 << 20)
 """Least and most of a window."""
 _JOB_NBYTES = 64 << 20
 _JOB_STEPS = 1024
+"""What a worker takes at once: handing out tensors of a few bytes one by one costs more than reading them."""
 
 Progress = Callable[[int, int], None]
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +125,10 @@ def verify_written(
     workers = _workers(jobs, None)
     window_nbytes, panel_nbytes = _sizes(workers)
 
-    def check(key: K) -> Problem | None:
+    def check(keys: list[K]) -> list[Problem]:
+        return [problem for key in keys if (problem := check_one(key)) is not None]
+
+    def check_one(key: K) -> Problem | None:
         tensor, checksum = found[key], expected[key]
         value = running_checksum(checksum.kind, tensor, window_nbytes, panel_nbytes, meter.advance)
         if value != checksum.value:
@@ -139,7 +143,8 @@ def verify_written(
         return None
 
     with _threads(workers, meter) as pool:
-        problems += [problem for problem in pool.map(check, found) if problem is not None]
+        portions = _portions(found, lambda key: found[key].spec.nbytes)
+        problems += [problem for some in pool.map(check, portions) for problem in some]
     if problems:
         raise TargetError(*problems)
 
@@ -152,17 +157,20 @@ def check_sources(extents: Iterable[Extent], *, jobs: int | None = None) -> None
     workers = _workers(jobs, None)
     window_nbytes, _ = _sizes(workers)
 
-    def check(extent: Extent) -> tuple[Problem, ...]:
-        meter.advance(0)
-        try:
-            check_extent(extent, "", window_nbytes)
-        except FormatError as error:
-            return error.problems
-        return ()
+    def check(portion: list[Extent]) -> list[Problem]:
+        found: list[Problem] = []
+        for extent in portion:
+            meter.advance(0)
+            try:
+                check_extent(extent, "", window_nbytes)
+            except FormatError as error:
+                found += error.problems
+        return found
 
     meter = _Meter(0, None)
     with _threads(workers, meter) as pool:
-        problems = [problem for found in pool.map(check, extents) for problem in found]
+        portions = _portions(extents, lambda extent: extent.nbytes)
+        problems = [problem for found in pool.map(check, portions) for problem in found]
     if problems:
         raise FormatError(*problems)
 
@@ -221,29 +229,37 @@ def _sizes(workers: int) -> tuple[int, int]:
     return window - window % 64, max(share * 2 // 3, least)
 
 
+def _portions(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Neighbours that one worker takes together."""
+    portion: list[T] = []
+    room = _JOB_NBYTES
+    for item in items:
+        portion.append(item)
+        room -= nbytes(item)
+        if room <= 0 or len(portion) == _JOB_STEPS:
+            yield portion
+            portion, room = [], _JOB_NBYTES
+    if portion:
+        yield portion
+
+
 def _jobs(layout: Layout, publication: Publication, workers: int, digests: bool) -> list[Job]:
     window_nbytes, panel_nbytes = _sizes(workers)
-    jobs = []
     steps = plan_steps([placement for file in layout.files for placement in file.placements])
-    for file in layout.files:
-        group: list[Step] = []
-        room = _JOB_NBYTES
-        placements = sorted(file.placements, key=lambda placement: placement.offset)
-        for position, placement in enumerate(placements):
-            group.append(steps[placement.key])
-            room -= placement.tensor.spec.nbytes
-            if room <= 0 or len(group) == _JOB_STEPS or position == len(placements) - 1:
-                jobs.append(
-                    Job(
-                        path=str(publication.path(file.name)),
-                        steps=tuple(group),
-                        window_nbytes=window_nbytes,
-                        panel_nbytes=panel_nbytes,
-                        digests=digests,
-                    )
-                )
-                group, room = [], _JOB_NBYTES
-    return jobs
+    return [
+        Job(
+            path=str(publication.path(file.name)),
+            steps=tuple(steps[placement.key] for placement in portion),
+            window_nbytes=window_nbytes,
+            panel_nbytes=panel_nbytes,
+            digests=digests,
+        )
+        for file in layout.files
+        for portion in _portions(
+            sorted(file.placements, key=lambda placement: placement.offset),
+            lambda placement: placement.tensor.spec.nbytes,
+        )
+    ]
 
 
 class _Cancelled(Exception):  # noqa: N818 -- ends a worker, is never seen outside

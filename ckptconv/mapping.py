@@ -14,8 +14,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 from ckptconv.catalog import layers
@@ -103,11 +105,12 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
     """
     sources = _modules(source.params, frameworks[0])
     targets = _modules(template.params, frameworks[1])
-    chosen = _by_name(sources, targets)
+    fits = _fits(sources, targets)
+    chosen = _by_name(sources, targets, fits)
     by_name = set(chosen)
     problems: list[Problem] = []
     if not all(_may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
-        found = _by_order(sources, targets, chosen)
+        found = _by_order(sources, targets, chosen, fits)
         if isinstance(found, Problem):
             # Not one partner is known: leaving all behind is no loss that a caller may allow.
             if found.code == "param-unmatched" and not chosen:
@@ -115,10 +118,22 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
             problems.append(found)
         else:
             chosen.update(found)
-    cover = _collect(source, template, sources, targets, chosen, by_name, problems)
+    cover = _collect(source, template, targets, chosen, by_name, fits, problems)
     if _image_layout(frameworks[0]) == _image_layout(frameworks[1]):
         return cover
     return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, source, template)))
+
+
+Fits = Callable[[int, int], _Fit | None]
+"""How the source module of an index makes the target module of another; None where it cannot."""
+
+
+def _fits(sources: Sequence[_Module], targets: Sequence[_Module]) -> Fits:
+    @cache
+    def fits(i: int, j: int) -> _Fit | None:
+        return fitting(sources[i], targets[j])
+
+    return fits
 
 
 def _image_layout(framework: str) -> str:
@@ -169,10 +184,10 @@ def _known_sizes(source: Param, target: Param) -> tuple[str, dict[str, int]] | N
 def _collect(
     source: Checkpoint,
     template: Checkpoint,
-    sources: Sequence[_Module],
     targets: Sequence[_Module],
     chosen: Mapping[int, int],
     by_name: set[int],
+    fits: Fits,
     problems: list[Problem],
 ) -> Cover:
     pairs: list[Pair] = []
@@ -188,7 +203,7 @@ def _collect(
             target_only += [p.name for p in free]
             problems += [_unmatched(p, source.params, "source") for p in lacking if in_order]
             continue
-        fit = fitting(sources[chosen[j]], target)
+        fit = fits(chosen[j], j)
         assert fit is not None
         evidence: NameEvidence = "name" if j in by_name else "structure"
         for made_from, made, ops, layout in fit.pairs:
@@ -336,7 +351,7 @@ def _normalized(modules: Sequence[_Module]) -> list[tuple[str, ...]]:
     return [tuple(part.lower().lstrip("_") for part in name[common:]) for name in names]
 
 
-def _by_name(sources: Sequence[_Module], targets: Sequence[_Module]) -> dict[int, int]:
+def _by_name(sources: Sequence[_Module], targets: Sequence[_Module], fits: Fits) -> dict[int, int]:
     """Target index -> source index of modules with the same name and shapes that fit.
 
     A number is a name only where all modules have partners of the same name: `2` of one side may be the
@@ -346,12 +361,14 @@ def _by_name(sources: Sequence[_Module], targets: Sequence[_Module]) -> dict[int
     for i, name in enumerate(_normalized(sources)):
         by_source.setdefault(name, []).append(i)
     names = _normalized(targets)
-    chosen = {}
+    uses = Counter(names)
+    chosen: dict[int, int] = {}
     for j, name in enumerate(names):
         partners = by_source.get(name, [])
-        if len(partners) == 1 and names.count(name) == 1 and fitting(sources[partners[0]], targets[j]):
+        if len(partners) == 1 and uses[name] == 1 and fits(partners[0], j):
             chosen[j] = partners[0]
-    left_s = [module for i, module in enumerate(sources) if i not in chosen.values()]
+    taken = set(chosen.values())
+    left_s = [module for i, module in enumerate(sources) if i not in taken]
     left_t = [module for j, module in enumerate(targets) if j not in chosen]
     if all(_may_be_left(module) for module in (*left_s, *left_t)):
         return chosen
@@ -359,7 +376,7 @@ def _by_name(sources: Sequence[_Module], targets: Sequence[_Module]) -> dict[int
 
 
 def _by_order(
-    sources: Sequence[_Module], targets: Sequence[_Module], anchors: Mapping[int, int]
+    sources: Sequence[_Module], targets: Sequence[_Module], anchors: Mapping[int, int], made: Fits
 ) -> dict[int, int] | Problem:
     """Assign all modules in their order, where exactly one assignment is possible.
 
@@ -371,7 +388,7 @@ def _by_order(
     def fits(i: int, j: int) -> bool:
         if i in owners or j in anchors:
             return anchors.get(j) == i
-        return fitting(sources[i], targets[j]) is not None
+        return made(i, j) is not None
 
     s_free = [i not in owners and _may_be_left(module) for i, module in enumerate(sources)]
     t_free = [j not in anchors and _may_be_left(module) for j, module in enumerate(targets)]
@@ -430,7 +447,8 @@ def _no_order(
     fits: Callable[[int, int], bool],
 ) -> Problem:
     """The first place where the two orders part, in words."""
-    rest_s = [i for i in range(len(sources)) if i not in anchors.values()]
+    taken = set(anchors.values())
+    rest_s = [i for i in range(len(sources)) if i not in taken]
     rest_t = [j for j in range(len(targets)) if j not in anchors]
     a = 0
     while a < min(len(rest_s), len(rest_t)) and fits(rest_s[a], rest_t[a]):

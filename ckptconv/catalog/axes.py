@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from ckptconv.ops import Permute, Reshape
 from ckptconv.tensor import Op
@@ -58,6 +59,7 @@ def bind(pairs: Iterable[tuple[Axes, Shape]]) -> Mapping[str, int] | None:
     return sizes
 
 
+@lru_cache(maxsize=4096)  # a model repeats its layers
 def layout_ops(
     source_axes: Axes, source_shape: Shape, target_axes: Axes, target_shape: Shape
 ) -> tuple[Op, ...] | None:

@@ -127,7 +127,7 @@ class Variable:
     """What the framework calls it; not unique, and empty in hand-written graphs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """An object graph as its edges are used here: lists in the order of their numbers."""
 
@@ -156,12 +156,16 @@ class Graph:
 
     def edges(self, node: int) -> Mapping[str, int]:
         """Children of a node by name."""
-        return dict(self.children[node])
+        return self._by_name[node]
+
+    @cached_property
+    def _by_name(self) -> tuple[Mapping[str, int], ...]:
+        return tuple(dict(edges) for edges in self.children)
 
     def child(self, node: int, *edges: str) -> int | None:
         """The node that is reached by these edges, None where there is none."""
         for edge in edges:
-            following = dict(self.children[node]).get(edge)
+            following = self._by_name[node].get(edge)
             if following is None:
                 return None
             node = following
