@@ -18,6 +18,7 @@ import typer
 from ckptconv.console import (
     DONE,
     PROBLEMS,
+    end_cleanly_on_signals,
     outcome,
     prepare_streams,
     print_json,
@@ -81,6 +82,7 @@ def main() -> None:
     # walking it again each time it has grown by a quarter takes longer than reading the file.
     gc.set_threshold(100_000)
     prepare_streams()
+    end_cleanly_on_signals()
     app()
 
 

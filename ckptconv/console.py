@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -31,13 +33,42 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class Terminated(KeyboardInterrupt):
+    """The system or a job scheduler asked the process to end; it cleans up as after Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.code = 128 + number
+
+
+def end_cleanly_on_signals() -> None:
+    """Let the signals that end a process by default unwind it instead, unless the caller ignores them."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, terminate)
+
+
 def write(text: str) -> None:
     """Text to stdout. A reader that went away (`| head`) is no failure of ours."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence_stdout()
+    except OSError as error:
+        _silence_stdout()
+        sys.stderr.write(f"cannot write to standard output: {error.strerror}\n")
+        raise typer.Exit(PROBLEMS) from None
+
+
+def _silence_stdout() -> None:
+    """Python flushes the stream once more when it ends, and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_json(value: object) -> None:
@@ -90,9 +121,9 @@ def outcome(*, as_json: bool) -> Iterator[None]:
         yield
     except CkptError as error:
         stop(error.problems, as_json=as_json)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         sys.stderr.write("interrupted; nothing was written\n")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(interrupt.code if isinstance(interrupt, Terminated) else INTERRUPTED) from None
 
 
 @contextlib.contextmanager

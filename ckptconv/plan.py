@@ -156,7 +156,7 @@ def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) ->
             )
         weights_only = goal.format.name == "safetensors"  # its choice is consent to leave the rest behind
         for optimizer in checkpoint.optimizers:
-            if not weights_only and "state-dropped" not in allowed:
+            if not problems and not weights_only and "state-dropped" not in allowed:
                 problems.append(
                     Problem(
                         code="state-dropped",

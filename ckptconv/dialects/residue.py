@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,14 +62,18 @@ def scalar_tensor(value: Value, dtype: str, shape: tuple[int, ...] = ()) -> Tens
     Raises: progress-range where the dtype cannot hold the number exactly.
     """
     row = dtypes.BY_NAME[dtype]
-    array = np.full(shape, np.array(value).astype(row.numpy), row.numpy)
+    try:
+        array = np.full(shape, np.array(value).astype(row.numpy), row.numpy)
+    except OverflowError:
+        raise _out_of_range(value, dtype, "it is out of range") from None
     if isinstance(value, int) and not isinstance(value, bool) and array.size and int(array.flat[0]) != value:
-        raise LossError.of(
-            "progress-range",
-            f"{value} cannot be held exactly in {dtype} (it becomes {array.flat[0]})",
-            "Use a target that counts in a wider type.",
-        )
+        raise _out_of_range(value, dtype, f"it becomes {array.flat[0]}")
     return StoredTensor.of_array(array)
+
+
+def _out_of_range(value: Value, dtype: str, why: str) -> CkptError:
+    message = f"{value} cannot be held exactly in {dtype} ({why})"
+    return LossError.of("progress-range", message, "Use a target that counts in a wider type.")
 
 
 def encode(value: TensorRef | Value, lifted: Lifted) -> Node:
@@ -151,7 +156,8 @@ def fill(root: Node, checkpoint: Checkpoint) -> Node:
         try:
             return encode(value, node)
         except CkptError as error:
-            problems.append(error)
+            located = (replace(p, loc=path, message=f"'{where}': {p.message}") for p in error.problems)
+            problems.append(CkptError(*located))
             return node
 
     filled = transform(root, put)

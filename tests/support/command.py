@@ -49,14 +49,14 @@ def inspect(path: object) -> dict[str, Any]:
 
 def convert_here(source: object, target: Path, *arguments: object) -> Path:
     """As `convert`, without a process of its own."""
-    code, shown = _invoke("convert", source, target, *arguments)
+    code, shown = invoke("convert", source, target, *arguments)
     assert code == 0, shown
     return target
 
 
 def refused_here(*arguments: object) -> list[dict[str, Any]]:
     """As `refused`, without a process of its own."""
-    code, shown = _invoke(*arguments, "--json")
+    code, shown = invoke(*arguments, "--json")
     assert code == 1, shown
     problems: list[dict[str, Any]] = json.loads(shown)["problems"]
     assert problems
@@ -65,13 +65,14 @@ def refused_here(*arguments: object) -> list[dict[str, Any]]:
 
 def inspect_here(path: object) -> dict[str, Any]:
     """As `inspect`, without a process of its own."""
-    code, shown = _invoke("inspect", path, "--json")
+    code, shown = invoke("inspect", path, "--json")
     assert code == 0, shown
     document: dict[str, Any] = json.loads(shown)
     return document
 
 
-def _invoke(*arguments: object) -> tuple[int, str]:
+def invoke(*arguments: object) -> tuple[int, str]:
+    """(exit code, everything shown) of a command in this process; what escapes it is raised here."""
     from typer.testing import CliRunner
 
     from ckptconv.cli import app
