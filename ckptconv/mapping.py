@@ -18,9 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckptconv.catalog import layers
+from ckptconv.catalog.axes import element_order
 from ckptconv.document import Checkpoint, Evidence, Param
 from ckptconv.errors import Problem
 from ckptconv.ops import Permute
@@ -42,6 +43,8 @@ class Pair:
     matched_by: NameEvidence
     layout: Evidence
     """Why the axes are known: the weaker one of both sides' evidence."""
+    reading: layers.Candidate | None = None
+    """What the target's parameter is taken for, where the catalog has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,11 +89,21 @@ class _Module:
         return all(param.tied_to is not None for param in self.params)
 
 
+class _Way(NamedTuple):
+    """How the axes of one parameter become those of another."""
+
+    ops: tuple[Op, ...]
+    reading: layers.Candidate | None
+    """What the target's is taken for."""
+    text: str
+    """The reading of the side that has more than one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fit:
     """How one module becomes another: per target parameter its source, its operation and the evidence."""
 
-    pairs: tuple[tuple[Param, Param, tuple[Op, ...], Evidence], ...]
+    pairs: tuple[tuple[Param, Param, _Way, Evidence], ...]
     ambiguous: tuple[Problem, ...]
     target_only: tuple[Param, ...]
     source_only: tuple[Param, ...]
@@ -121,7 +134,7 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
     cover = _collect(source, template, targets, chosen, by_name, fits, problems)
     if _image_layout(frameworks[0]) == _image_layout(frameworks[1]):
         return cover
-    return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, source, template)))
+    return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, template)))
 
 
 Fits = Callable[[int, int], _Fit | None]
@@ -141,7 +154,7 @@ def _image_layout(framework: str) -> str:
     return "channels-first" if framework == "torch" else "channels-last"
 
 
-def _behind_flatten(cover: Cover, source: Checkpoint, template: Checkpoint) -> Iterator[Problem]:
+def _behind_flatten(cover: Cover, template: Checkpoint) -> Iterator[Problem]:
     """Dense layers whose rows may be the flattened positions of an image, in another order on each side.
 
     Suspicious is an input width that is a proper multiple of an earlier convolution's channels and that no
@@ -150,35 +163,34 @@ def _behind_flatten(cover: Cover, source: Checkpoint, template: Checkpoint) -> I
     channels: list[tuple[str, int]] = []
     widths: set[int] = set()
     for pair in cover.pairs:
-        axes = _known_sizes(source.params[pair.source], template.params[pair.target])
-        if axes is None:
+        reading, shape = pair.reading, template.params[pair.target].tensor.shape
+        if reading is None or len(shape) < 2:
             continue
-        kind, sizes = axes
+        sizes = dict(zip(reading.axes, shape, strict=True))
         width = sizes.get("in")
-        if kind == "dense" and width is not None and width not in widths:
-            behind = [(name, n) for name, n in channels if width > n and width % n == 0]
+        if reading.kind == "dense" and width is not None and width not in widths:
+            behind = [(name, n) for name, n in channels if width > n > 1 and width % n == 0]
             if behind:
                 name, n = behind[-1]
                 yield Problem(
                     code="flatten-layout",
                     loc=("params", pair.target),
-                    message=f"'{pair.target}' takes {width} inputs, {width // n} times the {n} channels of '{name}': "
-                    "if it stands behind a flatten, its rows are in another order in the other framework",
-                    hint="Pool instead of flattening, or --allow flatten-layout if no image is flattened here.",
+                    message=f"'{pair.target}' takes {width} inputs, {width // n} times the {n} channels of "
+                    f"'{name}': behind a flatten its rows are in another order in the other framework",
+                    hint="Pool instead of flattening, or --allow flatten-layout if no image is flattened.",
                 )
-        out = sizes.get("out") or sizes.get("features")
-        if kind.startswith("conv") and out is not None:
+        out = _outputs(sizes)
+        if "conv" in reading.kind and out is not None and reading.kind != "gpt2_conv1d":
             channels.append((pair.target, out))
         if out is not None:
             widths.add(out)
 
 
-def _known_sizes(source: Param, target: Param) -> tuple[str, dict[str, int]] | None:
-    """Kind of a kernel and its sizes by axis, from whichever side knows them."""
-    for param in (target, source):
-        if param.axes is not None and param.layer != "unknown" and len(param.axes) > 1:
-            return param.layer, dict(zip(param.axes, param.tensor.shape, strict=True))
-    return None
+def _outputs(sizes: Mapping[str, int]) -> int | None:
+    """How many features a layer gives out, from the sizes of its kernel's axes."""
+    if "multiplier" in sizes:
+        return sizes["in"] * sizes["multiplier"]
+    return next((sizes[axis] for axis in ("out", "features", "in*multiplier") if axis in sizes), None)
 
 
 def _collect(
@@ -206,9 +218,16 @@ def _collect(
         fit = fits(chosen[j], j)
         assert fit is not None
         evidence: NameEvidence = "name" if j in by_name else "structure"
-        for made_from, made, ops, layout in fit.pairs:
+        for made_from, made, way, layout in fit.pairs:
             pairs.append(
-                Pair(source=made_from.name, target=made.name, ops=ops, matched_by=evidence, layout=layout)
+                Pair(
+                    source=made_from.name,
+                    target=made.name,
+                    ops=way.ops,
+                    matched_by=evidence,
+                    layout=layout,
+                    reading=way.reading,
+                )
             )
             consumed.add(made_from.name)
         problems += fit.ambiguous
@@ -393,8 +412,8 @@ def _by_order(
     s_free = [i not in owners and _may_be_left(module) for i, module in enumerate(sources)]
     t_free = [j not in anchors and _may_be_left(module) for j, module in enumerate(targets)]
     n, m = len(sources), len(targets)
-    # ways[a][b]: assignments of the modules from a and b on, counted up to 2. Only a narrow band can be reached:
-    # the two orders part by no more than the modules that may be left out.
+    # ways[a][b]: assignments of the modules from a and b on, counted up to 2. Only a narrow band can be
+    # reached: the two orders part by no more than the modules that may be left out.
     band = max(sum(s_free), sum(t_free)) + abs(n - m)
     ways = [dict[int, int]() for _ in range(n + 1)]
     reachable: dict[tuple[int, int], bool] = {}
@@ -460,14 +479,16 @@ def _no_order(
             loc=("params", right.params[0].name),
             message=f"the template's module '{right.label}' {_shapes(right)} comes where the source has "
             f"'{left.label}' {_shapes(left)}: no layout makes one the other",
-            hint="Use a template of the same architecture, its layers declared in the same order or named alike.",
+            hint="Use a template of the same architecture, its layers declared in the same order or named "
+            "alike.",
         )
     if a == len(rest_s) == len(rest_t):
         right = targets[rest_t[0]]
         return Problem(
             code="param-unmatched",
             loc=("params", right.params[0].name),
-            message="some modules have the same names on both sides, but stand in another order than the others",
+            message="some modules have the same names on both sides, but stand in another order than the "
+            "others",
             hint="Name all modules alike on both sides.",
         )
     extra, side = (sources[rest_s[a]], "source") if a < len(rest_s) else (targets[rest_t[a]], "template")
@@ -490,23 +511,23 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
     """How the source module makes the target module, or None where it cannot."""
     readings_s = {p.name: _readings(p, source) for p in source.params}
     readings_t = {p.name: _readings(p, target) for p in target.params}
-    pairs: list[tuple[Param, Param, tuple[Op, ...], Evidence]] = []
+    pairs: list[tuple[Param, Param, _Way, Evidence]] = []
     ambiguous: list[Problem] = []
     target_only: list[Param] = []
     used: set[str] = set()
     for made in target.params:
-        options: list[tuple[Param, tuple[Op, ...], str]] = []
+        options: list[tuple[Param, _Way]] = []
         for candidate in source.params:
             if candidate.name in used:
                 continue
-            for ops, reading in _layouts(
+            for way in _layouts(
                 candidate,
                 readings_s[candidate.name],
                 made,
                 readings_t[made.name],
                 same_framework=source.framework == target.framework,
             ):
-                options.append((candidate, ops, reading))
+                options.append((candidate, way))
         names = list(dict.fromkeys(option[0].name for option in options))
         if not names:
             if layers.is_framework_only(made.role):
@@ -518,15 +539,14 @@ def fitting(source: _Module, target: _Module) -> _Fit | None:
             if len({option[0].name for option in same}) != 1:
                 return None
             options = same
-        made_from, ops = options[0][0], options[0][1]
-        distinct = list(dict.fromkeys(option[1] for option in options))
-        if len(distinct) > 1:
+        made_from, way = options[0]
+        if len({element_order(option[1].ops, made_from.tensor.shape) for option in options}) > 1:
             open_side = "source" if len(readings_s[made_from.name]) != 1 else "target"
-            ambiguous.append(_ambiguous(made_from, made, open_side, [option[2] for option in options]))
+            ambiguous.append(_ambiguous(made_from, made, open_side, [option[1].text for option in options]))
             evidence: Evidence = "assumed"
         else:
             evidence = _weaker(made_from, made)
-        pairs.append((made_from, made, ops, evidence))
+        pairs.append((made_from, made, way, evidence))
         used.add(made_from.name)
     left = [p for p in source.params if p.name not in used]
     if any(not layers.is_framework_only(p.role) and p.tied_to is None for p in left):
@@ -556,7 +576,7 @@ def _layouts(
     readings_t: Sequence[layers.Candidate],
     *,
     same_framework: bool,
-) -> Iterator[tuple[tuple[Op, ...], str]]:
+) -> Iterator[_Way]:
     """Each way in which the source's axes can be brought into the target's order, with its name."""
     before, after = source.tensor.shape, target.tensor.shape
     for reading_t in readings_t:
@@ -568,12 +588,13 @@ def _layouts(
             ops = layers.layout_ops(reading_s.axes, before, reading_t.axes, after)
             if ops is not None:
                 told = reading_s if len(readings_s) > 1 else reading_t
-                yield _without_ones(ops, before, after), f"{told.kind} ({', '.join(told.axes)})"
+                text = f"{told.kind} ({', '.join(told.axes)})"
+                yield _Way(_moving(ops, before, after), reading_t, text)
     if not readings_s and not readings_t and before == after and _leaf(source) == _leaf(target):
-        yield (), "the same axes"
+        yield _Way((), None, "the same axes")
         sizes = [size for size in before if size > 1]
         if not same_framework and len(set(sizes)) < len(sizes):
-            yield (_UNKNOWN_ORDER,), "axes of equal size in another order"
+            yield _Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order")
 
 
 _UNKNOWN_ORDER = Permute(())
@@ -584,14 +605,10 @@ def _leaf(param: Param) -> str:
     return _parts(param.name)[-1].lstrip("_")
 
 
-def _without_ones(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
-    """No operation where axes are moved that have one element only: the bytes stay where they are."""
-    if before != after or not ops:
-        return ops
-    if len(ops) != 1 or not isinstance(ops[0], Permute):
-        return ops
-    order = [axis for axis in ops[0].order if before[axis] > 1]
-    return () if order == sorted(order) else ops
+def _moving(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
+    """The ops, none where the bytes stay where they are: axes with one element are moved for nothing."""
+    still = before == after and element_order(ops, before) == element_order((), before)
+    return () if still else ops
 
 
 _STRENGTH: tuple[Evidence, ...] = ("declared", "named")

@@ -101,3 +101,51 @@ def layout_ops(
     if shape != target_shape:
         ops.append(Reshape(shape, target_shape))
     return tuple(ops) if math.prod(source_shape) == math.prod(target_shape) else None
+
+
+def element_order(ops: Iterable[Op], shape: Shape) -> tuple[object, ...]:
+    """In which order ops leave a tensor's elements: equal for ops that do the same to this shape.
+
+    A sequence of (size, stride in elements of the source), outermost first; for other ops than permuting and
+    reshaping, and reshapings that cut across axes, the ops themselves.
+    """
+    ops = tuple(ops)
+    # Every axis as its factors, those of size 1 left out.
+    now = [[(size, math.prod(shape[i + 1 :]))] if size != 1 else [] for i, size in enumerate(shape)]
+    for op in ops:
+        if isinstance(op, Permute) and len(op.order) == len(now):
+            now = [now[axis] for axis in op.order]
+            continue
+        parts = (
+            _cut([factor for axis in now for factor in axis], op.after) if isinstance(op, Reshape) else None
+        )
+        if parts is None:
+            return ops
+        now = parts
+    result: list[tuple[int, int]] = []
+    for size, stride in (factor for axis in now for factor in axis):
+        if result and result[-1][1] == size * stride:
+            size *= result.pop()[0]
+        result.append((size, stride))
+    return tuple(result)
+
+
+def _cut(factors: list[tuple[int, int]], shape: Shape) -> list[list[tuple[int, int]]] | None:
+    """The factors dealt out to axes of these sizes, cut where needed; None where they do not divide."""
+    rest = factors[::-1]
+    axes = []
+    for size in shape:
+        axis: list[tuple[int, int]] = []
+        while size != 1:
+            if not rest or not size:
+                return None
+            have, stride = rest.pop()
+            if not have or (size % have and have % size):
+                return None
+            if have > size:
+                rest.append((have // size, stride))
+                have, stride = size, stride * (have // size)
+            axis.append((have, stride))
+            size //= have
+        axes.append(axis)
+    return axes

@@ -28,7 +28,6 @@ from tests.support.twins import (  # noqa: E402
     conv1d,
     conv2d,
     conv3d,
-    dense,
     depthwise,
     framework,
     keras_run,
@@ -260,6 +259,64 @@ def test_convolutions_of_other_ranks(rank: int, kind: str, tmp_path: Path) -> No
     )
 
 
+def kernel(way: Any) -> list[Row]:
+    return [Row("0.weight", layer(0, "kernel"), way)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "channels", "rows"),
+    [
+        (
+            lambda: nn.ConvTranspose2d(6, 1, 3, bias=False),
+            lambda kl: kl.Conv2DTranspose(1, 3, use_bias=False),
+            6,
+            kernel(conv2d),
+        ),
+        (
+            lambda: nn.Conv2d(1, 6, 3, bias=False),
+            lambda kl: kl.DepthwiseConv2D(3, depth_multiplier=6, use_bias=False),
+            1,
+            kernel(depthwise(1)),
+        ),
+        (
+            lambda: nn.Conv2d(6, 6, 3, groups=2, bias=False),
+            lambda kl: kl.Conv2D(6, 3, groups=2, use_bias=False),
+            6,
+            kernel(conv2d),
+        ),
+        (
+            lambda: nn.BatchNorm2d(6, affine=False),
+            lambda kl: kl.BatchNormalization(center=False, scale=False),
+            6,
+            [
+                Row("0.running_mean", layer(0, "moving_mean")),
+                Row("0.running_var", layer(0, "moving_variance")),
+            ],
+        ),
+        (
+            lambda: nn.LayerNorm(6, bias=False),
+            lambda kl: kl.LayerNormalization(center=False),
+            6,
+            [Row("0.weight", layer(0, "gamma"))],
+        ),
+    ],
+    ids=["one-output", "one-input", "grouped", "no-affine", "no-beta"],
+)
+def test_what_two_kinds_explain_alike_is_no_ambiguity(
+    ours: Any, theirs: Any, channels: int, rows: list[Row], tmp_path: Path
+) -> None:
+    """A dense layer behind gives the optimizer something to train where the layer has nothing."""
+    keras = framework("keras3")
+    kl = keras.layers
+
+    def build() -> Any:
+        layers = [theirs(kl), kl.GlobalAveragePooling2D(), kl.Dense(5)]
+        return keras.Sequential([keras.Input((9, 9, channels)), *layers])
+
+    width = build().layers[-1].kernel.shape[0]
+    both_ways(lambda: nn.Sequential(ours(), nn.Linear(width, 5)), build, rows + linear("1", 2), tmp_path)
+
+
 class TestBatchCount:
     """`num_batches_tracked`, which only PyTorch has."""
 
@@ -280,51 +337,6 @@ class TestBatchCount:
         assert ledger(tmp_path / "two")["template/1.num_batches_tracked"]["fate"] == "kept-from-template"
         back = torch.load(tmp_path / "back.pt", weights_only=True)["model"]
         assert back["1.num_batches_tracked"] == ours.model[1].num_batches_tracked >= 1000
-
-
-CONVOLUTION = [Row("0.weight", layer(0, "kernel"), conv2d), Row("0.bias", layer(0, "bias"))]
-
-
-class TestFlatten:
-    """Rows of a dense layer behind a flatten are in another order for channels-last images."""
-
-    def models(self, *, flat: bool) -> tuple[Any, Any]:
-        keras = framework("keras3")
-        kl = keras.layers
-        width = 6 * 3 * 3 if flat else 6
-        ours = lambda: nn.Sequential(nn.Conv2d(2, 6, 3), nn.Linear(width, 12), nn.Linear(12, 5))  # noqa: E731
-        middle = kl.Flatten if flat else kl.GlobalAveragePooling2D
-        theirs = lambda: keras.Sequential(  # noqa: E731
-            [keras.Input((5, 5, 2)), kl.Conv2D(6, 3), middle(), kl.Dense(12), kl.Dense(5)]
-        )
-        return ours, theirs
-
-    def test_it_stops_in_both_directions(self, tmp_path: Path) -> None:
-        ours, theirs = self.models(flat=True)
-        run = torch_run(ours(), 1).save(tmp_path / "run.pt")
-        keras = keras_run("keras3", theirs(), 2).save(tmp_path / "k" / "ckpt")
-        problems = refused_here("convert", run, tmp_path / "out", "--template", keras)
-        assert codes(problems) == [("flatten-layout", "dense-0/kernel")]
-        problems = refused_here("convert", keras, tmp_path / "out.pt", "--template", run)
-        assert codes(problems) == [("flatten-layout", "1.weight")]
-
-    def test_pooling_and_a_dense_layer_behind_a_dense_one_do_not(self, tmp_path: Path) -> None:
-        """12 inputs are twice the 6 channels, and what the layer before gives out."""
-        ours, theirs = self.models(flat=False)
-        rows = [*CONVOLUTION, *linear("1", 2), *linear("2", 3)]
-        both_ways(ours, theirs, rows, tmp_path)
-
-    def test_allowed_it_keeps_the_rows(self, tmp_path: Path) -> None:
-        ours, theirs = self.models(flat=True)
-        rows = [*CONVOLUTION, Row("1.weight", layer(2, "kernel"), dense), Row("1.bias", layer(2, "bias"))]
-        both_ways(ours, theirs, rows + linear("2", 3), tmp_path, allow=["flatten-layout"])
-
-    def test_between_files_of_one_framework_there_is_nothing_to_stop(self, tmp_path: Path) -> None:
-        ours = torch_run(self.models(flat=True)[0](), 1)
-        fresh = torch_run(self.models(flat=True)[0](), 2).save(tmp_path / "fresh.pt")
-        convert_here(ours.save(tmp_path / "run.pt"), tmp_path / "out.pt", "--template", fresh)
-        state = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
-        assert all(torch.equal(value, state[name]) for name, value in ours.model.state_dict().items())
 
 
 def test_what_a_kernel_of_rank_4_may_be_is_said(tmp_path: Path) -> None:
