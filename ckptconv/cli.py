@@ -91,7 +91,10 @@ def root(version: Version = False) -> None:
     if version:
         from importlib import metadata
 
-        write(f"ckptconv {metadata.version('ckptconv')}\n")
+        try:
+            write(f"ckptconv {metadata.version('ckptconv')}\n")
+        except metadata.PackageNotFoundError:
+            write("ckptconv, run from its source without installation\n")
         raise typer.Exit(DONE)
 
 
