@@ -24,7 +24,7 @@ def kinds_of(found: tuple[layers.Candidate, ...]) -> set[str]:
 
 def test_torch_by_names_alone() -> None:
     assert set(layers.torch_candidates("weight", 2, {"weight", "bias"})) == {DENSE, GPT2}
-    assert set(layers.torch_candidates("weight", 2, {"weight"})) == {DENSE, EMBEDDING}
+    assert set(layers.torch_candidates("weight", 2, {"weight"})) == {DENSE, GPT2, EMBEDDING}
     assert kinds_of(layers.torch_candidates("weight", 1, {"weight", "bias"})) == {"layer_norm", "group_norm"}
     assert kinds_of(layers.torch_candidates("running_mean", 1, BATCH_NORM)) == {"batch_norm"}
     assert layers.torch_candidates("num_batches_tracked", 0, BATCH_NORM) == (
@@ -40,7 +40,7 @@ def test_torch_by_names_alone() -> None:
         ("torch", "weight", (8, 16), {"bias": (8,)}, {"dense"}),
         ("torch", "weight", (8, 16), {"bias": (16,)}, {"gpt2_conv1d"}),
         ("torch", "weight", (8, 8), {"bias": (8,)}, {"dense", "gpt2_conv1d"}),
-        ("torch", "weight", (8, 16), {}, {"dense", "embedding"}),
+        ("torch", "weight", (8, 16), {}, {"dense", "gpt2_conv1d", "embedding"}),
         ("torch", "weight", (5, 6), {"bias": (5, 6)}, {"layer_norm"}),
         ("torch", "weight", (8, 4, 3, 3), {"bias": (8,)}, {"conv2d"}),
         ("torch", "weight", (8, 4, 3, 3), {"bias": (4,)}, {"conv_transpose2d"}),

@@ -83,6 +83,19 @@ class TestSquareMatrices:
         assert all("--template" in problem["hint"] for problem in problems)
         assert not list(tmp_path.glob("out*"))
 
+    def test_without_biases_they_stop_too(self, tmp_path: Path) -> None:
+        keras = framework("keras3")
+        kl = keras.layers
+        build = lambda: nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(2)))  # noqa: E731
+        theirs = lambda: keras.Sequential(  # noqa: E731
+            [keras.Input((4,)), *(kl.Dense(4, use_bias=False) for _ in range(2))]
+        )
+        run = torch_run(build(), 1).save(tmp_path / "run.pt")
+        fresh = keras_run("keras3", theirs(), 2).save(tmp_path / "k" / "ckpt")
+        assert codes(refused_here("convert", run, tmp_path / "out", "--template", fresh)) == WEIGHTS[:2]
+        rows = linear("0", 0, bias=False) + linear("1", 1, bias=False)
+        both_ways(build, theirs, rows, tmp_path / "allowed", allow=["assumed-layout"])
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_convention_of_linear_has_to_be_allowed(self, kind: str, tmp_path: Path) -> None:
         both_ways(
