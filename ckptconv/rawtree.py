@@ -1,12 +1,12 @@
 """What a format yields: nested containers whose kind is kept, lazy tensors, plain values, inert descriptions.
 
-Nothing here knows what a key means. A tree is immutable; `replace` gives a changed copy.
+Nothing here knows what a key means. A tree is immutable; `transform` gives a changed copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ckptconv.tensor import TensorRef
 
@@ -152,6 +152,8 @@ def transform(node: Node, leaf: Callable[[Path, Node], Node], path: Path = ()) -
     changed = leaf(path, node)
     if changed is not node:
         return changed
+    if not isinstance(node, (DictNode, ListNode, Opaque)):
+        return node
     if isinstance(node, DictNode):
         items: list[tuple[Node, Node]] = []
         for position, (key, value) in enumerate(node.items):
@@ -164,26 +166,29 @@ def transform(node: Node, leaf: Callable[[Path, Node], Node], path: Path = ()) -
                         transform(value, leaf, (*path, f"@value{position}")),
                     )
                 )
-        return replace(
-            node,
+        return DictNode(
             items=tuple(items),
-            args=tuple(transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)),
+            kind=node.kind,
+            args=tuple([transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)]),
             state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
         )
     if isinstance(node, ListNode):
-        return replace(node, items=tuple(transform(x, leaf, (*path, i)) for i, x in enumerate(node.items)))
-    if isinstance(node, Opaque):
-        return replace(
-            node,
-            args=tuple(transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)),
-            state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
-            items=tuple(transform(x, leaf, (*path, f"@item{i}")) for i, x in enumerate(node.items)),
-            pairs=tuple(
+        return ListNode(
+            items=tuple([transform(x, leaf, (*path, i)) for i, x in enumerate(node.items)]), kind=node.kind
+        )
+    return Opaque(
+        kind=node.kind,
+        name=node.name,
+        args=tuple([transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)]),
+        state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
+        items=tuple([transform(x, leaf, (*path, f"@item{i}")) for i, x in enumerate(node.items)]),
+        pairs=tuple(
+            [
                 (transform(k, leaf, (*path, f"@key{i}")), transform(v, leaf, (*path, f"@value{i}")))
                 for i, (k, v) in enumerate(node.pairs)
-            ),
-        )
-    return node
+            ]
+        ),
+    )
 
 
 def dict_of(items: Mapping[str, Node] | list[tuple[Node, Node]], kind: str = "dict") -> DictNode:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 from ckptconv.catalog import layers
 from ckptconv.dialects import torch_keys
@@ -100,13 +102,18 @@ def lift_module(
         raw_names[entry.raw] = name
         shared = view_id(entry.tensor)
         first = None if shared is None else seen.setdefault(shared, name)
-        param = Param(
+        owner, _, suffix = bare.rpartition(".")
+        told = _told(suffix, layers.candidates("torch", suffix, entry.tensor.shape, siblings[owner]))
+        params[name] = Param(
             name=name,
             tensor=entry.tensor,
+            role=told.role,
+            layer=told.layer,
+            axes=told.axes,
+            evidence=told.evidence,
             trainable=_trainable(bare, entry),
             tied_to=None if first == name else first,
         )
-        params[name] = _with_layer(param, bare, siblings)
         lifter.take(entry.path, ("param", name), **layout_of(entry.tensor))
     return Module(key=path, params=params, raw_names=raw_names)
 
@@ -174,10 +181,18 @@ def _siblings(shapes: Iterable[tuple[str, Shape]]) -> dict[str, dict[str, Shape]
     return groups
 
 
-def _with_layer(param: Param, bare: str, siblings: Mapping[str, Mapping[str, Shape]]) -> Param:
-    """The parameter with what its name and shape tell of the layer; never more than all readings agree on."""
-    owner, _, suffix = bare.rpartition(".")
-    readings = layers.candidates("torch", suffix, param.tensor.shape, siblings[owner])
+class _Told(NamedTuple):
+    """What a parameter's name and shape tell of its layer."""
+
+    layer: str
+    role: str
+    axes: tuple[str, ...] | None
+    evidence: Evidence
+
+
+@lru_cache(maxsize=1024)
+def _told(suffix: str, readings: tuple[layers.Candidate, ...]) -> _Told:
+    """What all readings of a parameter agree on, and never more."""
     kinds = {kind for kind, _, _ in readings}
     roles = {role for _, role, _ in readings}
     axes = {axes for _, _, axes in readings}
@@ -185,8 +200,7 @@ def _with_layer(param: Param, bare: str, siblings: Mapping[str, Mapping[str, Sha
     evidence: Evidence = "unknown"
     if len(axes) == 1:
         evidence = "named" if len(kinds) == 1 and suffix in torch_keys.BUFFERS else "assumed"
-    return replace(
-        param,
+    return _Told(
         layer=kinds.pop() if len(kinds) == 1 else "unknown",
         role=roles.pop() if len(roles) == 1 else "unknown",
         axes=axes.pop() if len(axes) == 1 else None,

@@ -45,7 +45,7 @@ class Checks:
             raise self.error(
                 "limit-exceeded", f"{what} has {len(value.items)} axes, at most {_MAX_RANK} are possible"
             )
-        return tuple(self.count(item, what) for item in value.items)
+        return tuple([self.count(item, what) for item in value.items])
 
 
 def short(value: object) -> str:

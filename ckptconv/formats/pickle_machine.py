@@ -51,6 +51,12 @@ class Made:
         elif pairs:
             self.pairs = list(pairs)
 
+    def finish(self, node: Node, depth: int) -> None:
+        """Become a node; what it was made of is given up."""
+        self.node, self.depth = node, depth
+        self.args = self.items = self.pairs = ()
+        self.state = None
+
 
 Value = bool | int | float | str | bytes | Made | None
 
@@ -105,6 +111,14 @@ class Machine:
         piece = self.data[self.at : stop]
         self.at = stop
         return piece
+
+    def byte(self) -> int:
+        """The next byte of the stream as a number."""
+        at = self.at
+        if at >= len(self.data):
+            self.take(1)
+        self.at = at + 1
+        return self.data[at]
 
     def number(self, nbytes: int) -> int:
         """An unsigned little-endian number."""

@@ -62,7 +62,7 @@ def _bytearray(_: Machine, raw: bytes) -> Made:
 _constant("N", None)
 _constant(0x88, True)
 _constant(0x89, False)
-_unsigned("K", 1)
+_op("K")(lambda m: m.stack.append(m.byte()))
 _unsigned("M", 2)
 _sized("X", 4, Machine.text)
 _sized(0x8C, 1, Machine.text)
@@ -185,8 +185,10 @@ _marked(0x91, "frozenset")
 
 def _tuple_of(opcode: int, count: int) -> None:
     def operation(m: Machine) -> None:
-        values = [m.pop() for _ in range(count)]
-        m.stack.append(Made("tuple", items=values[::-1]))
+        low = len(m.stack) - count
+        if low < (m.marks[-1] if m.marks else 0):
+            raise m.error("malformed-pickle", "the stack is empty")
+        m.stack[low:] = [Made("tuple", items=m.stack[low:])]
 
     _op(opcode)(operation)
 
@@ -325,10 +327,10 @@ def _put(m: Machine, key: int) -> None:
 
 
 _op("g")(lambda m: _get(m, m.decimal(m.line())))
-_op("h")(lambda m: _get(m, m.number(1)))
+_op("h")(lambda m: _get(m, m.byte()))
 _op("j")(lambda m: _get(m, m.number(4)))
 _op("p")(lambda m: _put(m, m.decimal(m.line())))
-_op("q")(lambda m: _put(m, m.number(1)))
+_op("q")(lambda m: _put(m, m.byte()))
 _op("r")(lambda m: _put(m, m.number(4)))
 _op(0x94)(lambda m: _put(m, len(m.memo)))
 

@@ -67,6 +67,7 @@ def unpickle(data: bytes, *, decode: Decode, name: str, start: int = 0) -> Unpic
     """
     machine = Machine(data, start, name)
     made = run(machine)
+    machine.memo.clear()  # it would keep every value that becomes a node
     root = _Freezer(decode, name, max(_GROWTH_FLOOR, _GROWTH * len(data))).freeze(made)
     return Unpickled(root=root, protocol=machine.protocol, end=machine.at)
 
@@ -97,8 +98,7 @@ class _Freezer:
             todo.pop()
             depth, value.size = self._measure(parts)
             # Open until here: what it refers to itself by is a cycle.
-            value.node = self._node(value)
-            value.depth = depth
+            value.finish(self._node(value), depth)
         return _node_of(root)
 
     def _measure(self, parts: Sequence[Value]) -> tuple[int, int]:

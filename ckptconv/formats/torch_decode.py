@@ -159,8 +159,8 @@ class Decoder:
         if len(shape) != len(strides):
             raise self._checks.error("corrupt-file", f"a tensor of size {shape} has the strides {strides}")
         item = max(row.itemsize, 1)
-        possible = item * math.prod(max(n, 1) for n in shape)
-        if possible >= INT64 or any(item * step >= INT64 for step in strides):
+        possible = item * math.prod([n or 1 for n in shape])
+        if possible >= INT64 or item * max(strides, default=0) >= INT64:
             raise self._checks.error(
                 "limit-exceeded", f"a tensor of size {shape} and strides {strides} spans 2**63 bytes"
             )
@@ -169,7 +169,7 @@ class Decoder:
         )
         if 0 in shape:
             return tensor
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+        span = 1 + sum([(n - 1) * step for n, step in zip(shape, strides, strict=True)])
         if (first + span) * item > base.spec.nbytes:
             raise self._checks.error(
                 "corrupt-file",
