@@ -126,8 +126,10 @@ def _rows(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[Row
         side, loc = ("source", source) if not ours else ("template", target)
         findings.stop(
             "optimizer-unknown",
-            f"the {side} does not tell which optimizer its state belongs to ({loc.framework})",
-            "Supply it with a --source-spec or a template that has this optimizer.",
+            f"the {side} does not tell which optimizer its state belongs to ({loc.framework}; it holds "
+            f"{', '.join(loc.slots) or 'no slots'})",
+            "Pass --set optimizer=NAME with one that 'ckptconv formats' lists, or carry the weights alone: a "
+            "template without optimizer and --allow state-dropped.",
             "algorithm",
         )
         return None
@@ -143,7 +145,8 @@ def _rows(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[Row
         "optimizer-mismatch",
         f"the source is {' or '.join(ours)} ({source.framework}), the template {' or '.join(theirs)} "
         f"({target.framework}): no conversion is known",
-        "Use a template with the same algorithm, or export the weights alone.",
+        "Use a template with the same algorithm, or one without optimizer and --allow state-dropped: then the "
+        "weights alone are carried.",
         "algorithm",
     )
     return None

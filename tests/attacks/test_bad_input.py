@@ -280,6 +280,29 @@ def test_an_optimizer_without_conversion(name: str, tmp_path: Path) -> None:
     assert values(tmp_path / "back.pt") == values(source)
 
 
+def test_an_optimizer_that_nobody_knows(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+
+    class Own(torch.optim.Optimizer):  # type: ignore[name-defined,misc]
+        def step(self) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self.state[parameter]["wobble"] = torch.ones_like(parameter)
+
+    model = torch.nn.Sequential()
+    model.add_module("fc1", torch.nn.Linear(8, 16))
+    model.add_module("fc2", torch.nn.Linear(16, 4))
+    optimizer = Own(model.parameters(), {"lr": 0.01})
+    optimizer.step()
+    source = tmp_path / "run.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, source)
+    options = ["--template", FRESH, "--set", "step=1"]
+    (problem,) = refused(tmp_path, "convert", source, tmp_path / "out-1", *options)
+    assert (problem["code"], problem["loc"][0]) == ("optimizer-unknown", "optimizers")
+    assert "wobble" in problem["message"]
+    convert_here(source, tmp_path / "weights.safetensors")
+
+
 # Targets.
 
 
