@@ -145,8 +145,8 @@ def _rows(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[Row
         "optimizer-mismatch",
         f"the source is {' or '.join(ours)} ({source.framework}), the template {' or '.join(theirs)} "
         f"({target.framework}): no conversion is known",
-        "Use a template with the same algorithm, or one without optimizer and --allow state-dropped: then the "
-        "weights alone are carried.",
+        "Use a template with the same algorithm, or one without optimizer and --allow state-dropped, which "
+        "carries the weights alone.",
         "algorithm",
     )
     return None
