@@ -16,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
+pytest.importorskip("tf_keras")
 
 from torch import nn  # noqa: E402
 
@@ -26,6 +27,7 @@ from tests.support.twins import (  # noqa: E402
     both_ways,
     codes,
     dense,
+    framework,
     keras_run,
     ledger,
     linear,
@@ -102,6 +104,40 @@ class TestEqualShapes:
 
         rows = linear("0", 0) + linear("2", 1) + linear("4", 2)
         both_ways(ours, sequential(4, 4, 4), rows, tmp_path, allow=ALLOW)
+
+    @pytest.mark.parametrize("kind", ["keras3", "tf_keras"])
+    def test_nor_are_they_where_both_sides_number(self, kind: str, tmp_path: Path) -> None:
+        """`blocks.2` is the second layer of the `Sequential` and the third of Keras' list."""
+        library = framework(kind)
+
+        class Listed(library.Model):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                super().__init__(name="net")
+                self.blocks = [library.layers.Dense(4) for _ in range(3)]
+
+            def call(self, x: Any) -> Any:
+                for block in self.blocks:
+                    x = block(x)
+                return x
+
+        def theirs() -> Any:
+            model = Listed()
+            model(tf.zeros((1, 4)))
+            return model
+
+        def ours() -> nn.Module:
+            modules = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)]
+            return Net(blocks=nn.Sequential(*modules))
+
+        rows = [
+            row
+            for n in range(3)
+            for row in (
+                Row(f"blocks.{2 * n}.weight", lambda model, n=n: model.blocks[n].kernel, dense),
+                Row(f"blocks.{2 * n}.bias", lambda model, n=n: model.blocks[n].bias),
+            )
+        ]
+        both_ways(ours, theirs, rows, tmp_path, kind=kind, allow=ALLOW)
 
     def test_equal_names_win_over_the_order(self, tmp_path: Path) -> None:
         theirs = keras_net(a=4, b=4, c=4)
