@@ -164,7 +164,7 @@ SGD_KEYS: dict[str, Value] = dict.fromkeys(("lr", "momentum", "dampening", "weig
         ("keras3", {"_momentums", "_velocities"}, {}, "adam_3", {"adam"}),
         ("keras3", {"_momentums", "_velocities"}, {}, "adam_w", {"adamw"}),
         ("keras3", {"_momentums", "_velocities"}, {}, "lamb", {"lamb"}),
-        ("keras3", {"_momentums", "_velocities"}, {}, "mine", {"adam", "adamw", "lamb", "rmsprop"}),
+        ("keras3", {"_momentums", "_velocities"}, {}, "mine", {"adam", "adamw", "lamb"}),
         ("keras3", {"momentums"}, {}, "sgd", {"sgd"}),
         ("keras3", {"_momentums", "_velocities", "_u_product"}, {}, "mine", {"nadam"}),
         ("keras3", {"_momentums"}, {}, None, {"lion"}),

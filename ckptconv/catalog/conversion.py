@@ -109,7 +109,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
         step=step,
         param_steps=param_steps,
         verdict=_verdict(source, target, f"{theirs.algorithm} ({theirs.framework})", findings),
-        target_requires=target_code(theirs, settings, form, step),
+        target_requires=target_code(theirs, settings, form, step, exact=_in_float64(source)),
         residual=residual,
         problems=tuple(findings.problems),
     )
@@ -228,6 +228,10 @@ def _nearest_form(meant: Mapping[str, str], theirs: Row, settings: Settings) -> 
             if form.get("epsilon") == meant.get("epsilon"):
                 return candidate, form
     return theirs, theirs.form(settings.target(0))
+
+
+def _in_float64(source: Optimizer) -> bool:
+    return any(t.dtype.name == "float64" for by_param in source.slots.values() for t in by_param.values())
 
 
 def _is_one_rule(step: Transition, settings: Settings) -> bool:

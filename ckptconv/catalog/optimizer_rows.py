@@ -85,6 +85,8 @@ class Row:
     """Canonical name -> its value before the first update."""
     settled: frozenset[str] = frozenset()
     """Hyperparameters that have had their whole effect on the state: a class without them lacks nothing."""
+    lists: frozenset[str] = frozenset()
+    """Slot lists that the container names even when they are empty."""
     smallest: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameter -> the smallest value that the class does not replace by its default."""
     after_restore: tuple[str, ...] = ()
@@ -97,8 +99,8 @@ class Row:
         """The points where update rules differ, for these hyperparameters.
 
         `epsilon`: `corrected` (beside the bias-corrected root), `raw`, `outside` or `inside` the root,
-        `in_max` or `after_max`; `momentum`: `gradient` (the learning rate is not in the buffer), `velocity` (it is,
-        negated), `step` (it is); `weight_decay`: `coupled`, `decoupled`, `none`.
+        `in_max` or `after_max`; `momentum`: `gradient` (the learning rate is not in the buffer), `velocity`
+        (it is, negated), `step` (it is); `weight_decay`: `coupled`, `decoupled`, `none`.
         """
         form = dict(self.base_form)
         for name, change in (*self.switches.items(), *self.form_when.items()):
@@ -123,7 +125,7 @@ class Row:
         if not slots <= {*self.slots.values(), *self.scalars.values()}:
             return False
         lasting = {key for slot, key in self.slots.items() if slot not in self.slot_conditions}
-        lasting.update(self.scalars.values())
+        lasting.update(self.scalars.values(), self.lists)
         if slots and not lasting <= slots:
             return False
         if keys and (not self.required_keys <= set(keys) or self.foreign_keys & set(keys)):
@@ -224,6 +226,7 @@ def _row(
         slot_shapes=shapes,
         scalars=(scalars := record.text_map("scalars")),
         scalar_inits={name: inits[name] for name in scalars},
+        lists=frozenset(record.texts("lists")),
         smallest=record.number_map("smallest"),
         after_restore=record.texts("after_restore"),
         required_keys=frozenset(record.texts("required_keys")),

@@ -96,32 +96,32 @@ def _out_of_root(v: Floats, values: Mapping[str, float]) -> Floats:
 
 def _into_root(v: Floats, values: Mapping[str, float]) -> Floats:
     v = v * values["rho"]
-    return np.asarray(np.abs((np.sqrt(v) + values["epsilon"]) / np.sqrt(v + values["fitted"]) - 1))
+    return np.asarray(np.abs((np.sqrt(v) + values["epsilon"]) / np.sqrt(v + values["epsilon"] ** 2) - 1))
 
 
 _ADAM = ("epsilon", "beta_2", "step")
 FORMULAS: Mapping[str, Formula] = {
     "bias-corrected: corrected -> raw": Formula(slot="second_moment", needs=_ADAM, error=_beside_root),
     "bias-corrected: raw -> corrected": Formula(slot="second_moment", needs=_ADAM, error=_beside_raw_root),
-    "norm: in_max -> after_max": Formula(slot="norm", needs=("epsilon", "beta_2"), error=_over_norm),
-    "norm: after_max -> in_max": Formula(slot="norm", needs=("epsilon", "beta_2"), error=_over_norm),
+    "norm: in_max -> after_max": Formula(slot="second_moment", needs=("epsilon", "beta_2"), error=_over_norm),
+    "norm: after_max -> in_max": Formula(slot="second_moment", needs=("epsilon", "beta_2"), error=_over_norm),
     "accumulated: outside -> inside": Formula(slot="accumulator", needs=("epsilon",), error=_squared),
     "root: inside -> outside": Formula(
         slot="second_moment", minus="average_gradient", needs=("epsilon", "rho", "fitted"), error=_out_of_root
     ),
     "root: outside -> inside": Formula(
-        slot="second_moment", minus="average_gradient", needs=("epsilon", "rho", "fitted"), error=_into_root
+        slot="second_moment", minus="average_gradient", needs=("epsilon", "rho"), error=_into_root
     ),
 }
 
 
 FITS: Mapping[str, Callable[[float, float], float]] = {
     "out-of-root": lambda v, epsilon: epsilon / (math.sqrt(v + epsilon) + math.sqrt(v)),
-    "into-root": lambda v, epsilon: epsilon * (epsilon + 2 * math.sqrt(v)),
 }
 """(median second moment, epsilon) -> the epsilon with which the other form takes the same step there.
 
-`out-of-root`: sqrt(v + e) = sqrt(v) + e'; `into-root`: sqrt(v) + e = sqrt(v + e').
+`out-of-root`: sqrt(v + e) = sqrt(v) + e'. The other way round epsilon^2 is better than any fit: an epsilon
+under the root that suits the median is too large for every smaller moment.
 """
 
 

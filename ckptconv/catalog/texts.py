@@ -11,8 +11,13 @@ from ckptconv.catalog.optimizer_rows import Row
 from ckptconv.document import Fact, Value, value_of
 
 
-def target_code(theirs: Row, settings: Settings, form: Mapping[str, str], step: Fact) -> tuple[str, ...]:
-    """The constructor of the target's optimizer, and what goes beside it."""
+def target_code(
+    theirs: Row, settings: Settings, form: Mapping[str, str], step: Fact, *, exact: bool = False
+) -> tuple[str, ...]:
+    """The constructor of the target's optimizer, and what goes beside it.
+
+    `exact`: the run computes in float64, where 0.9 and its float32 are two numbers.
+    """
     values = settings.target(0)
     for name, change in theirs.switches.items():
         if all(form.get(point) == value for point, value in change.items()):
@@ -20,7 +25,7 @@ def target_code(theirs: Row, settings: Settings, form: Mapping[str, str], step: 
     groups = len(settings.facts)
     per_group = any(row.stored and row.index is not None for row in theirs.hyperparameters.values())
     positional = ["model.parameters()"] if theirs.open_slots else []
-    lines = [f"{theirs.class_name}({', '.join([*positional, *_arguments(theirs, values)])})"]
+    lines = [f"{theirs.class_name}({', '.join([*positional, *_arguments(theirs, values, exact)])})"]
     if groups > 1 and per_group:
         lines = [f"{theirs.class_name}  # with {groups} parameter groups; the file holds their settings"]
     if settings.open:
@@ -43,7 +48,7 @@ def target_code(theirs: Row, settings: Settings, form: Mapping[str, str], step: 
     return tuple(lines)
 
 
-def _arguments(theirs: Row, values: Mapping[str, Value]) -> list[str]:
+def _arguments(theirs: Row, values: Mapping[str, Value], exact: bool) -> list[str]:
     """`name=value` in the order of the row; what stands at its neutral value is left out."""
     parts: dict[str, list[tuple[int, str]]] = {}
     for name, row in theirs.hyperparameters.items():
@@ -52,7 +57,9 @@ def _arguments(theirs: Row, values: Mapping[str, Value]) -> list[str]:
         value = values[name]
         if name in theirs.neutral and value == theirs.neutral[name] and value == (row.default or 0):
             continue
-        parts.setdefault(row.argument, []).append((0 if row.index is None else row.index, number(value)))
+        parts.setdefault(row.argument, []).append(
+            (0 if row.index is None else row.index, repr(value) if exact else number(value))
+        )
     texts = []
     for argument, found in parts.items():
         indexed = any(

@@ -1,8 +1,8 @@
 """Transitions between forms: what happens to slots and hyperparameters where update rules differ.
 
 The table stands in the family's file (`data/optimizers/<family>.json`, `transitions`), one entry per point
-and direction: `"epsilon: inside -> outside"`, or `"momentum: gradient <-> velocity"` where the way back is the
-inverse. An amount is a product of hyperparameters, `{"coefficient": -1, "learning_rate": 1}` for -lr;
+and direction: `"epsilon: inside -> outside"`, or `"momentum: gradient <-> velocity"` where the way back is
+the inverse. An amount is a product of hyperparameters, `{"coefficient": -1, "learning_rate": 1}` for -lr;
 `"1-momentum"` stands for 1 - momentum. What is in no entry is refused.
 """
 

@@ -1,0 +1,268 @@
+"""One model in PyTorch, Keras 3 and tf_keras, in float64 or float32, with any optimizer of the catalog.
+
+Constructor arguments come from the catalog's rows; those of a converted Keras optimizer are the line that the
+report says the target's code must have. Weights come out in PyTorch's layout by a table of this file. All
+numbers are rounded to float32 first: Keras passes hyperparameters through float32 in float64 models too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ckptconv.catalog.optimizer_rows import Row, row
+from ckptconv.document import Value
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+Array = np.ndarray[Any, np.dtype[Any]]
+BATCH, CLASSES, TOKENS, SPAN = 16, 4, 12, 4
+SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
+    "mlp": {"fc1.weight": (16, 8), "fc1.bias": (16,), "fc2.weight": (4, 16), "fc2.bias": (4,)},
+    "cnn": {
+        "emb.weight": (TOKENS, 5),
+        "conv.weight": (6, 5, 3, 3),
+        "bn.weight": (6,),
+        "bn.bias": (6,),
+        "fc.weight": (CLASSES, 6),
+        "fc.bias": (CLASSES,),
+    },
+}
+SCALE = {"emb.weight": 0.6, "conv.weight": 0.1, "fc.weight": 0.8}
+LAYOUT = {2: (1, 0), 4: (3, 2, 0, 1)}
+"""Axes of a Keras kernel in PyTorch's order, by rank."""
+
+
+class Side(Protocol):
+    """A model with its optimizer in one framework."""
+
+    def train(self, first: int, count: int) -> None: ...
+    def weights(self) -> dict[str, Array]: ...
+    def save(self, directory: Path) -> Path: ...
+    def restore(self, path: Path) -> None: ...
+    def forget_step(self) -> None: ...
+    def put(self, weights: Mapping[str, Array]) -> None: ...
+
+
+def batch(model: str, number: int, dtype: str) -> tuple[Array, Array]:
+    """Batch number `number`, the same for every framework."""
+    rng = np.random.default_rng(1000 + number)
+    labels = rng.integers(0, CLASSES, BATCH)
+    if model == "mlp":
+        return rng.normal(size=(BATCH, 8)).astype("f4").astype(dtype), labels
+    return rng.integers(0, TOKENS, (BATCH, SPAN * SPAN)), labels
+
+
+def initial(model: str, seed: int, dtype: str) -> dict[str, Array]:
+    """Random and distinct values for every parameter, in PyTorch's layout."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: (rng.normal(size=shape) * SCALE.get(name, 0.4) + (name == "bn.weight"))
+        .astype("f4")
+        .astype(dtype)
+        for name, shape in SHAPES[model].items()
+    }
+
+
+def rounded(value: Value) -> Value:
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+def arguments(known: Row, hypers: Mapping[str, Value]) -> dict[str, Any]:
+    """Constructor arguments of a class, by the catalog's row."""
+    indexed: dict[str, dict[int, Value]] = {}
+    plain: dict[str, Any] = {}
+    for name, value in hypers.items():
+        entry = known.hyperparameters.get(name)
+        if entry is None or entry.argument is None:
+            continue
+        if entry.index is None:
+            plain[entry.argument] = rounded(value)
+        else:
+            indexed.setdefault(entry.argument, {})[entry.index] = rounded(value)
+    return {**plain, **{name: tuple(parts[i] for i in sorted(parts)) for name, parts in indexed.items()}}
+
+
+class TorchSide:
+    """The model in PyTorch."""
+
+    def __init__(
+        self, model: str, algorithm: str, hypers: Mapping[str, Value], seed: int, dtype: str
+    ) -> None:
+        import torch
+        from torch import nn
+
+        torch.set_num_threads(1)
+
+        class Mlp(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, CLASSES)
+
+            def forward(self, x: Any) -> Any:
+                return self.fc2(torch.relu(self.fc1(x)))
+
+        class Cnn(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.emb = nn.Embedding(TOKENS, 5)
+                self.conv = nn.Conv2d(5, 6, 3, padding=1, bias=False)
+                self.bn = nn.BatchNorm2d(6, eps=1e-3, momentum=0.01)
+                self.fc = nn.Linear(6, CLASSES)
+
+            def forward(self, x: Any) -> Any:
+                x = self.emb(x).reshape(BATCH, SPAN, SPAN, 5).permute(0, 3, 1, 2)
+                return self.fc(torch.tanh(self.bn(self.conv(x))).mean((2, 3)))
+
+        self.torch, self.name, self.dtype = torch, model, dtype
+        self.model = (Mlp() if model == "mlp" else Cnn()).to(getattr(torch, dtype))
+        self.put(initial(model, seed, dtype))
+        known = row(algorithm, "torch")
+        assert known is not None
+        cls = getattr(torch.optim, known.class_name.rpartition(".")[2])
+        self.optimizer = cls(self.model.parameters(), **arguments(known, hypers))
+
+    def put(self, weights: Mapping[str, Array]) -> None:
+        with self.torch.no_grad():
+            for name, value in weights.items():
+                self.model.get_parameter(name).copy_(self.torch.from_numpy(value))
+
+    def train(self, first: int, count: int) -> None:
+        for number in range(first, first + count):
+            x, y = batch(self.name, number, self.dtype)
+            self.optimizer.zero_grad()
+            loss = self.torch.nn.functional.cross_entropy(
+                self.model(self.torch.from_numpy(x)), self.torch.from_numpy(y)
+            )
+            loss.backward()
+            self.optimizer.step()
+
+    def weights(self) -> dict[str, Array]:
+        return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
+
+    def save(self, directory: Path) -> Path:
+        path = directory / "run.pt"
+        self.torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+        return path
+
+    def restore(self, path: Path) -> None:
+        state = self.torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def forget_step(self) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+
+
+class KerasSide:
+    """The model in Keras 3 or tf_keras, its optimizer by the catalog's arguments or by a line of code."""
+
+    def __init__(
+        self,
+        kind: str,
+        model: str,
+        algorithm: str,
+        hypers: Mapping[str, Value],
+        seed: int,
+        dtype: str,
+        code: Sequence[str] = (),
+    ) -> None:
+        import keras as keras3
+        import tensorflow as tf
+        import tf_keras
+
+        self.tf, self.kind, self.name, self.dtype = tf, kind, model, dtype
+        keras = keras3 if kind == "keras3" else tf_keras
+        kl = keras.layers
+        if model == "mlp":
+            layers = [kl.Dense(16, activation="relu", dtype=dtype), kl.Dense(CLASSES, dtype=dtype)]
+            shape, inputs = (8,), dtype
+        else:
+            layers = [
+                kl.Embedding(TOKENS, 5, dtype=dtype),
+                kl.Reshape((SPAN, SPAN, 5), dtype=dtype),
+                kl.Conv2D(6, 3, padding="same", use_bias=False, dtype=dtype),
+                kl.BatchNormalization(epsilon=1e-3, momentum=0.99, dtype=dtype),
+                kl.Activation("tanh", dtype=dtype),
+                kl.GlobalAveragePooling2D(dtype=dtype),
+                kl.Dense(CLASSES, dtype=dtype),
+            ]
+            shape, inputs = (SPAN * SPAN,), "int64"
+        self.model = keras.Sequential([keras.Input(shape, dtype=inputs), *layers], name="net")
+        self.variables = dict(zip(SHAPES[model], self.model.trainable_variables, strict=True))
+        self.put(initial(model, seed, dtype))
+        line = next((text for text in code if not text.startswith("#")), "")
+        if line:
+            self.optimizer = eval(line, {"keras": keras3, "tf_keras": tf_keras})  # the report's own line
+        else:
+            known = row(algorithm, kind)
+            assert known is not None
+            cls: Any = {"keras": keras3, "tf_keras": tf_keras}[known.class_name.partition(".")[0]]
+            for part in known.class_name.split(".")[1:]:
+                cls = getattr(cls, part)
+            self.optimizer = cls(**arguments(known, hypers))
+        self.after = [text for text in code[1:] if text.startswith("optimizer.")]
+        if kind == "tf_keras_legacy":
+            self.optimizer.iterations  # noqa: B018  creates the counter
+            self.optimizer._create_all_weights(self.model.trainable_variables)
+        else:
+            self.optimizer.build(self.model.trainable_variables)
+
+    def put(self, weights: Mapping[str, Array]) -> None:
+        for name, value in weights.items():
+            turned = name != "emb.weight" and value.ndim in LAYOUT
+            self.variables[name].assign(value.transpose(np.argsort(LAYOUT[value.ndim])) if turned else value)
+
+    def train(self, first: int, count: int) -> None:
+        tf = self.tf
+        for number in range(first, first + count):
+            x, y = batch(self.name, number, self.dtype)
+            with tf.GradientTape() as tape:
+                logits = self.model(x, training=True)
+                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+            # Densified: Keras 3 squares an embedding's gradients before summing duplicates.
+            gradients = [tf.convert_to_tensor(g) for g in tape.gradient(loss, self.model.trainable_variables)]
+            self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
+
+    def weights(self) -> dict[str, Array]:
+        result = {}
+        for name, variable in self.variables.items():
+            value = variable.numpy().copy()
+            turned = name != "emb.weight" and value.ndim in LAYOUT
+            result[name] = value.transpose(LAYOUT[value.ndim]) if turned else value
+        return result
+
+    def _state(self) -> Any:
+        return self.tf.train.Checkpoint(model=self.model, optimizer=self.optimizer)
+
+    def save(self, directory: Path) -> Path:
+        return Path(self._state().save(str(directory / "ckpt")))
+
+    def restore(self, path: Path) -> None:
+        self._state().restore(str(path)).assert_consumed()
+        for line in self.after:
+            exec(line, {"optimizer": self.optimizer})  # the report's own line
+
+    def forget_step(self) -> None:
+        self.optimizer.iterations.assign(0)
+
+
+def side(
+    kind: str,
+    model: str,
+    algorithm: str,
+    hypers: Mapping[str, Value],
+    *,
+    seed: int,
+    dtype: str,
+    code: Sequence[str] = (),
+) -> Side:
+    if kind == "torch":
+        return TorchSide(model, algorithm, hypers, seed, dtype)
+    return KerasSide(kind, model, algorithm, hypers, seed, dtype, code)
