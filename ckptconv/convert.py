@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckptconv import engine, supply, verification
+from ckptconv.account import Transfer
 from ckptconv.catalog.residuals import measure
 from ckptconv.detect import (
     PathLike,
@@ -25,7 +26,6 @@ from ckptconv.goal import Goal, document_of, goal_of
 from ckptconv.plan import Wishes, allowed_codes, plan
 from ckptconv.rawtree import RawTree
 from ckptconv.report import OptimizerVerdict, Report
-from ckptconv.transfer import Transfer
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
 

@@ -1,4 +1,4 @@
-"""The neutral document: a training run's progress, parameters, optimizers and schedules, in no framework's terms.
+"""The neutral document: a run's progress, parameters, optimizers and schedules, in no framework's terms.
 
 Everything is immutable and does no I/O. A document whose tensors are `MissingTensor` is a skeleton.
 """
@@ -25,7 +25,8 @@ class Known:
     status: Literal["recorded", "derived", "supplied"] = "recorded"
     """`recorded` as stored; `derived` by `formula`; `supplied` by the caller or a skeleton."""
     source: str = ""
-    """The source's own key, e.g. `optimizer/_iterations`; for supplied values who supplied it: `--set`, `template`, `source-spec`, `embedded note`."""
+    """The source's own key, e.g. `optimizer/_iterations`; for supplied values who supplied it: `--set`,
+    `template`, `source-spec`, `embedded note`."""
     formula: str | None = None
     """How a derived value follows from what is stored."""
 
@@ -109,7 +110,8 @@ class Param:
     name: str
     tensor: TensorRef
     role: str = "unknown"
-    """Canonical role: `kernel`, `bias`, `embeddings`, `gamma`, `beta`, `moving_mean`, `moving_variance`, `batch_count`, `buffer`, `unknown`."""
+    """Canonical role, a key of `roles` in the layer catalog: `kernel`, `bias`, `embeddings`, `gamma`, `beta`,
+    `moving_mean`, ...; `buffer`; or `unknown`."""
     layer: str = "unknown"
     """Kind of the layer, a key of `catalog/layers.json`, e.g. `dense`, `conv2d`."""
     axes: tuple[str, ...] | None = None

@@ -9,16 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptconv import dtypes, mapping, note
+from ckptconv.account import Transfer
 from ckptconv.dialects.base import DIALECTS
 from ckptconv.dialects.residue import scalar_tensor, untold
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.extras import kept_from_template
+from ckptconv.fitting import ASSUMED_LAYOUT
 from ckptconv.goal import Goal
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
 from ckptconv.report import ALLOWABLE, Entry
-from ckptconv.transfer import Transfer, progress_entries, transfer
+from ckptconv.transfer import progress_entries, transfer
 
 _PLAIN = (bool, int, float, str)
 
@@ -111,7 +113,7 @@ def _numbered(result: Transfer, goal: Goal) -> Transfer:
 
 
 def _code_to_allow(problem: Problem) -> str:
-    return mapping.ASSUMED_LAYOUT if problem.code == "layout-ambiguous" else problem.code
+    return ASSUMED_LAYOUT if problem.code == "layout-ambiguous" else problem.code
 
 
 def _framework(checkpoint: Checkpoint) -> str:

@@ -42,7 +42,7 @@ def test_the_whole_suite_collects_at_least_so_many_tests(request: pytest.Fixture
         (request.config.invocation_params.dir / a.split("::")[0]).resolve() for a in request.config.args
     }
     whole = bool(chosen & {TESTS, TESTS.parent}) and not any(
-        (options.keyword, options.markexpr, options.lf, options.deselect, options.ignore, options.ignore_glob)
+        (options.keyword, options.markexpr, getattr(options, "lf", False), options.deselect, options.ignore, options.ignore_glob)
     )
     if not whole:
         pytest.skip("only a part of the suite was asked for")

@@ -60,7 +60,7 @@ def shared_hyperparameters(optimizer: Optimizer) -> dict[str, Value]:
 def with_arguments(
     optimizer: Optimizer, class_name: str, arguments: Mapping[str, object], who: str
 ) -> Optimizer:
-    """The optimizer as a live object declares it: its class, and its constructor's arguments by their own names.
+    """The optimizer as a live object declares it: its class, and its constructor's arguments by their names.
 
     Arguments that are no plain number or flag (a schedule object) are left out; recorded values win.
     """

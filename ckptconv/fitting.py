@@ -1,0 +1,202 @@
+"""How one module of the source becomes one of the target: which parameter is which, and what its axes need.
+
+A module is what stands under one name. Every reading that the layer catalog has for a parameter counts;
+where two of them need different operations, the layout is ambiguous.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckptconv.catalog import layers
+from ckptconv.catalog.axes import element_order
+from ckptconv.document import Evidence, Param
+from ckptconv.errors import Problem
+from ckptconv.ops import Permute
+from ckptconv.tensor import Op
+
+ASSUMED_LAYOUT = "assumed-layout"
+"""The loss code that lets a framework's convention decide a layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Module:
+    """Parameters that stand under one name, by the last part of their names."""
+
+    name: tuple[str, ...]
+    params: tuple[Param, ...]
+    framework: str
+
+    @property
+    def label(self) -> str:
+        return ".".join(self.name) or "(root)"
+
+    @property
+    def is_alias(self) -> bool:
+        """Whether all of it shares memory with other parameters."""
+        return all(param.tied_to is not None for param in self.params)
+
+
+class Way(NamedTuple):
+    """How the axes of one parameter become those of another."""
+
+    ops: tuple[Op, ...]
+    reading: layers.Candidate | None
+    """What the target's is taken for."""
+    text: str
+    """The reading of the side that has more than one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How one module becomes another: per target parameter its source, its operation and the evidence."""
+
+    pairs: tuple[tuple[Param, Param, Way, Evidence], ...]
+    ambiguous: tuple[Problem, ...]
+    target_only: tuple[Param, ...]
+    source_only: tuple[Param, ...]
+
+
+def modules(params: Mapping[str, Param], framework: str) -> list[Module]:
+    grouped: dict[tuple[str, ...], list[Param]] = {}
+    for name, param in params.items():
+        grouped.setdefault(parts(name)[:-1], []).append(param)
+    return [Module(name=key, params=tuple(group), framework=framework) for key, group in grouped.items()]
+
+
+def parts(name: str) -> tuple[str, ...]:
+    return tuple(part for part in re.split(r"[./]", name) if part)
+
+
+def may_be_left(module: Module) -> bool:
+    return module.is_alias or all(layers.is_framework_only(param.role) for param in module.params)
+
+
+def fitting(source: Module, target: Module) -> Fit | None:
+    """How the source module makes the target module, or None where it cannot."""
+    readings_s = {p.name: _readings(p, source) for p in source.params}
+    readings_t = {p.name: _readings(p, target) for p in target.params}
+    pairs: list[tuple[Param, Param, Way, Evidence]] = []
+    ambiguous: list[Problem] = []
+    target_only: list[Param] = []
+    used: set[str] = set()
+    for made in target.params:
+        options: list[tuple[Param, Way]] = []
+        for candidate in source.params:
+            if candidate.name in used:
+                continue
+            for way in _layouts(
+                candidate,
+                readings_s[candidate.name],
+                made,
+                readings_t[made.name],
+                same_framework=source.framework == target.framework,
+            ):
+                options.append((candidate, way))
+        names = list(dict.fromkeys(option[0].name for option in options))
+        if not names:
+            if layers.is_framework_only(made.role):
+                target_only.append(made)
+                continue
+            return None
+        if len(names) > 1:
+            same = [option for option in options if leaf(option[0]) == leaf(made)]
+            if len({option[0].name for option in same}) != 1:
+                return None
+            options = same
+        made_from, way = options[0]
+        if len({element_order(option[1].ops, made_from.tensor.shape) for option in options}) > 1:
+            open_side = "source" if len(readings_s[made_from.name]) != 1 else "target"
+            ambiguous.append(_ambiguous(made_from, made, open_side, [option[1].text for option in options]))
+            evidence: Evidence = "assumed"
+        else:
+            evidence = _weaker(made_from, made)
+        pairs.append((made_from, made, way, evidence))
+        used.add(made_from.name)
+    left = [p for p in source.params if p.name not in used]
+    if any(not layers.is_framework_only(p.role) and p.tied_to is None for p in left):
+        return None
+    return Fit(
+        pairs=tuple(pairs),
+        ambiguous=tuple(ambiguous),
+        target_only=tuple(target_only),
+        source_only=tuple(left),
+    )
+
+
+def _readings(param: Param, module: Module) -> tuple[layers.Candidate, ...]:
+    """What the parameter may be: what is declared, else every catalog row that fits its name and rank."""
+    if param.evidence in ("declared", "named") and param.axes is not None:
+        return (layers.Candidate(kind=param.layer, role=param.role, axes=param.axes),)
+    if param.candidates:
+        return tuple(layers.Candidate(c.layer, c.role, c.axes) for c in param.candidates)
+    siblings = {parts(other.name)[-1]: other.tensor.shape for other in module.params}
+    return layers.candidates(module.framework, parts(param.name)[-1], param.tensor.shape, siblings)
+
+
+def _layouts(
+    source: Param,
+    readings_s: Sequence[layers.Candidate],
+    target: Param,
+    readings_t: Sequence[layers.Candidate],
+    *,
+    same_framework: bool,
+) -> Iterator[Way]:
+    """Each way in which the source's axes can be brought into the target's order, with its name."""
+    before, after = source.tensor.shape, target.tensor.shape
+    for reading_t in readings_t:
+        for reading_s in readings_s:
+            if reading_s.role != reading_t.role or not layers.same_layer(reading_s.kind, reading_t.kind):
+                continue
+            if same_framework and len(readings_s) > 1 and reading_s.kind != reading_t.kind:
+                continue  # one framework's file and another one's of the same model: the same class
+            ops = layers.layout_ops(reading_s.axes, before, reading_t.axes, after)
+            if ops is not None:
+                told = reading_s if len(readings_s) > 1 else reading_t
+                text = f"{told.kind} ({', '.join(told.axes)})"
+                yield Way(_moving(ops, before, after), reading_t, text)
+    if not readings_s and not readings_t and before == after and leaf(source) == leaf(target):
+        yield Way((), None, "the same axes")
+        sizes = [size for size in before if size > 1]
+        if not same_framework and len(set(sizes)) < len(sizes):
+            yield Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order")
+
+
+_UNKNOWN_ORDER = Permute(())
+"""Stands for an order of axes that cannot be told; never applied, since it makes a layout ambiguous."""
+
+
+def leaf(param: Param) -> str:
+    return parts(param.name)[-1].lstrip("_")
+
+
+def _moving(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
+    """The ops, none where the bytes stay where they are: axes with one element are moved for nothing."""
+    still = before == after and element_order(ops, before) == element_order((), before)
+    return () if still else ops
+
+
+_STRENGTH: tuple[Evidence, ...] = ("declared", "named")
+
+
+def _weaker(source: Param, target: Param) -> Evidence:
+    """Both sides' own evidence; where one has none, the other's kind and the shape tell its axes."""
+    if {source.evidence, target.evidence} <= {"declared", "named"}:
+        return max(source.evidence, target.evidence, key=_STRENGTH.index)
+    return "matched"
+
+
+def _ambiguous(source: Param, target: Param, side: str, readings: Sequence[str]) -> Problem:
+    """`side`: whose axes are not known, `source` or `target`."""
+    param, option = (source, "--source-spec") if side == "source" else (target, "--template")
+    return Problem(
+        code="layout-ambiguous",
+        loc=("params", param.name),
+        message=f"'{param.name}' {list(param.tensor.shape)} of the {side} may be "
+        f"{' or '.join(dict.fromkeys(readings))}, and the shape does not tell which",
+        hint=f"Pass {option} with a skeleton of the {side} model (describe()), "
+        f"or --allow {ASSUMED_LAYOUT} to take the first reading.",
+    )
