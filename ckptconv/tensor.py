@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -198,6 +198,10 @@ class TensorRef:
     def shape(self) -> tuple[int, ...]:
         return self.spec.shape
 
+    def as_it_lies(self) -> TensorRef:
+        """The same elements in the order that is read best, for who does not ask for their order."""
+        return self
+
     @property
     def dtype(self) -> DType:
         return self.spec.dtype
@@ -271,6 +275,11 @@ class StoredTensor(TensorRef):
     @property
     def storage_id(self) -> Hashable:
         return self.extent.id
+
+    def as_it_lies(self) -> StoredTensor:
+        order = sorted(range(len(self.strides)), key=lambda axis: -self.strides[axis])
+        spec = replace(self.spec, shape=tuple(self.shape[axis] for axis in order))
+        return replace(self, spec=spec, strides=tuple(self.strides[axis] for axis in order))
 
     @property
     def is_dense(self) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from ckptconv import dtypes, strided, tensor
 from ckptconv.errors import CkptError
+from ckptconv.ops import Permute
 from ckptconv.tensor import (
     BufferSource,
     Extent,
@@ -216,3 +217,13 @@ def test_memory_does_not_depend_on_the_size(tmp_path: Path, shape: tuple[int, in
     tracemalloc.stop()
     assert total == path.stat().st_size
     assert peak < 4 << 20
+
+
+def test_a_tensor_as_it_lies_has_the_same_elements_and_is_dense_again() -> None:
+    array = np.arange(24, dtype=np.int32).reshape(2, 3, 4)
+    turned = StoredTensor.of_array(array).apply(Permute((2, 0, 1)))
+    assert isinstance(turned, StoredTensor)
+    lying = turned.as_it_lies()
+    assert not turned.is_dense
+    assert lying.is_dense
+    np.testing.assert_array_equal(lying.read(), array)

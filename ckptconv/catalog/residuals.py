@@ -9,16 +9,19 @@ whose second moment is not 0. An element with 0 has had no gradient yet and is l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ckptconv.catalog.transitions import Transition
-from ckptconv.tensor import MissingTensor, TensorRef
+from ckptconv.tensor import MissingTensor, TensorRef, blocks
 
 _BINS = 1 << 16
+_BATCH = 1 << 17
+"""Elements that are worked on at once."""
+_PANEL_NBYTES = 4 << 20
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Slots = Mapping[str, Mapping[str, TensorRef]]
 
@@ -153,25 +156,51 @@ def _spread(
 ) -> tuple[float, float]:
     """Largest and median value of a function over all elements that are above 0."""
     largest, counts = 0.0, np.zeros(_BINS, np.int64)
-    for name, tensor in tensors.items():
-        if isinstance(tensor, MissingTensor):
-            continue
-        others = minus[name].windows() if name in minus else None
-        for window in tensor.windows():
-            wide = window.view(tensor.dtype.numpy).astype(np.float64)
-            if others is not None:
-                wide = wide - next(others).view(minus[name].dtype.numpy).astype(np.float64) ** 2
-            wide = wide[(wide > 0) & np.isfinite(wide)]
-            if not wide.size:
-                continue
-            with np.errstate(all="ignore"):
-                values = of(wide)
-            largest = max(largest, float(values.max()))
-            clipped = np.clip(values, np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max)
-            counts += np.bincount(clipped.astype(np.float32).view(np.uint32) >> 16, minlength=_BINS)
+    for wide in _batches(_elements(tensors, minus)):
+        with np.errstate(all="ignore"):
+            values = of(wide)
+        largest = max(largest, float(values.max()))
+        clipped = np.clip(values, np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max)
+        counts += np.bincount(clipped.astype(np.float32).view(np.uint32) >> 16, minlength=_BINS)
     total = int(counts.sum())
     if total == 0:
         return 0.0, 0.0
     middle = int(np.searchsorted(np.cumsum(counts), (total + 1) // 2))
     median = float(np.array((middle << 16) + (1 << 15), np.uint32).view(np.float32))
     return largest, min(median, largest)
+
+
+def _elements(tensors: Mapping[str, TensorRef], minus: Mapping[str, TensorRef]) -> Iterator[Floats]:
+    """All elements above 0, in pieces and in no order."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, MissingTensor):
+            continue
+        for wide in _differences(tensor, minus[name]) if name in minus else _values(tensor.as_it_lies()):
+            yield wide[(wide > 0) & np.isfinite(wide)]
+
+
+def _values(tensor: TensorRef) -> Iterator[Floats]:
+    for window in tensor.windows(_BATCH * tensor.dtype.itemsize, _PANEL_NBYTES):
+        yield window.view(tensor.dtype.numpy).astype(np.float64)
+
+
+def _differences(tensor: TensorRef, other: TensorRef) -> Iterator[Floats]:
+    """`tensor - other**2`. In blocks: the windows of two tensors need not hold the same elements."""
+    for start, stop in blocks(tensor.shape, tensor.dtype.itemsize, _PANEL_NBYTES):
+        wide = tensor.block(start, stop).astype(np.float64)
+        yield (wide - other.block(start, stop).astype(np.float64) ** 2).reshape(-1)
+
+
+def _batches(pieces: Iterable[Floats]) -> Iterator[Floats]:
+    """The pieces, small ones put together: arithmetic on a few elements costs as much as on a thousand."""
+    batch: list[Floats] = []
+    room = _BATCH
+    for piece in pieces:
+        if piece.size:
+            batch.append(piece)
+            room -= piece.size
+        if room <= 0:
+            yield np.concatenate(batch)
+            batch, room = [], _BATCH
+    if batch:
+        yield np.concatenate(batch)
