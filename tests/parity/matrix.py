@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -145,7 +146,15 @@ class Runs:
         return place
 
     def cell(
-        self, case: Case, source: str, target: str, model: str, dtype: str, *, controls: bool = False
+        self,
+        case: Case,
+        source: str,
+        target: str,
+        model: str,
+        dtype: str,
+        *,
+        controls: bool = False,
+        set_: Mapping[str, str] = MappingProxyType({}),
     ) -> Cell:
         """Convert the source's run onto a fresh template of the target, and go on."""
         saved, switch, reached = self.of(case, source, model, dtype)
@@ -156,7 +165,7 @@ class Runs:
             saved,
             converted,
             template=template,
-            set_=supplied(case, source),
+            set_={**supplied(case, source), **set_},
             allow=allowed(case, source, target),
             force=True,
         )
