@@ -187,7 +187,7 @@ def _written(planned: _Plan, goal: Goal, writing: _Writing) -> Report:
         files=tuple(written.files),
         bytes_written=written.bytes_written,
         verified=writing.verify,
-        restore=goal.dialect.restore_code(planned.transfer.checkpoint, goal.path.name),
+        restore=goal.dialect.restore_code(planned.transfer.checkpoint, str(goal.path)),
     )
 
 

@@ -78,8 +78,13 @@ def _outcome(report: Report) -> list[tuple[str, str | Text]]:
 def _named(fate: str, entries: Sequence[Entry]) -> str:
     if fate not in _NAMED_FATES:
         return ""
-    names = list(dict.fromkeys(entry.target or _address(entry) for entry in entries))
-    return f": {listed(names)}"
+    technical = [entry for entry in entries if entry.item[:1] == ("residue",) and len(entry.item) > 2]
+    named = [entry for entry in entries if entry not in technical]
+    names = list(dict.fromkeys(entry.target or _address(entry) for entry in named))
+    own = (
+        f"{count(len(technical), 'setting')} of the source's own (--verbose lists them)" if technical else ""
+    )
+    return ": " + "; ".join(filter(None, (listed(names), own)))
 
 
 def _address(entry: Entry) -> str:

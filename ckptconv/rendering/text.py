@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -110,7 +111,28 @@ def value_text(value: Value) -> str:
         return "(" + ", ".join(value_text(part) for part in value) + ")"
     if isinstance(value, bool) or value is None:
         return str(value).lower() if isinstance(value, bool) else "none"
-    return clip(value)
+    return clip(_shortest(value) if isinstance(value, float) else value)
+
+
+def _shortest(value: float) -> str:
+    """A number that came through float32 in its shortest form: 0.01 for 0.0099999998."""
+    text = repr(value)
+    if abs(value) > _FLOAT32_MAX:
+        return text
+    (single,) = struct.unpack("<f", struct.pack("<f", value))
+    if single != value:
+        return text
+    return next(
+        (short for digits in range(1, 9) if _as_float32(short := f"{value:.{digits}g}") == value), text
+    )
+
+
+def _as_float32(text: str) -> float:
+    (single,) = struct.unpack("<f", struct.pack("<f", float(text)))
+    return float(single)
+
+
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
 def shape_text(shape: Sequence[int], axes: Sequence[str] | None = None) -> str:
