@@ -124,7 +124,7 @@ def _framework(checkpoint: Checkpoint) -> str:
 
 
 def _with_note(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
-    text = note.write_note(replace(checkpoint, schedules=source.schedules))
+    text = note.write_note(replace(checkpoint, schedules=checkpoint.schedules or source.schedules))
     return replace(checkpoint, extensions={**checkpoint.extensions, note.EXTENSION: text})
 
 

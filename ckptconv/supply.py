@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ckptconv.catalog import completion
 from ckptconv.catalog.optimizer_rows import algorithms
+from ckptconv.catalog.schedule_source import UNIT as SCHEDULE_UNIT
 from ckptconv.document import (
     PROGRESS_FIELDS,
     Checkpoint,
@@ -18,6 +19,7 @@ from ckptconv.document import (
     Known,
     Optimizer,
     Param,
+    Schedule,
     Unknown,
     Value,
 )
@@ -29,6 +31,8 @@ BY_SPEC = "source-spec"
 
 CONVENTIONS = {"epoch_convention": "epochs", "step_convention": "step"}
 """Setting -> the progress field whose bare counter it explains."""
+
+_UNITS = ("update", "epoch", "micro-step")
 
 COUNT, LAST = "count", "last"
 """A bare counter's two readings: how many are finished, or the 0-based number of the last finished one."""
@@ -70,12 +74,14 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
 
 def settable_fields() -> tuple[str, ...]:
     """Names that `--set` accepts."""
-    return (*PROGRESS_FIELDS, *CONVENTIONS, "optimizer", *completion.hyperparameter_names())
+    return (*PROGRESS_FIELDS, *CONVENTIONS, SCHEDULE_UNIT, "optimizer", *completion.hyperparameter_names())
 
 
 def _kind(name: str) -> str:
     if name in CONVENTIONS:
         return f"'{COUNT}' or '{LAST}'"
+    if name == SCHEDULE_UNIT:
+        return " or ".join(f"'{unit}'" for unit in _UNITS)
     whole = name in PROGRESS_FIELDS and name not in _FRACTIONAL
     return "a whole number from 0 on" if whole else "a number"
 
@@ -84,6 +90,8 @@ def _example(name: str) -> str:
     """A value that the field can have."""
     if name in CONVENTIONS:
         return COUNT
+    if name == SCHEDULE_UNIT:
+        return _UNITS[0]
     return "9" if name in PROGRESS_FIELDS else "0.001"
 
 
@@ -92,6 +100,10 @@ def _parsed(name: str, text: str) -> Value:
         return text
     if name in CONVENTIONS:
         if text not in (COUNT, LAST):
+            raise ValueError(text)
+        return text
+    if name == SCHEDULE_UNIT:
+        if text not in _UNITS:
             raise ValueError(text)
         return text
     if name in PROGRESS_FIELDS and name not in _FRACTIONAL:
@@ -119,6 +131,9 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
     for name, value in values.items():
         if name in CONVENTIONS:
             checkpoint = _under_convention(checkpoint, CONVENTIONS[name], str(value), who)
+            continue
+        if name == SCHEDULE_UNIT:
+            checkpoint = _counting(checkpoint, str(value), who)
             continue
         fact = Known(value=value, status="supplied", source=who)
         if name in PROGRESS_FIELDS:
@@ -155,9 +170,24 @@ def _under_convention(checkpoint: Checkpoint, name: str, convention: str, who: s
     return _supplied(checkpoint, f"convention of {name}", who)
 
 
+def _counting(checkpoint: Checkpoint, unit: str, who: str) -> Checkpoint:
+    """The document whose schedules count what the caller says, where they do not tell themselves."""
+    if not checkpoint.schedules:
+        return checkpoint
+    schedules = tuple(
+        replace(s, unit=unit) if s.unit == "unknown" else s  # type: ignore[arg-type]  # one of `_UNITS`
+        for s in checkpoint.schedules
+    )
+    return _supplied(replace(checkpoint, schedules=schedules), "unit of schedules", who)
+
+
 def conventions(values: Mapping[str, Value]) -> dict[str, str]:
-    """Progress field -> how the target's bare counter of it is meant, as far as the caller says."""
-    return {field: str(values[name]) for name, field in CONVENTIONS.items() if name in values}
+    """Progress field -> how the target's bare counter of it is meant, as far as the caller says.
+
+    Beside them `schedule_unit`: what the target's schedules count.
+    """
+    units = {SCHEDULE_UNIT: str(values[SCHEDULE_UNIT])} if SCHEDULE_UNIT in values else {}
+    return {**units, **{field: str(values[name]) for name, field in CONVENTIONS.items() if name in values}}
 
 
 def with_step(checkpoint: Checkpoint, fact: Known) -> Checkpoint:
@@ -238,7 +268,24 @@ def apply_spec(checkpoint: Checkpoint, spec: Checkpoint) -> Checkpoint:
                 _completed(o, other) if o.name == optimizer.name else o for o in completed.optimizers
             ),
         )
+    schedules = tuple(_scheduled(schedule, spec) for schedule in completed.schedules)
+    completed = replace(completed, schedules=schedules)
     return _supplied(completed, "layout, order and hyperparameters not recorded", BY_SPEC)
+
+
+def _scheduled(schedule: Schedule, spec: Checkpoint) -> Schedule:
+    """The schedule with the family and parameters that the spec tells and its file does not."""
+    theirs = [other for other in spec.schedules if other.name == schedule.name]
+    if len(spec.schedules) == 1:
+        theirs = list(spec.schedules)
+    if len(theirs) != 1 or schedule.family not in ("unknown", theirs[0].family):
+        return schedule
+    supplied: dict[str, Fact] = {
+        name: Known(value=fact.value, status="supplied", source=BY_SPEC)
+        for name, fact in theirs[0].parameters.items()
+        if isinstance(fact, Known)
+    }
+    return replace(schedule, family=theirs[0].family, parameters={**supplied, **schedule.parameters})
 
 
 def _differences(checkpoint: Checkpoint, spec: Checkpoint) -> list[Problem]:

@@ -23,7 +23,7 @@ from ckptconv.mapping import Cover
 from ckptconv.optimizer_transfer import transfer_optimizers
 from ckptconv.rawtree import Lifted, Node, Path, transform, walk
 from ckptconv.report import Entry, Fate
-from ckptconv.schedules import place_schedules
+from ckptconv.schedules import place_schedules, with_rates
 from ckptconv.supply import CONVENTIONS, COUNT, LAST
 from ckptconv.tensor import TensorRef
 from ckptconv.ties import Pair
@@ -44,6 +44,7 @@ def transfer(
     """
     account = Account(allow)
     template = _with_conventions(template, conventions, account)
+    source = with_rates(source, template, conventions)
     pairs = {pair.target: pair for pair in cover.pairs}
     masters = {
         name: (("slot", optimizer.name, MASTER, name), tensor)
@@ -60,7 +61,13 @@ def transfer(
     _source_only(source, cover, account)
     account.merged = frozenset(merge.source for merge in cover.merged)
     optimizers = transfer_optimizers(source, template, pairs, account)
-    schedules, extras = place_schedules(source, template, account.allow), place_extras(source, template)
+    schedules = place_schedules(
+        source, template, account.allow, optimizers=optimizers, conventions=conventions
+    )
+    for rate, code in schedules.codes.items():
+        account.requires = [line.replace(rate, code) for line in account.requires]
+    account.requires = [*schedules.requires, *account.requires]
+    extras = place_extras(source, template)
     account.ledger += (*schedules.ledger, *extras.ledger)
     account.problems += (*schedules.problems, *extras.problems)
     account.ledger += progress_entries(replace(template, progress=source.progress))
@@ -68,7 +75,7 @@ def transfer(
         template,
         progress=source.progress,
         params=params,
-        optimizers=optimizers,
+        optimizers=schedules.optimizers,
         schedules=schedules.schedules,
         extras=extras.tensors,
         provenance=replace(

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ckptconv import supply
 from ckptconv.adapters.live import (
+    DESCRIBED,
     Spill,
     declared,
     of_class,
@@ -25,6 +26,8 @@ from ckptconv.adapters.live import (
     writing,
 )
 from ckptconv.catalog import layers
+from ckptconv.catalog.schedule_keras import from_keras_config
+from ckptconv.catalog.schedule_source import described_as
 from ckptconv.convert import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw
 from ckptconv.dialects.graph_bundle import graph_of
@@ -161,7 +164,10 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
         return checkpoint
     inner = _inner(optimizer)
     package = "keras" if framework == "keras3" else "tf_keras"
-    return of_class(checkpoint, type(inner), package, inner.get_config())
+    config = inner.get_config()
+    checkpoint = of_class(checkpoint, type(inner), package, config)
+    follows = from_keras_config(config.get("learning_rate"))
+    return checkpoint if follows is None else described_as(checkpoint, follows.curve, follows.base, DESCRIBED)
 
 
 def _optimizer_of(model: Model, optimizer: KerasOptimizer | None) -> KerasOptimizer | None:

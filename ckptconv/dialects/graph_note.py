@@ -11,7 +11,17 @@ from dataclasses import replace
 
 from ckptconv.catalog.optimizers import as_algorithm, row, with_form
 from ckptconv.dialects.residue import untold
-from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Optimizer, Progress, Residue, value_of
+from ckptconv.document import (
+    PROGRESS_FIELDS,
+    Checkpoint,
+    Fact,
+    Known,
+    Optimizer,
+    Progress,
+    Residue,
+    Schedule,
+    value_of,
+)
 from ckptconv.errors import MappingError, Problem
 from ckptconv.note import EXTENSION, Note, edit_note, read_note, write_note
 
@@ -38,7 +48,8 @@ def with_note(checkpoint: Checkpoint, text: str | None) -> Checkpoint:
     return replace(
         checkpoint,
         progress=progress,
-        optimizers=optimizers,
+        optimizers=tuple(_with_base(one, checkpoint, note) for one in optimizers),
+        schedules=tuple(_described(one, checkpoint, note) for one in checkpoint.schedules),
         residue=replace(residue, attributes={**residue.attributes, ATTRIBUTE: text}),
         provenance=replace(checkpoint.provenance, history=note.provenance.history),
         extensions={**checkpoint.extensions, EXTENSION: text},
@@ -98,6 +109,29 @@ def _completed(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Opti
         for group in optimizer.groups
     )
     return with_form(replace(optimizer, groups=groups))
+
+
+def _described(schedule: Schedule, checkpoint: Checkpoint, note: Note) -> Schedule:
+    """The schedule as the note describes what the bundle only counts for."""
+    if len(checkpoint.schedules) != 1 or len(note.schedules) != 1 or schedule.family != "unknown":
+        return schedule
+    noted = note.schedules[0]
+    return replace(schedule, family=noted.family, parameters=noted.parameters)
+
+
+def _with_base(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer:
+    """The optimizer with the rate that its schedule begins with, where it has one."""
+    noted = _counterpart(optimizer, checkpoint, note)
+    if noted is None or not checkpoint.schedules or noted.framework != optimizer.framework:
+        return optimizer
+    base = noted.groups[0].hyperparameters.get("base_learning_rate")
+    if not isinstance(base, Known):
+        return optimizer
+    groups = tuple(
+        replace(group, hyperparameters={"base_learning_rate": base, **group.hyperparameters})
+        for group in optimizer.groups
+    )
+    return replace(optimizer, groups=groups)
 
 
 def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer | None:

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.optimizer_rows import row
+from ckptconv.catalog.schedule_source import named_rates, placed
 from ckptconv.dialects.torch_note import EXTENSION
-from ckptconv.dialects.torch_scheduler import moved, named_rates, placed, rate_at
+from ckptconv.dialects.torch_scheduler import moved, rate_at
 from ckptconv.dialects.torch_values import Encoding, dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError, LossError, MappingError

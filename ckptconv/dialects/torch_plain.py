@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
+from ckptconv.catalog.schedule_source import with_epochs
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
@@ -25,7 +26,7 @@ from ckptconv.dialects.torch_note import lift_note, note_of, with_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
-from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule, with_epochs
+from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_values import (
     dotted,
     keyed,

@@ -12,21 +12,17 @@ beginning after. Source: torch 2.13 `torch/optim/lr_scheduler.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
-from ckptconv.catalog.schedule_rates import curve_of, rate, state_at
+from ckptconv.catalog.schedule_rates import curve_of, rate
 from ckptconv.catalog.schedules import canonical, infer
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_values import count_of, dotted, number_of
-from ckptconv.document import Fact, Known, Optimizer, Progress, Schedule, Unknown, value_of
+from ckptconv.document import Fact, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.rawtree import DictNode, ListNode, Node, Path
 
 _MOST_MILESTONES = 10_000
-
-ONE_CYCLE_RATES = ("max_lr", "min_lr")
-"""Rates that OneCycleLR keeps in each group, beside `initial_lr`."""
 
 
 def is_scheduler(node: Node) -> bool:
@@ -64,15 +60,6 @@ def lift_schedule(
     odd = f"'{name}' counts in {dotted((*path, 'last_epoch'))}, whether updates or epochs is not recorded."
     open_unit = isinstance(position, Known) and position.value and schedule.unit == "unknown"
     return schedule, (odd,) if open_unit else ()
-
-
-def with_epochs(schedule: Schedule, progress: Progress) -> Schedule:
-    """The schedule, counted in epochs where it stands where they do and the updates do not."""
-    position, epochs = value_of(schedule.position), progress.epochs
-    if schedule.unit != "unknown" or not position or not isinstance(progress.step, Known):
-        return schedule
-    readings = {c.value for c in epochs.candidates} if isinstance(epochs, Unknown) else {value_of(epochs)}
-    return replace(schedule, unit="epoch") if position in readings else schedule
 
 
 def _unit(position: Fact, optimizer: Optimizer | None) -> Literal["update", "unknown"]:
@@ -125,6 +112,10 @@ class _Lift:
             self._milestones(node.get("_milestones"), (*path, "_milestones"), prefix + "milestones", "list")
         elif family == "one-cycle":
             self._phases(node.get("_schedule_phases"), (*path, "_schedule_phases"), prefix)
+        elif family == "plateau":
+            lowest = node.get("min_lrs")
+            for group, value in enumerate(lowest.items if isinstance(lowest, ListNode) else ()):
+                self._take(value, (*path, "min_lrs", group), f"{prefix}minimum.{group}")
         elif family == "cosine":
             self.facts[prefix + "after"] = Known(
                 value="rebound", status="derived", formula="CosineAnnealingLR climbs again after T_max"
@@ -228,29 +219,3 @@ def rate_at(
     Units: `position` as `last_epoch`. `named`: see `catalog.schedule_rates.rate`.
     """
     return rate(curve_of(schedule), base, position, named)
-
-
-def named_rates(group: Mapping[str, Fact]) -> dict[str, float]:
-    """The rates of a group that a one-cycle schedule goes by."""
-    values = {name: value_of(group.get(name)) for name in ONE_CYCLE_RATES}
-    return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
-
-
-def placed(schedule: Schedule, optimizer: Optimizer | None) -> Schedule:
-    """The schedule with everything that torch keeps of where it stands as its position says."""
-    position = value_of(schedule.position)
-    if not isinstance(position, int):
-        return schedule
-    groups = [group.hyperparameters for group in optimizer.groups] if optimizer is not None else []
-    bases = [value_of(group.get("base_learning_rate")) for group in groups]
-    state = state_at(
-        schedule,
-        position,
-        [float(base) if isinstance(base, (int, float)) else None for base in bases],
-        [named_rates(group) for group in groups],
-    )
-    facts = {
-        name: Known(value=value, status="derived", formula="follows from the position")
-        for name, value in state.items()
-    }
-    return replace(schedule, parameters={**schedule.parameters, **facts})
