@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ _WORDS: dict[int, np.dtype[np.generic]] = {
 }
 
 
+@lru_cache(maxsize=4096)  # a model repeats its shapes
 def dense_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a C-order tensor."""
     strides, step = [], 1
@@ -40,7 +42,7 @@ def word_of(itemsize: int) -> np.dtype[np.generic]:
 
 def same_layout(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Whether two strides put every element in the same place."""
-    return 0 in shape or all(n <= 1 or x == y for n, x, y in zip(shape, a, b, strict=True))
+    return a == b or 0 in shape or all(n <= 1 or x == y for n, x, y in zip(shape, a, b, strict=True))
 
 
 def as_bytes(array: Array) -> Bytes:
