@@ -46,7 +46,9 @@ class FileEntry:
     path: str
     nbytes: int
     digest: str | None = None
-    """`sha256:<hex>`, where it is known."""
+    """`sha256:<hex>` or `crc32c:<hex>`, where it is known."""
+    tensor_crc32c: str | None = None
+    """Of each tensor, eight hexadecimal digits one after another, where they are known."""
 
 
 def to_json(
@@ -81,10 +83,15 @@ def to_json(
         ],
         "residue": residue_to_json(checkpoint.residue, state_file),
         "provenance": provenance_to_json(checkpoint.provenance),
-        "files": [{"path": f.path, "bytes": f.nbytes, "digest": f.digest} for f in files],
+        "files": [_file_to_json(file) for file in files],
         "oddities": list(checkpoint.oddities),
         "extensions": dict(checkpoint.extensions),
     }
+
+
+def _file_to_json(file: FileEntry) -> dict[str, Json]:
+    checksums = {} if file.tensor_crc32c is None else {"tensor_crc32c": file.tensor_crc32c}
+    return {"path": file.path, "bytes": file.nbytes, "digest": file.digest, **checksums}
 
 
 def from_json(obj: Json, tensors: Tensors = None, state: bytes | None = None) -> Checkpoint:
@@ -156,7 +163,11 @@ def _param_to_json(param: Param, values: bool) -> dict[str, Json]:
         **spec_to_json(param.tensor.spec),
         **(_value_to_json(param.tensor, is_param=True) if values else {}),
         "tied_to": param.tied_to,
-        **({"candidates": [_layout_to_json(layout) for layout in param.candidates]} if param.candidates else {}),
+        **(
+            {"candidates": [_layout_to_json(layout) for layout in param.candidates]}
+            if param.candidates
+            else {}
+        ),
     }
 
 

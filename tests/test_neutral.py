@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import pytest
 from hypothesis import given, settings
 
 from ckptconv import dtypes, schema
 from ckptconv.bitcast import AsBytes, FromBytes
+from ckptconv.convert import convert
 from ckptconv.dialects.neutral import DIALECT, slot_key
 from ckptconv.document import Checkpoint, Group, Known, Optimizer, Param, Progress, Unknown
 from ckptconv.errors import CkptError
-from ckptconv.formats.neutral import FORMAT, MANIFEST, check_directory
+from ckptconv.formats.neutral import FORMAT, MANIFEST, SECTIONS, check_directory
 from ckptconv.formats.safetensors import FORMAT as SAFETENSORS
 from ckptconv.ops import Permute
 from ckptconv.tensor import BufferSource, Extent, MissingTensor, StoredTensor
@@ -354,6 +357,116 @@ def test_a_digest_is_checked(run):
     flip(run)
     problems = [(problem.code, problem.loc) for problem in check_directory(run)]
     assert problems == [("digest-mismatch", ("files", 3, "digest"))]
+
+
+TENSOR_FILES = [f"{section}.safetensors" for section in SECTIONS]
+
+
+def test_every_file_has_a_digest_and_every_tensor_a_checksum(run):
+    manifest = json.loads((run / MANIFEST).read_text())
+    for entry in manifest["files"]:
+        data = (run / entry["path"]).read_bytes()
+        if entry["path"] == "state.msgpack":
+            assert entry["digest"] == f"sha256:{hashlib.sha256(data).hexdigest()}"
+            continue
+        assert entry["digest"] == f"crc32c:{google_crc32c.value(data):08x}"
+        header = json.loads(data[8 : (base := 8 + int.from_bytes(data[:8], "little"))])
+        ranges = sorted(item["data_offsets"] for key, item in header.items() if key != "__metadata__")
+        crcs = [google_crc32c.value(data[base + begin : base + end]) for begin, end in ranges]
+        assert entry["tensor_crc32c"] == "".join(f"{crc:08x}" for crc in crcs)
+
+
+def test_shards_have_digests(tmp_path):
+    path = save(full_document(), tmp_path / "run", shard_nbytes=30)
+    for entry in json.loads((path / MANIFEST).read_text())["files"][:-1]:
+        assert entry["digest"] == f"crc32c:{google_crc32c.value((path / entry['path']).read_bytes()):08x}"
+
+
+@pytest.mark.parametrize("name", TENSOR_FILES)
+def test_a_flipped_bit_anywhere_is_found(name, run, tmp_path):
+    """By validation and by the conversion that reads it; the header's when it is opened."""
+    whole = (run / name).read_bytes()
+    base = 8 + int.from_bytes(whole[:8], "little")
+    index = SECTIONS.index(name.partition(".")[0])
+    for position in {0, 9, base // 2, base - 1, *range(base, len(whole), max(1, (len(whole) - base) // 9))}:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        (run / name).write_bytes(damaged)
+        problems = check_directory(run)
+        assert [(p.code, p.loc) for p in problems] == [("digest-mismatch", ("files", index, "digest"))]
+        assert problems[0].message.count("crc32c:") == 2
+        with pytest.raises(CkptError) as caught:
+            convert(run, tmp_path / "again", to="neutral")
+        if position >= base:
+            (problem,) = caught.value.problems
+            assert problem.code == "checksum-mismatch"
+            assert problem.loc[0] == name
+        assert [item.name for item in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_header_of_other_names_does_not_have_the_digest(run):
+    data = (run / "weights.safetensors").read_bytes()
+    (run / "weights.safetensors").write_bytes(data.replace(b'"bias"', b'"bibs"'))
+    with pytest.raises(CkptError) as caught:
+        FORMAT.read(run)
+    assert found(caught.value) == [("digest-mismatch", ("files", 0, "digest"))]
+
+
+def test_checksums_of_other_tensors_do_not_give_the_digest(run):
+    def change(manifest):
+        text = manifest["files"][1]["tensor_crc32c"]
+        manifest["files"][1]["tensor_crc32c"] = text[8:] + text[:8]
+
+    edit(run, change)
+    with pytest.raises(CkptError) as caught:
+        FORMAT.read(run)
+    assert found(caught.value) == [("digest-mismatch", ("files", 1, "digest"))]
+
+
+@pytest.mark.parametrize(
+    ("value", "code", "loc"),
+    [
+        ("", "corrupt-file", ("weights.safetensors",)),
+        ("0" * 8 * 1000, "corrupt-file", ("weights.safetensors",)),
+        ("0" * 7, "schema-invalid", ("files", 0, "tensor_crc32c")),
+        ("G" * 8, "schema-invalid", ("files", 0, "tensor_crc32c")),
+        (7, "schema-invalid", ("files", 0, "tensor_crc32c")),
+    ],
+)
+def test_checksums_that_are_none(value, code, loc, run):
+    edited("files", 0, "tensor_crc32c", value=value)(run)
+    with pytest.raises(CkptError) as caught:
+        FORMAT.read(run)
+    assert found(caught.value) == [(code, loc)]
+    assert code in {problem.code for problem in check_directory(run)}
+
+
+@pytest.mark.parametrize("digest", [None, "sha256", "crc32c"])
+def test_a_manifest_without_checksums_of_tensors(digest, run):
+    """As others may write it, and as this library did: what digests there are is validated."""
+
+    def change(manifest):
+        for entry in manifest["files"]:
+            data = (run / entry["path"]).read_bytes()
+            entry.pop("tensor_crc32c", None)
+            kinds = {
+                None: None,
+                "sha256": f"sha256:{hashlib.sha256(data).hexdigest()}",
+                "crc32c": f"crc32c:{google_crc32c.value(data):08x}",
+            }
+            entry["digest"] = kinds[digest]
+
+    before = load(run)
+    edit(run, change)
+    assert check_directory(run) == []
+    assert_equal(load(run), before)
+    for index, name in enumerate([*TENSOR_FILES, "state.msgpack"]):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        problems = [(problem.code, problem.loc) for problem in check_directory(run)]
+        if digest is not None:
+            assert problems == [("digest-mismatch", ("files", index, "digest"))]
+        (run / name).write_bytes(whole)
 
 
 def test_a_residue_that_is_told_but_not_there(run):

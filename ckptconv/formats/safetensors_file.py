@@ -3,15 +3,24 @@ neutral directory have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptconv.errors import Code, FormatError, Problem
-from ckptconv.formats.base import Placement, TargetFile
-from ckptconv.formats.safetensors_header import METADATA, file_order, make_header, read_header, tag_of
+from ckptconv.formats import crc
+from ckptconv.formats.base import ChecksumKind, Placement, TargetFile
+from ckptconv.formats.safetensors_header import (
+    METADATA,
+    Header,
+    file_order,
+    make_header,
+    read_header,
+    tag_of,
+)
 from ckptconv.rawtree import DictNode, Node, RawTree
 from ckptconv.tensor import (
+    Checksum,
     DerivedTensor,
     Extent,
     FileSource,
@@ -44,13 +53,16 @@ class Contents:
     metadata: Mapping[str, str]
     """Without aliases and note."""
     note: str | None
+    crc32c: int | None
+    """Of the whole file if its tensors have the recorded checksums; None where none were given."""
 
 
-def read_file(path: Path) -> Contents:
+def read_file(path: Path, recorded: Sequence[int] | None = None) -> Contents:
     """Tensors and metadata of one file.
 
+    `recorded` are the crc32c of its tensors in the order of their bytes, where something beside it has them.
     I/O: reads the header only.
-    Raises: missing-file and those of `read_header`.
+    Raises: missing-file and those of `read_header`; corrupt-file for another number of tensors than recorded.
     """
     if not path.is_file():
         raise format_error(
@@ -58,7 +70,8 @@ def read_file(path: Path) -> Contents:
         )
     source = FileSource(path)
     header = read_header(source)
-    tensors = {key: _tensor(source, *place) for key, place in header.tensors.items()}
+    checksums = {} if recorded is None else _by_name(header, recorded, path.name)
+    tensors = {key: _tensor(source, *place, checksums.get(key)) for key, place in header.tensors.items()}
     metadata: dict[str, str] = {}
     aliases: Tensors = {}
     for key, text in header.metadata.items():
@@ -71,11 +84,36 @@ def read_file(path: Path) -> Contents:
         stored=frozenset(tensors),
         metadata=metadata,
         note=header.metadata.get(NOTE),
+        crc32c=None if recorded is None else _whole(source, header, checksums),
     )
 
 
-def _tensor(source: FileSource, spec: TensorSpec, offset: int) -> TensorRef:
-    return StoredTensor.dense(spec, Extent(source=source, offset=offset, nbytes=spec.nbytes))
+def _by_name(header: Header, recorded: Sequence[int], name: str) -> dict[str, Checksum]:
+    """The recorded checksums in the order of the tensors' bytes."""
+    places = {key: (offset, spec.nbytes) for key, (spec, offset) in header.tensors.items()}
+    if len(recorded) != len(places):
+        raise format_error(
+            "corrupt-file",
+            f"{len(recorded)} checksums are recorded, the file has {len(places)} tensors [{name}]",
+            "Copy the whole checkpoint again.",
+            name,
+        )
+    order = sorted(places, key=places.__getitem__)
+    return {key: Checksum(kind="crc32c", value=crc) for key, crc in zip(order, recorded, strict=True)}
+
+
+def _tensor(source: FileSource, spec: TensorSpec, offset: int, checksum: Checksum | None) -> TensorRef:
+    extent = Extent(source=source, offset=offset, nbytes=spec.nbytes, checksum=checksum)
+    return StoredTensor.dense(spec, extent)
+
+
+def _whole(source: FileSource, header: Header, checksums: Mapping[str, Checksum]) -> int:
+    """crc32c of the header that is there and of tensors that have these checksums."""
+    head = bytearray(header.nbytes)
+    source.read_into(0, memoryview(head))
+    values = [checksum.value for checksum in checksums.values()]
+    nbytes = [header.tensors[key][0].nbytes for key in checksums]
+    return crc.crc32c_joined([crc.crc32c(head), *values], [header.nbytes, *nbytes])
 
 
 def identity(tensor: TensorRef) -> Hashable | None:
@@ -142,14 +180,22 @@ def _is_name(key: str) -> bool:
 
 
 def target_file(
-    name: str, title: str, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]
+    name: str,
+    title: str,
+    tensors: Mapping[str, TensorRef],
+    metadata: Mapping[str, str],
+    checksum: ChecksumKind | None = None,
 ) -> TargetFile:
-    """One safetensors file of a layout; `title` names it in keys and messages."""
+    """One safetensors file of a layout; `title` names it in keys and messages.
+
+    Its placements stand in the order of their bytes, and ask for the checksum.
+    """
     specs = {key: tensor.spec for key, tensor in tensors.items()}
     order = file_order(specs)
     head, offsets = make_header(((key, specs[key]) for key in order), metadata, title)
     placements = tuple(
-        Placement(key=f"{title}/{key}", offset=offsets[key], tensor=tensors[key]) for key in order
+        Placement(key=f"{title}/{key}", offset=offsets[key], tensor=tensors[key], checksum=checksum)
+        for key in order
     )
     return TargetFile(name=name, placements=placements, finish=constant([(0, head)]))
 

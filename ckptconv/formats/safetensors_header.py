@@ -46,6 +46,8 @@ class Header:
     tensors: Mapping[str, tuple[TensorSpec, int]]
     """Name -> spec and absolute offset in the file, in the header's order."""
     metadata: Mapping[str, str]
+    nbytes: int
+    """Where the tensors begin."""
 
 
 def _problem(code: Code, loc: tuple[str | int, ...], message: str) -> Problem:
@@ -95,6 +97,7 @@ def read_header(source: ByteSource) -> Header:
     return Header(
         tensors={key: (entry[0], base + entry[1]) for key, entry in entries.items() if entry is not None},
         metadata=metadata,
+        nbytes=base,
     )
 
 
