@@ -34,6 +34,9 @@ from ckptconv.report import Entry
 __all__ = ["Placed", "place_schedules", "with_rates"]
 
 _CODE: Code = "schedule-unsupported"
+_TABLE = frozenset({"factors", "start"})
+"""Parameters that a live scheduler tells and no file holds."""
+
 _ALIKE = 1e-6
 """Relative difference within which a recorded rate and a schedule's are the same."""
 
@@ -213,6 +216,8 @@ class _Placing:
             raise NotExpressibleError("the source does not tell its family")
         if target.family == "lambda":
             code, made, root = lambda_code(curve, float(base)), curve, float(base)
+            if "bisect." in code:
+                self.requires.append("import bisect")
             self.requires.append(f"torch.optim.lr_scheduler.LambdaLR(optimizer, {code})")
             parameters = dict(target.parameters)
         else:
@@ -381,7 +386,7 @@ def _same_state(origin: Schedule, target: Schedule) -> bool:
     return (
         known is not None
         and origin.family == target.family
-        and origin.parameters.keys() == target.parameters.keys()
+        and origin.parameters.keys() - _TABLE == target.parameters.keys() - _TABLE
         and isinstance(origin.position, Known)
         and (known.is_numeric or origin.family not in ("cyclic", "swa"))
     )

@@ -26,7 +26,7 @@ from ckptconv.adapters.live import (
     writing,
 )
 from ckptconv.catalog import layers
-from ckptconv.catalog.schedule_keras import from_keras_config
+from ckptconv.catalog.schedule_config import from_keras_config
 from ckptconv.catalog.schedule_source import described_as
 from ckptconv.convert import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw

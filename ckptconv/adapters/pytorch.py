@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from ckptconv.adapters.live import (
+    DESCRIBED,
     Spill,
     declared,
     of_class,
@@ -23,10 +24,13 @@ from ckptconv.adapters.live import (
     with_progress,
     writing,
 )
+from ckptconv.adapters.torch_table import table_of
 from ckptconv.catalog import layers
+from ckptconv.catalog.schedule_rates import TABLED, flat
+from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.convert import convert
 from ckptconv.detect import PathLike, open
-from ckptconv.document import Checkpoint, Known, Unknown, Value
+from ckptconv.document import Checkpoint, Fact, Known, Unknown, Value
 from ckptconv.errors import LossError, MappingError, Problem, missing_extra
 from ckptconv.manifest import INLINE_NBYTES
 from ckptconv.report import Report
@@ -49,17 +53,28 @@ class Scheduler(Protocol):
 
     def load_state_dict(self, state_dict: State) -> None: ...
 
+    def step(self) -> None: ...
+
+    last_epoch: int
+
 
 def describe(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, scheduler: Scheduler | None = None
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: Scheduler | None = None,
+    *,
+    remaining: int | None = None,
 ) -> Checkpoint:
     """A skeleton of live objects: names, layer kinds and axes, parameter order, class and hyperparameters.
 
     It serves as `template` or `source_spec`; `ckptconv.write_skeleton` makes a JSON file of it.
+    `remaining`: for a scheduler whose function no file holds (LambdaLR), how many of its next rates to note.
     I/O: a temporary file with small arrays only.
-    Raises: template-unbuilt for lazy or meta parameters; template-mismatch for another model's optimizer.
+    Raises: template-unbuilt for lazy or meta parameters; template-mismatch for another model's optimizer;
+    usage, unsupported-feature for a scheduler that has no table.
     """
-    return skeleton_of(_captured(_state(model, optimizer, scheduler, small=True), model, optimizer, Spill()))
+    captured = _captured(_state(model, optimizer, scheduler, small=True), model, optimizer, Spill())
+    return skeleton_of(_tabled(captured, optimizer, scheduler, remaining))
 
 
 def capture(
@@ -68,8 +83,11 @@ def capture(
     scheduler: Scheduler | None = None,
     *,
     progress: Mapping[str, Value] | None = None,
+    remaining: int | None = None,
 ) -> Checkpoint:
     """The state of live objects as a document; `progress` gives the counters that they do not hold.
+
+    `remaining`: as for `describe`.
 
     I/O: a temporary file that lives as long as the document's tensors.
     Raises: as `describe`; usage for an unknown progress field; target-unwritable.
@@ -77,7 +95,28 @@ def capture(
     captured = _captured(_state(model, optimizer, scheduler), model, optimizer, Spill())
     if optimizer is not None and not optimizer.state:
         captured = _never_stepped(captured)
-    return with_progress(captured, progress)
+    return with_progress(_tabled(captured, optimizer, scheduler, remaining), progress)
+
+
+def _tabled(
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Scheduler | None,
+    remaining: int | None,
+) -> Checkpoint:
+    """The document with a table of the next rates, where the scheduler is none that is known by its state."""
+    if remaining is None or optimizer is None or scheduler is None or len(checkpoint.schedules) != 1:
+        return checkpoint
+    schedule = checkpoint.schedules[0]
+    if schedule.family not in TABLED:
+        return checkpoint
+    curve = table_of(scheduler, optimizer, remaining)
+    facts: dict[str, Fact] = {
+        name: Known(value=value, status="supplied", source=DESCRIBED) for name, value in flat(curve).items()
+    }
+    family = curve.family if schedule.family == UNKNOWN else schedule.family
+    tabled = replace(schedule, family=family, parameters={**schedule.parameters, **facts})
+    return replace(checkpoint, schedules=(tabled,))
 
 
 def restore(

@@ -216,7 +216,7 @@ def _inverse_time(v: Curve, _: float) -> str:
 
 def _piecewise(v: Curve, _: float) -> str:
     boundaries = list(v.numbers("boundaries"))
-    return f"{list(v.numbers('factors'))!r}[bisect.bisect_left({boundaries!r}, t)]  # import bisect"
+    return f"{list(v.numbers('factors'))!r}[bisect.bisect_left({boundaries!r}, t)]"
 
 
 def _polynomial(v: Curve, base: float) -> str:

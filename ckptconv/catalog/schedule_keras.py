@@ -1,4 +1,4 @@
-"""Schedules of Keras: what their configuration says as a curve, and a curve as the constructor to write.
+"""A curve as the Keras schedule that follows it: the constructor that the target's code must say.
 
 A TensorFlow checkpoint holds no schedule, only the counter that it follows. Keras computes in float32 and,
 in `PiecewiseConstantDecay`, changes the rate after a boundary where torch changes it at a milestone. Source:
@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptconv.catalog.schedule_rates import Curve, part_at
-from ckptconv.document import Value
 
 
 class NotExpressibleError(Exception):
@@ -72,7 +71,7 @@ def _text(value: object) -> str:
     return repr(value)
 
 
-def _whole(value: float) -> float:
+def whole(value: float) -> float:
     """Ticks as an int where they are whole."""
     return int(value) if float(value).is_integer() else value
 
@@ -82,7 +81,7 @@ def _step(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "ExponentialDecay",
             initial_learning_rate=at.base,
-            decay_steps=_whole(v.number("interval")),
+            decay_steps=whole(v.number("interval")),
             decay_rate=v.number("factor"),
             staircase=True,
         )
@@ -94,7 +93,7 @@ def _exponential(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "ExponentialDecay",
             initial_learning_rate=at.base,
-            decay_steps=_whole(v.number("interval", 1.0)),
+            decay_steps=whole(v.number("interval", 1.0)),
             decay_rate=v.number("factor"),
         )
     )
@@ -103,8 +102,8 @@ def _exponential(v: Curve, at: _Place) -> Code:
 def _piecewise(boundaries: Sequence[float], values: Sequence[float], at: _Place) -> Code:
     if not boundaries:
         boundaries, values = [0], [values[0], values[0]]
-    whole = [_whole(b) for b in boundaries]
-    return Code(expression=at.call("PiecewiseConstantDecay", boundaries=whole, values=list(values)))
+    ends = [whole(b) for b in boundaries]
+    return Code(expression=at.call("PiecewiseConstantDecay", boundaries=ends, values=list(values)))
 
 
 def _multi_step(v: Curve, at: _Place) -> Code:
@@ -128,7 +127,7 @@ def _linear(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "PolynomialDecay",
             initial_learning_rate=at.base * v.number("start_factor"),
-            decay_steps=_whole(v.number("length")),
+            decay_steps=whole(v.number("length")),
             end_learning_rate=at.base * v.number("end_factor"),
             power=1.0,
         )
@@ -140,7 +139,7 @@ def _polynomial(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "PolynomialDecay",
             initial_learning_rate=at.base,
-            decay_steps=_whole(v.number("length")),
+            decay_steps=whole(v.number("length")),
             end_learning_rate=v.number("end", 0.0),
             power=v.number("power"),
             **({"cycle": True} if v.parameters.get("cycle") else {}),
@@ -155,10 +154,10 @@ def _climb(v: Curve, begin: int, index: int) -> str:
     end = begin + v.number("length")
     if index > end:
         raise NotExpressibleError(
-            f"it stands at {index}, beyond its minimum at {_whole(end)}: torch climbs, Keras stays"
+            f"it stands at {index}, beyond its minimum at {whole(end)}: torch climbs, Keras stays"
         )
     return (
-        f"the same up to update {_whole(end)}; then torch's rate climbs again, this one stays at its minimum"
+        f"the same up to update {whole(end)}; then torch's rate climbs again, this one stays at its minimum"
     )
 
 
@@ -171,7 +170,7 @@ def _cosine(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "CosineDecay",
             initial_learning_rate=at.base,
-            decay_steps=_whole(v.number("length")),
+            decay_steps=whole(v.number("length")),
             alpha=_alpha(v, at.base),
         ),
         remark=_climb(v, 0, at.index),
@@ -185,7 +184,7 @@ def _restarts(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "CosineDecayRestarts",
             initial_learning_rate=at.base,
-            first_decay_steps=_whole(v.number("first")),
+            first_decay_steps=whole(v.number("first")),
             t_mul=growth,
             m_mul=v.number("shrink", 1.0),
             alpha=_alpha(v, at.base),
@@ -199,7 +198,7 @@ def _inverse_time(v: Curve, at: _Place) -> Code:
         expression=at.call(
             "InverseTimeDecay",
             initial_learning_rate=at.base,
-            decay_steps=_whole(v.number("interval")),
+            decay_steps=whole(v.number("interval")),
             decay_rate=v.number("rate"),
             **({"staircase": True} if v.parameters.get("staircase") else {}),
         )
@@ -218,10 +217,10 @@ def _warm_up(v: Curve, at: _Place) -> Code | None:
         expression=at.call(
             "CosineDecay",
             initial_learning_rate=at.base * line.number("start_factor"),
-            decay_steps=_whole(cosine.number("length")),
+            decay_steps=whole(cosine.number("length")),
             alpha=_alpha(cosine, at.base),
             warmup_target=at.base,
-            warmup_steps=_whole(milestones[0]),
+            warmup_steps=whole(milestones[0]),
         ),
         remark=_climb(cosine, int(milestones[0]), at.index),
     )
@@ -269,7 +268,7 @@ def _one_cycle(v: Curve, at: _Place) -> Code:
         ends = [names[str(v.parameters[name + which])] for which in ("from", "to")]
         phases.append(f"({v.number(name + 'end')!r}, {ends[0]!r}, {ends[1]!r})")
     how = f"anneal={v.parameters['anneal']!r}"
-    length = _whole(v.number("length"))
+    length = whole(v.number("length"))
     return Code(
         expression=at.helper("one_cycle", f"{length}", f"[{', '.join(phases)}]", how),
         remark=f"torch stops with an error after {length} updates, this one stays at its last rate",
@@ -309,6 +308,8 @@ _WRITERS: Mapping[str, Callable[[Curve, _Place], Code]] = {
     "chained": _chained,
     "one-cycle": _one_cycle,
     "lambda": _table,
+    "cyclic": _table,
+    "swa": _table,
 }
 
 
@@ -347,126 +348,3 @@ def plateau_code(curve: Curve, package: str, monitor: str = "val_loss") -> tuple
         f"{state}, wait={wait}, cooldown_counter={cooling + 1 if cooling else 0})",
         "# monitor is the metric that the source's loop gave to scheduler.step(metric), once per epoch",
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Declared:
-    """A schedule as a live Keras optimizer's configuration says it."""
-
-    curve: Curve
-    base: float
-
-
-def from_keras_config(config: object) -> Declared | None:
-    """The curve of `optimizer.get_config()["learning_rate"]`; None for a number or a class of one's own.
-
-    Both generations write `{"class_name": ..., "config": {...}}`.
-    """
-    if not isinstance(config, Mapping):
-        return None
-    inner, read = config.get("config"), _READERS.get(str(config.get("class_name")))
-    if read is None or not isinstance(inner, Mapping):
-        return None
-    try:
-        return read({str(name): value for name, value in inner.items()})
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return None
-
-
-_Config = dict[str, Value]
-
-
-def _float(config: _Config, name: str, default: float | None = None) -> float:
-    value = config[name] if default is None else config.get(name, default)
-    return float(value)  # type: ignore[arg-type]  # of anything that is no number: TypeError, which the caller expects
-
-
-def _of(family: str, base: float, **parameters: Value) -> Declared:
-    whole = {
-        name: int(v) if isinstance(v, float) and name in _TICKS and v.is_integer() else v
-        for name, v in parameters.items()
-    }
-    return Declared(curve=Curve(family=family, parameters=whole), base=base)
-
-
-_TICKS = frozenset({"length", "interval", "first", "growth"})
-"""Parameters that torch has as whole numbers."""
-
-
-def _read_exponential(c: _Config) -> Declared:
-    base, steps, factor = (_float(c, n) for n in ("initial_learning_rate", "decay_steps", "decay_rate"))
-    if c.get("staircase"):
-        return _of("step", base, interval=steps, factor=factor)
-    return _of("exponential", base, interval=steps, factor=factor)
-
-
-def _read_piecewise(c: _Config) -> Declared:
-    boundaries, values = c["boundaries"], c["values"]
-    assert not isinstance(boundaries, (str, int, float, type(None)))
-    assert not isinstance(values, (str, int, float, type(None)))
-    ends = tuple(_whole(float(b)) for b in boundaries)  # type: ignore[arg-type]
-    rates = [float(v) for v in values]  # type: ignore[arg-type]
-    return _of("piecewise", rates[0], boundaries=ends, factors=tuple(r / rates[0] for r in rates))
-
-
-def _read_polynomial(c: _Config) -> Declared:
-    return _of(
-        "polynomial",
-        _float(c, "initial_learning_rate"),
-        length=_float(c, "decay_steps"),
-        end=_float(c, "end_learning_rate", 0.0001),
-        power=_float(c, "power", 1.0),
-        cycle=bool(c.get("cycle", False)),
-    )
-
-
-def _read_cosine(c: _Config) -> Declared:
-    base, warm = _float(c, "initial_learning_rate"), c.get("warmup_target")
-    length, alpha = _float(c, "decay_steps"), _float(c, "alpha", 0.0)
-    if warm is None:
-        return _of("cosine", base, length=length, minimum=alpha * base, after="hold")
-    target, steps = _float(c, "warmup_target"), _float(c, "warmup_steps", 0)
-    cosine = _of("cosine", target, length=length, minimum=alpha * target, after="hold")
-    if steps == 0:
-        return cosine
-    line = _of("linear", target, start_factor=base / target, end_factor=1.0, length=steps)
-    return Declared(
-        curve=Curve(
-            family="sequential",
-            parameters={"milestones": (int(steps),)},
-            parts=(line.curve, cosine.curve),
-        ),
-        base=target,
-    )
-
-
-def _read_restarts(c: _Config) -> Declared:
-    base = _float(c, "initial_learning_rate")
-    return _of(
-        "cosine-restarts",
-        base,
-        first=_float(c, "first_decay_steps"),
-        growth=_float(c, "t_mul", 2.0),
-        shrink=_float(c, "m_mul", 1.0),
-        minimum=_float(c, "alpha", 0.0) * base,
-    )
-
-
-def _read_inverse_time(c: _Config) -> Declared:
-    return _of(
-        "inverse-time",
-        _float(c, "initial_learning_rate"),
-        interval=_float(c, "decay_steps"),
-        rate=_float(c, "decay_rate"),
-        staircase=bool(c.get("staircase", False)),
-    )
-
-
-_READERS: Mapping[str, Callable[[_Config], Declared]] = {
-    "ExponentialDecay": _read_exponential,
-    "PiecewiseConstantDecay": _read_piecewise,
-    "PolynomialDecay": _read_polynomial,
-    "CosineDecay": _read_cosine,
-    "CosineDecayRestarts": _read_restarts,
-    "InverseTimeDecay": _read_inverse_time,
-}

@@ -206,10 +206,16 @@ _FORMULAS: Mapping[str, Callable[[Curve, float, int, _Named], float | None]] = {
     "inverse-time": _inverse_time,
     "piecewise": _piecewise,
     "lambda": _table,
+    "cyclic": _table,
+    "swa": _table,
     "one-cycle": _one_cycle,
     "sequential": _sequential,
     "chained": _chained,
 }
+
+
+TABLED = frozenset({UNKNOWN, "lambda", "cyclic", "swa"})
+"""Families that go by a table of their next rates, sampled from a live scheduler, or not at all."""
 
 
 def state_at(
@@ -229,14 +235,24 @@ def state_at(
         found[f"{place}.calls"] = 0 if restarts else max(local, 0) + 1
         if restarts:
             found.update(_cycle_state(part, max(local, 0), f"{place}."))
-        so_far = curve
-        if curve.family == "chained":
-            so_far = Curve(family="chained", parts=curve.parts[: place + 1])
         for group, base in enumerate(bases):
-            value = rate(so_far, base, seen, named[group]) if base is not None else None
+            value = None
+            if base is not None:
+                value = _seen_by(curve, place, base, seen, named[group])
             if value is not None:
                 found[f"{place}.last_rate.{group}"] = value
     return {name: value for name, value in found.items() if name in schedule.parameters}
+
+
+def _seen_by(curve: Curve, place: int, base: float, index: int, named: _Named) -> float | None:
+    """The rate after a part's last step: the later parts of a chain have not stepped yet."""
+    if curve.family != "chained":
+        return rate(curve, base, index, named)
+    done = rate(Curve(family="chained", parts=curve.parts[: place + 1]), base, index)
+    later = curve.parts[place + 1 :]
+    if index == 0 or not later or done is None:
+        return done
+    return rate(Curve(family="chained", parts=later), done, index - 1)
 
 
 def _part_at(curve: Curve, place: int, index: int) -> tuple[int, int]:
