@@ -23,7 +23,7 @@ from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Value, value_of
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.formats.base import Layout
 from ckptconv.goal import Goal, document_of, goal_of
-from ckptconv.plan import Wishes, allowed_codes, plan
+from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
 from ckptconv.rawtree import RawTree
 from ckptconv.report import OptimizerVerdict, Report
 
@@ -49,6 +49,7 @@ def convert(
     exclude: Sequence[str] = (),
     dtype: str | None = None,
     allow: Sequence[str] = (),
+    shard_size: int | str | None = None,
     keep: bool = False,
     jobs: int | None = None,
     executor: Executor | None = None,
@@ -60,7 +61,8 @@ def convert(
     """Convert the checkpoint at `source` into `target`, and account for every item.
 
     The target appears whole and verified, or not at all; the source is only read. With `dry_run` nothing is
-    written and what would stop the conversion is in `Report.problems`.
+    written and what would stop the conversion is in `Report.problems`. `shard_size` (bytes, `500MB`, `2GiB`)
+    is the most that one file of a target with shards holds; a tensor that is larger has a file of its own.
 
     Raises: every code of the conversion, all that were found at once.
     """
@@ -77,7 +79,11 @@ def convert(
         checkpoint = supply.apply_spec(checkpoint, document_of(source_spec))
     checkpoint = supply.set_fields(checkpoint, values)
     goal = goal_of(Path(target), to, template, checkpoint)
-    wishes = replace(wishes, conventions=supply.conventions(values))
+    wishes = replace(
+        wishes,
+        conventions=supply.conventions(values),
+        shard_nbytes=shard_nbytes(shard_size, goal.format),
+    )
     planned = _planned(checkpoint, goal, wishes, source_name)
     if dry_run:
         return replace(planned.report, dry_run=True, seconds=time.monotonic() - started)
@@ -85,7 +91,7 @@ def convert(
     report = _written(planned, goal, writing)
     if keep:
         aside = goal.path.with_name(goal.path.name + KEPT_SUFFIX)
-        save(checkpoint, aside, to="neutral", jobs=jobs, verify=verify, force=force)
+        save(checkpoint, aside, to="neutral", shard_size=shard_size, jobs=jobs, verify=verify, force=force)
     return replace(report, seconds=time.monotonic() - started)
 
 
@@ -96,6 +102,7 @@ def save(
     to: str | None = None,
     template: PathLike | Checkpoint | None = None,
     allow: Sequence[str] = (),
+    shard_size: int | str | None = None,
     jobs: int | None = None,
     verify: bool = True,
     force: bool = False,
@@ -105,7 +112,8 @@ def save(
     started = time.monotonic()
     goal = goal_of(Path(target), to, template, checkpoint)
     name = checkpoint.provenance.source or "<document>"
-    planned = _planned(checkpoint, goal, Wishes(allowed=allowed_codes(allow)), name)
+    wishes = Wishes(allowed=allowed_codes(allow), shard_nbytes=shard_nbytes(shard_size, goal.format))
+    planned = _planned(checkpoint, goal, wishes, name)
     writing = _Writing(jobs=jobs, verify=verify, force=force, progress=progress)
     report = _written(planned, goal, writing)
     return replace(report, seconds=time.monotonic() - started)
@@ -142,6 +150,8 @@ def _planned(checkpoint: Checkpoint, goal: Goal, wishes: Wishes, source_name: st
             raw = goal.dialect.lower(result.checkpoint)
             if "opaque-globals" in wishes.allowed and raw.format == "pytorch":  # nothing else can hold any
                 raw = replace(raw, attributes={**raw.attributes, "allow_opaque_globals": True})
+            if wishes.shard_nbytes is not None:
+                raw = replace(raw, attributes={**raw.attributes, "shard_nbytes": wishes.shard_nbytes})
             laid_out = raw, goal.format.layout(raw, goal.path)
         except CkptError as error:
             problems += error.problems

@@ -124,6 +124,14 @@ Allow = Annotated[
         help="Accept one loss by the code that an error named, e.g. --allow precision-loss. May be repeated.",
     ),
 ]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Write safetensors or neutral in files of at most SIZE each, e.g. --shard-size 5GB, 500MB or "
+        "2GiB. A larger tensor has a file of its own.",
+    ),
+]
 Keep = Annotated[
     bool,
     typer.Option(

@@ -7,6 +7,7 @@ import fnmatch
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 from ckptconv import dtypes, mapping, note
 from ckptconv.account import Transfer
@@ -16,6 +17,7 @@ from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.extras import kept_from_template
 from ckptconv.fitting import ASSUMED_LAYOUT
+from ckptconv.formats.base import FORMATS, Format
 from ckptconv.goal import Goal
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
@@ -40,6 +42,39 @@ def allowed_codes(codes: Sequence[str]) -> frozenset[str]:
     return frozenset(codes)
 
 
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) ?([A-Za-z]*)")
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)}
+_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)}
+
+
+def shard_nbytes(size: int | str | None, format_: Format) -> int | None:
+    """The most tensor bytes of one file, as a caller gives it: a number, or a text such as `5GB` or `2GiB`.
+
+    Raises: usage for anything else, and for a format that has no shards.
+    """
+    if size is None:
+        return None
+    loc = ("--shard-size", str(size))
+    if not format_.shards:
+        able = ", ".join(name for name, other in sorted(FORMATS.items()) if other.shards)
+        message = f"a {format_.name} target is not written in shards"
+        raise CkptError.of("usage", message, f"Leave it out; formats with shards: {able}.", loc=loc)
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is not None and match[2] in _UNITS:
+        nbytes = Fraction(match[1]) * _UNITS[match[2]]
+    else:
+        nbytes = Fraction(size if isinstance(size, int) and not isinstance(size, bool) else 0)
+    if nbytes < 1 or nbytes.denominator != 1:
+        raise CkptError.of(
+            "usage",
+            f"{size!r:.80} is no number of bytes that a file can hold",
+            "Give bytes, or a number with " + ", ".join(filter(None, _UNITS)) + ", as in 5GB.",
+            loc=loc,
+        )
+    return int(nbytes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
     """What the caller wants otherwise than the source has it."""
@@ -50,6 +85,8 @@ class Wishes:
     allowed: frozenset[str] = frozenset()
     conventions: Mapping[str, str] = field(default_factory=dict)
     """How bare counters of the target are meant, see `supply.CONVENTIONS`."""
+    shard_nbytes: int | None = None
+    """Most tensor bytes of one file of the target; None writes a single one."""
 
 
 def plan(checkpoint: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:

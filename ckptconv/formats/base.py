@@ -65,6 +65,8 @@ class Format(Protocol):
     """File suffixes from which a target's format is inferred."""
     checksums: tuple[ChecksumKind, ...]
     """Those that its files record."""
+    shards: bool
+    """Whether the attribute `shard_nbytes` of a tree is obeyed: most bytes of tensors in one file."""
 
     def sniff(self, path: Path) -> bool:
         """Whether the file or directory is of this format, judged by its bytes."""

@@ -190,6 +190,7 @@ class Neutral:
     summary = "ckptconv's own: a directory of manifest.json, safetensors files and state.msgpack"
     suffixes: tuple[str, ...] = (".neutral",)
     checksums: tuple[ChecksumKind, ...] = ("crc32c",)
+    shards = True
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a directory with our manifest, or with what is left of it beside our other files."""

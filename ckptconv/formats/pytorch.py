@@ -95,6 +95,7 @@ class PyTorchFormat:
     summary = "PyTorch checkpoint, as torch.save writes it since 1.6 (zip)"
     suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
+    shards = False
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a zip with `<prefix>/data.pkl`; judged by the first record, which it is in torch's.

@@ -161,6 +161,7 @@ class Safetensors:
     summary = "named tensors: one .safetensors file, or shards with an index"
     suffixes: tuple[str, ...] = (SUFFIX, INDEX_SUFFIX)
     checksums: tuple[ChecksumKind, ...] = ()
+    shards = True
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a safetensors file, an index, a directory with one, or the name beside one."""

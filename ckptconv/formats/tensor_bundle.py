@@ -55,6 +55,7 @@ class TensorBundle:
     summary = "TensorFlow checkpoint (TensorBundle: P.index and P.data-*), with object graph or names"
     suffixes: tuple[str, ...] = (INDEX_SUFFIX,)
     checksums: tuple[ChecksumKind, ...] = ("crc32c",)
+    shards = False
 
     def sniff(self, path: Path) -> bool:
         """A prefix (also where only data are left), one of its files, or a directory with an index."""

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +203,20 @@ def test_the_note_comes_back(format_: Format, tmp_path: Path) -> None:
     raw = format_.read(path)
     assert raw.note == note
     assert set(tensors(raw)) == set(mixed())
+
+
+def test_shards_where_it_says_that_it_has_them(format_: Format, tmp_path: Path) -> None:
+    items = {f"t{i}": random_tensor("float32", (16,), i) for i in range(6)}
+    tree = tree_of(format_, list(items.items()))
+    path = tmp_path / f"ck{CASES[format_.name].suffix}"
+    single = format_.layout(tree, path)
+    if not format_.shards:
+        assert len([file for file in single.files if file.placements]) == 1
+        return
+    layout = format_.layout(replace(tree, attributes={"shard_nbytes": 128}), path)
+    assert [len(file.placements) for file in layout.files if file.placements] == [2, 2, 2]
+    engine.write(layout, path)
+    assert everything(format_, path) == {key: content(tensor) for key, tensor in items.items()}
 
 
 def test_the_same_tree_gives_the_same_bytes(format_: Format, tmp_path: Path) -> None:
