@@ -8,7 +8,8 @@ from dataclasses import replace
 from ckptconv import dtypes
 from ckptconv.account import MASTER, Account, through
 from ckptconv.catalog.conversion import Conversion, convert
-from ckptconv.catalog.optimizer_rows import row
+from ckptconv.catalog.factored import FACTORS, factor_of
+from ckptconv.catalog.optimizer_rows import row, shape_of_slot
 from ckptconv.catalog.slots import SlotConversion
 from ckptconv.document import (
     Checkpoint,
@@ -20,6 +21,7 @@ from ckptconv.document import (
     value_of,
 )
 from ckptconv.errors import Problem
+from ckptconv.ops import Reshape
 from ckptconv.report import Entry
 from ckptconv.tensor import FilledTensor, TensorRef, TensorSpec
 from ckptconv.ties import Pair
@@ -264,10 +266,18 @@ def _slots(
         places = target.slots.get(slot_row.slot)
         for position, group in enumerate(target.groups):
             for name in group.params:
+                layout = pairs[name].ops if name in pairs else ()
+                origin_slot: str | None = slot_row.slot
+                if slot_row.shape in FACTORS:
+                    origin_slot = factor_of(slot_row.slot, layout)
+                if origin_slot is None:
+                    if producers.get(name) in origin.slots.get(slot_row.slot, {}):
+                        _no_factors(name, slot_row.slot, target, account)
+                    continue
                 have = (
                     None
                     if slot_row.created
-                    else origin.slots.get(slot_row.slot, {}).get(producers.get(name, ""))
+                    else origin.slots.get(origin_slot, {}).get(producers.get(name, ""))
                 )
                 place = places.get(name) if places else None
                 if have is None and places is None and slot_row.shape == "scalar" and name in counted:
@@ -300,16 +310,19 @@ def _slots(
                         )
                     )
                     continue
-                layout = () if slot_row.shape == "scalar" else pairs[name].ops
-                shape = () if slot_row.shape == "scalar" else _shape_of(target, name, pairs, source)
+                shape = shape_of_slot(slot_row.shape, _shape_of(target, name, pairs, source)) or ()
                 spec = place.spec if place else TensorSpec(dtype=have.dtype, shape=shape)
+                if slot_row.shape in FACTORS:
+                    layout = (Reshape(have.shape, spec.shape),) if have.shape != spec.shape else ()
+                elif slot_row.shape == "scalar":
+                    layout = ()
                 ops = (*layout, *slot_row.ops[position])
                 made[name], done = through(
                     have, ops, spec, ("optimizers", target.name, slot_row.slot, name), account
                 )
                 account.ledger.append(
                     Entry(
-                        item=("slot", origin.name, slot_row.slot, producers[name]),
+                        item=("slot", origin.name, origin_slot, producers[name]),
                         fate="transformed" if done else "copied",
                         target=f"{name}/{slot_row.slot}",
                         ops=tuple(op.to_json() for op in done),
@@ -325,6 +338,17 @@ def _slots(
             detail = "the target's rule does not read it"
             account.ledger.append(Entry(item=("slot", origin.name, slot), fate="left", detail=detail))
     return result
+
+
+def _no_factors(name: str, slot: str, target: Optimizer, account: Account) -> None:
+    account.refuse(
+        Problem(
+            code="form-mismatch",
+            loc=("optimizers", target.name, slot, name),
+            message=f"the two frameworks factor the second moment of '{name}' over different axes",
+            hint="Allow form-mismatch to begin its second moment anew.",
+        )
+    )
 
 
 def _shape_of(target: Optimizer, name: str, pairs: Mapping[str, Pair], source: Checkpoint) -> tuple[int, ...]:

@@ -81,6 +81,13 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     settings = settle(source, target, ours, theirs, findings.refuse)
     meant = ours.form(settings.source[0])
     theirs, form = _nearest_form(meant, theirs, settings)
+    if ours.other_keys:
+        findings.refuse(
+            "state-dropped",
+            f"the state of {ours.class_name} is one for all parameters: it cannot go onto another file",
+            "Write it back without --template, or allow state-dropped to begin anew.",
+            "slots",
+        )
     steps, lacking = between(theirs.family, meant, form)
     steps = tuple(each for each in steps if not _is_one_rule(each, settings))
     for point in lacking:

@@ -78,7 +78,7 @@ class Row:
     form_when: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Hyperparameter -> what its not being 0 changes in the form; its value comes from the run."""
     slot_shapes: Mapping[str, str] = field(default_factory=dict)
-    """Canonical slot -> `scalar` where it is one number per parameter; others have the parameter's shape."""
+    """Canonical slot -> how its shape follows from the parameter's (`shape_of_slot`), where it is another."""
     scalars: Mapping[str, str] = field(default_factory=dict)
     """Canonical name -> key of a number that the optimizer keeps once, for all parameters."""
     scalar_inits: Mapping[str, float] = field(default_factory=dict)
@@ -87,6 +87,10 @@ class Row:
     """Hyperparameters that have had their whole effect on the state: a class without them lacks nothing."""
     lists: frozenset[str] = frozenset()
     """Slot lists that the container names even when they are empty."""
+    interleaved: bool = False
+    """Whether the lists are named and empty, and the slots stand in `_variables`, variable by variable."""
+    other_keys: frozenset[str] = frozenset()
+    """Keys of state that belongs to no single parameter (LBFGS): it goes back to its own file only."""
     smallest: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameter -> the smallest value that the class does not replace by its default."""
     after_restore: tuple[str, ...] = ()
@@ -122,9 +126,12 @@ class Row:
 
     def accepts(self, slots: frozenset[str], keys: Mapping[str, Value]) -> bool:
         """Whether the class could have written a state with these slots and hyperparameters."""
-        if not slots <= {*self.slots.values(), *self.scalars.values()}:
+        if not slots <= {*self.slots.values(), *self.scalars.values(), *self.other_keys}:
             return False
-        lasting = {key for slot, key in self.slots.items() if slot not in self.slot_conditions}
+        sparing = self.slot_conditions.keys() | {
+            s for s, kind in self.slot_shapes.items() if kind != "scalar"
+        }
+        lasting = {key for slot, key in self.slots.items() if slot not in sparing}
         lasting.update(self.scalars.values(), self.lists)
         if slots and not lasting <= slots:
             return False
@@ -227,6 +234,8 @@ def _row(
         scalars=(scalars := record.text_map("scalars")),
         scalar_inits={name: inits[name] for name in scalars},
         lists=frozenset(record.texts("lists")),
+        interleaved=record.flag("interleaved", False),
+        other_keys=frozenset(record.texts("other_keys")),
         smallest=record.number_map("smallest"),
         after_restore=record.texts("after_restore"),
         required_keys=frozenset(record.texts("required_keys")),
@@ -253,6 +262,42 @@ def algorithms() -> tuple[str, ...]:
 def row(algorithm: str, framework: str) -> Row | None:
     """The table row; None where the framework has no such class."""
     return _tables().get(algorithm, {}).get(framework)
+
+
+def slot_shapes(framework: str) -> Mapping[str, str]:
+    """Native slot key -> kind of its shape, of slots that are not each parameter's in its shape."""
+    rows = (table[framework] for table in _tables().values() if framework in table)
+    return {found.slots[slot]: kind for found in rows for slot, kind in found.slot_shapes.items()}
+
+
+def interleaved(framework: str) -> tuple[tuple[str, ...], ...]:
+    """Native slot keys, in their order, of the classes whose slots stand in `_variables` alone."""
+    rows = (table[framework] for table in _tables().values() if framework in table)
+    return tuple(tuple(found.slots.values()) for found in rows if found.interleaved)
+
+
+def shape_of_slot(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape of a slot of a parameter, None where the parameter has no such slot.
+
+    `param`: the parameter's; `part`: too, of some parameters; `scalar`: one number; `rows`: without the last
+    axis and `columns`: without the one before it, of matrices, or `kept_rows` and `kept_columns`: with size 1
+    in its place; `vectors`: the parameter's, of what is no matrix.
+    """
+    matrix = len(shape) >= 2
+    match kind:
+        case "scalar":
+            return ()
+        case "rows":
+            return shape[:-1] if matrix else None
+        case "columns":
+            return (*shape[:-2], shape[-1]) if matrix else None
+        case "kept_rows":
+            return (*shape[:-1], 1) if matrix else None
+        case "kept_columns":
+            return (*shape[:-2], 1, shape[-1]) if matrix else None
+        case "vectors":
+            return None if matrix else shape
+    return shape
 
 
 def relatives(one: Row) -> tuple[Row, ...]:

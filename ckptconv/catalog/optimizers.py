@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptconv.catalog.completion import as_algorithm, hyperparameter_names, with_form
 from ckptconv.catalog.conversion import Conversion, convert
-from ckptconv.catalog.optimizer_rows import FRAMEWORKS, HyperRow, Row, algorithms, infer, row
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, HyperRow, Row, algorithms, infer, row, shape_of_slot
 from ckptconv.catalog.residuals import Residual, measure
 from ckptconv.catalog.slots import SlotConversion
 
@@ -22,5 +22,6 @@ __all__ = [
     "infer",
     "measure",
     "row",
+    "shape_of_slot",
     "with_form",
 ]

@@ -25,7 +25,7 @@ class SlotConversion:
     init: float = 0.0
     """Value of a parameter's slot where the source has none for it."""
     shape: str = "param"
-    """`param`, or `scalar`: one number, which no layout concerns."""
+    """How its shape follows from the parameter's (`optimizer_rows.shape_of_slot`)."""
     ops: tuple[tuple[Op, ...], ...] = ()
     """Per group of the target, what happens to the values (beside the parameter's own layout ops)."""
 

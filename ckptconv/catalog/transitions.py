@@ -30,7 +30,7 @@ class Product:
     """A number times powers of hyperparameters."""
 
     coefficient: float = 1.0
-    powers: Mapping[str, int] = field(default_factory=dict)
+    powers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,11 +134,7 @@ def transitions(record: Record) -> Mapping[tuple[str, str, str], Transition]:
 
 def _product(record: Record, key: str) -> Product:
     inner = record.record(key)
-    powers: dict[str, int] = {}
-    for name in inner.keys:
-        if name != "coefficient":
-            power = inner.optional_int(name)
-            powers[name] = 0 if power is None else power
+    powers = {name: inner.number(name) for name in inner.keys if name != "coefficient"}
     return Product(
         coefficient=inner.number("coefficient") if inner.has("coefficient") else 1.0, powers=powers
     )

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
+from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_shapes
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.errors import CkptError, MappingError
 
@@ -160,21 +161,27 @@ def _keras3(
     edges = graph.edges(node)
     own = graph.elements(edges.get("_variables"))
     variables = graph.elements(edges.get("_trainable_variables"))
+    kinds = slot_shapes("keras3")
     lists = {
         edge: graph.elements(child)
         for edge, child in edges.items()
         if edge not in _BOOKKEEPING
         and child not in graph.variables
-        and (graph.is_list(child) or not graph.children[child])
+        and (graph.is_list(child) or not graph.children[child] or edge in kinds)
     }
+    entries = {edge: _numbered(graph, edges[edge]) for edge in lists}
+    rest = [v for v in own if v not in (edges.get("_iterations"), edges.get("_learning_rate"))]
+    for order in interleaved("keras3"):
+        empty = all(edge in lists and not lists[edge] for edge in order)
+        if empty and variables and len(rest) == len(order) * len(variables):
+            for place, edge in enumerate(order):
+                entries[edge] = dict(enumerate(rest[place :: len(order)]))
+                lists[edge] = tuple(entries[edge].values())
     slots = {}
     for edge, elements in lists.items():
-        fits = len(elements) == len(variables) and all(
-            shapes.get(slot) == shapes.get(variable)
-            for slot, variable in zip(elements, variables, strict=True)
-        )
-        if edge not in _NOT_SLOTS and elements and fits:
-            slots[edge] = tuple(zip(variables, elements, strict=True))
+        pairs = _pairs(entries[edge], variables, shapes, kinds.get(edge, "param"))
+        if edge not in _NOT_SLOTS and elements and pairs is not None:
+            slots[edge] = pairs
     step = edges.get("_iterations", edges.get("iterations", own[0] if own else None))
     return OptimizerNode(
         node=node,
@@ -192,6 +199,32 @@ def _keras3(
         built=bool(variables),
         loss_scale=loss_scale,
     )
+
+
+def _numbered(graph: Graph, node: int) -> dict[int, int]:
+    """The entries of a list by their numbers: a list may have gaps."""
+    return {int(edge): child for edge, child in graph.children[node] if edge.isdecimal()}
+
+
+def _pairs(
+    entries: Mapping[int, int], variables: Sequence[int], shapes: Shapes, kind: str
+) -> tuple[tuple[int, int], ...] | None:
+    """(variable, slot variable) of a list; None where its entries are no slots of the variables."""
+    if any(place >= len(variables) for place in entries):
+        return None
+    found = []
+    for place, slot in entries.items():
+        variable = variables[place]
+        shape = shapes.get(variable)
+        if shape is None:
+            return None
+        due = shape_of_slot(kind, shape)
+        if due is not None and shapes.get(slot) == due:
+            found.append((variable, slot))
+        elif kind == "param":
+            return None
+    whole = kind != "param" or len(entries) == len(variables)
+    return tuple(found) if whole and found else None
 
 
 def _scalar_state(graph: Graph, edges: Mapping[str, int]) -> dict[str, int]:

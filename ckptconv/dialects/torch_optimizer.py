@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptconv.catalog.optimizer_rows import Row, infer, row
+from ckptconv.catalog.optimizer_rows import Row, infer, row, shape_of_slot
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_order import Order, order_of
@@ -163,8 +163,8 @@ def _lift_state(
             continue
         slot = "master" if key in torch_keys.MASTER else known.slot_of(key) if known is not None else None
         shape = params[param].tensor.shape if param in params else None
-        if known is not None and known.slot_shapes.get(slot or "") == "scalar":
-            shape = ()
+        kind = known.slot_shapes.get(slot or "", "param") if known is not None else "param"
+        shape = () if kind == "scalar" else shape_of_slot(kind, shape) if shape is not None else None
         fits = tensor[0].shape == shape if shape is not None else len(tensor[0].shape) > 0
         if slot is None and not fits:
             continue  # not in the parameter's layout: an extra

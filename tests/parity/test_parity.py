@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 pytest.importorskip("tensorflow")
 pytest.importorskip("tf_keras")
 
+from ckptconv.errors import CkptError
 from tests.parity.matrix import Runs, cases, cells, limit
 
 QUICK = [
@@ -30,6 +31,8 @@ QUICK = [
     ("lion wd.01", "keras3", "tf_keras"),
     ("ftrl l1l2", "tf_keras_legacy", "keras3"),
     ("asgd default", "torch", "torch"),
+    ("adafactor default", "torch", "keras3"),
+    ("adafactor default", "keras3", "torch"),
 ]
 
 
@@ -52,6 +55,14 @@ def check(name: str, source: str, target: str, model: str, dtype: str, runs: Run
 @pytest.mark.parametrize(("name", "source", "target"), QUICK)
 def test_a_part(name: str, source: str, target: str, runs: Runs) -> None:
     check(name, source, target, "mlp", "float64", runs, controls=name in ("adam eps1e-7", "nadam psi1"))
+
+
+@pytest.mark.parametrize(("source", "target"), [("torch", "keras3"), ("keras3", "torch")])
+def test_factors_of_a_convolution_are_refused(source: str, target: str, runs: Runs) -> None:
+    with pytest.raises(CkptError) as caught:
+        runs.cell(cases()["adafactor default"], source, target, "cnn", "float32")
+    assert {problem.code for problem in caught.value.problems} == {"form-mismatch"}
+    assert {problem.loc[2] for problem in caught.value.problems} == {"row_variance", "column_variance"}
 
 
 @pytest.mark.slow

@@ -53,6 +53,10 @@ CLAIMS: list[tuple[str, str, str, str, Change]] = [
         swapped_slots("torch", "second_moment", "average_gradient"),
     ),
     ("betas", "lion wd.01", "keras3", "tf_keras", swapped_arguments("tf_keras", "beta_1", "beta_2")),
+    (
+        *("slots", "adafactor default", "torch", "keras3"),
+        swapped_slots("torch", "row_variance", "column_variance"),
+    ),
     ("slots", "ftrl l1l2", "keras3", "tf_keras_legacy", swapped_slots("keras3", "accumulator", "linear")),
 ]
 STEP_READERS = [
@@ -60,6 +64,7 @@ STEP_READERS = [
     ("adamw wd.05", "torch", "tf_keras"),
     ("nadam psi1", "keras3", "tf_keras"),
     ("adamax eps1e-7", "torch", "tf_keras_legacy"),
+    ("adafactor default", "torch", "keras3"),
 ]
 
 
