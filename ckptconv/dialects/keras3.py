@@ -10,24 +10,18 @@ Source: keras 3.15.1 `keras/src/backend/tensorflow/trackable.py`; see `object_pa
 
 from __future__ import annotations
 
-from ckptconv.dialects import graph_lower
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
-from ckptconv.dialects.graph_document import lift
-from ckptconv.document import Checkpoint
-from ckptconv.errors import Problem
-from ckptconv.formats.object_graph import SAVE_COUNTER_KEY
+from ckptconv.dialects.graph_dialect import GraphDialect
 from ckptconv.rawtree import RawTree
 
 
-class Keras3:
+class Keras3(GraphDialect):
     """The object graph of Keras 3."""
 
     name = "keras3"
-    format = "tensorflow"
     framework: str | None = "keras3"
-    needs_template = True
-    save_counter: str | None = SAVE_COUNTER_KEY
+    layers: str | None = "keras3"
     summary = "Keras 3 model and optimizer saved with tf.train.Checkpoint"
 
     def detect(self, raw: RawTree) -> Detection | None:
@@ -40,23 +34,6 @@ class Keras3:
         if found.keras3_edge and not found.generations:
             return Detection(score=70, evidence=f"Keras 3 edges in the object graph ({found.keras3_edge})")
         return None
-
-    def lift(self, raw: RawTree) -> Checkpoint:
-        """The run. I/O: reads the object graph and counters."""
-        detected = self.detect(raw)
-        return lift(raw, self.name, detected.evidence if detected else "named by the caller", "keras3")
-
-    def lower(self, checkpoint: Checkpoint) -> RawTree:
-        """The bundle of the residue's object graph."""
-        return graph_lower.lower(checkpoint, self.name)
-
-    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
-        """What model or optimizer were saved without."""
-        return graph_lower.unbuilt(template)
-
-    def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
-        """`tf.train.Checkpoint(...).restore(...)` with the template's keywords."""
-        return graph_lower.restore_lines(checkpoint, target, "keras3")
 
 
 register(Keras3())

@@ -16,16 +16,14 @@ from collections import deque
 
 import numpy as np
 
-from ckptconv.dialects import graph_lower
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
-from ckptconv.dialects.graph_document import lift
+from ckptconv.dialects.graph_dialect import GraphDialect
 from ckptconv.dialects.graph_note import note_of
 from ckptconv.document import Checkpoint
-from ckptconv.errors import MappingError, Problem
+from ckptconv.errors import MappingError
 from ckptconv.formats.object_graph import (
     OBJECT_GRAPH_KEY,
-    SAVE_COUNTER_KEY,
     VARIABLE_VALUE,
     Attribute,
     Edge,
@@ -43,14 +41,13 @@ _SAVE_COUNTER = "save_counter"
 _OWN_EDGES = frozenset({_SAVE_COUNTER, "root"})
 
 
-class TfModule:
+class TfModule(GraphDialect):
     """An object graph without Keras' marks."""
 
     name = "tf-module"
-    format = "tensorflow"
     framework: str | None = None
+    layers: str | None = None
     needs_template = False
-    save_counter: str | None = SAVE_COUNTER_KEY
     summary = "tf.Module or any tf.train.Checkpoint; written without a template too (weights)"
 
     def detect(self, raw: RawTree) -> Detection | None:
@@ -59,11 +56,6 @@ class TfModule:
             return None
         return Detection(score=20, evidence="an object graph without Keras' marks")
 
-    def lift(self, raw: RawTree) -> Checkpoint:
-        """The variables by their paths. I/O: reads the object graph and counters."""
-        detected = self.detect(raw)
-        return lift(raw, self.name, detected.evidence if detected else "named by the caller", None)
-
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The residue filled, or a module made of the parameters' names.
 
@@ -71,16 +63,12 @@ class TfModule:
         """
         residue = checkpoint.residue
         if residue is not None and residue.format == self.format:
-            return graph_lower.lower(checkpoint, self.name)
+            return super().lower(checkpoint)
         return _module(checkpoint)
-
-    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
-        """What model or optimizer were saved without."""
-        return graph_lower.unbuilt(template)
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`tf.train.Checkpoint(...).restore(...)`."""
-        lines = graph_lower.restore_lines(checkpoint, target, None)
+        lines = super().restore_code(checkpoint, target)
         if lines:
             return lines
         return (
