@@ -13,8 +13,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from ckptconv.catalog.schedule_forms import as_family, check_ends, facts_of, into, lambda_code, scaled
-from ckptconv.catalog.schedule_keras import NotExpressibleError, keras_code, plateau_code
+from ckptconv import errors
+from ckptconv.catalog.schedule_forms import as_family, check_ends, facts_of, held, into, lambda_code, scaled
+from ckptconv.catalog.schedule_keras import Code, NotExpressibleError, keras_code, plateau_code
 from ckptconv.catalog.schedule_rates import Curve, curve_of, is_known, rate
 from ckptconv.catalog.schedule_source import (
     ONE_CYCLE_RATES,
@@ -28,14 +29,17 @@ from ckptconv.catalog.schedule_source import (
 from ckptconv.catalog.schedules import family
 from ckptconv.catalog.texts import number
 from ckptconv.document import Checkpoint, Fact, Group, Known, Optimizer, Schedule, value_of
-from ckptconv.errors import Code, Problem
+from ckptconv.errors import Problem
 from ckptconv.report import Entry
 
 __all__ = ["Placed", "place_schedules", "with_rates"]
 
-_CODE: Code = "schedule-unsupported"
+_CODE: errors.Code = "schedule-unsupported"
 _TABLE = frozenset({"factors", "start"})
 """Parameters that a live scheduler tells and no file holds."""
+
+_SAMPLE = 64
+"""Next rates by which two schedules are compared."""
 
 _ALIKE = 1e-6
 """Relative difference within which a recorded rate and a schedule's are the same."""
@@ -130,35 +134,24 @@ class _Placing:
             raise NotExpressibleError(
                 "the target's optimizer follows a schedule and the source's has a plain learning rate"
             )
-        curve, step = curve_of(origin), value_of(driven.step)
-        package = "keras" if driven.framework == "keras3" else "tf_keras"
-        if not is_known(curve):
+        step = value_of(driven.step)
+        if not is_known(curve_of(origin)):
             theirs = driven_by(origin, self._source)
             if theirs is None or theirs.framework == "torch":
                 raise NotExpressibleError("the source's schedule is of no known family")
             self._take(origin, target, f"the counter that it follows is {step}")
             self.requires.append("# learning_rate: the schedule that the source's code has")
             return replace(target, position=origin.position, unit=origin.unit)
-        self._counts_updates(origin, target, step)
-        group = self._group(driven)
-        scale = self._scale(origin, group)
-        base = value_of(self._base(origin))
-        if not isinstance(base, (int, float)):
-            raise NotExpressibleError("its base rate is not recorded")
-        named = {name: value * scale for name, value in self._named(origin).items()}
-        curve = scaled(curve, scale)
-        assert isinstance(step, int)
-        code = keras_code(curve, float(base) * scale, step, package, named)
-        expression = code.expression
-        if code.remark:
-            self.requires.append(f"# learning_rate: {code.remark}")
-        if expression.startswith("ckptconv.") or "ckptconv.keras." in expression:
-            self.requires.append("import ckptconv.keras")
-        self.requires.append(f"learning_rate = {expression}")
-        current = value_of(group.hyperparameters.get("learning_rate"))
-        self.codes[f"learning_rate={number(current)}"] = "learning_rate=learning_rate"
+        step = self._counts_updates(origin, target, step)
+        curve, base, code = self._code(origin, driven, step)
+        if _goes_by(self._template, target, curve, base, step):
+            self.requires += [f"# learning_rate: {code.remark}"] if code.remark else []
+        else:
+            self._say(code)
+            current = value_of(self._group(driven).hyperparameters.get("learning_rate"))
+            self.codes[f"learning_rate={number(current)}"] = "learning_rate=learning_rate"
         self._take(origin, target, code.remark)
-        self._set_base(driven, Known(value=float(base) * scale, status="derived", source=origin.name))
+        self._set_base(driven, Known(value=base, status="derived", source=origin.name))
         return replace(
             target,
             family=curve.family,
@@ -167,20 +160,39 @@ class _Placing:
             parameters=facts_of(curve, origin),
         )
 
-    def _counts_updates(self, origin: Schedule, target: Schedule, step: object) -> None:
-        """Raises: NotExpressibleError unless the source's position is the target's counter."""
+    def _code(self, origin: Schedule, driven: Optimizer, index: int) -> tuple[Curve, float, Code]:
+        """A Keras schedule with the source's rates: curve and base as the target has them, and its text."""
+        scale, base = self._scale(origin, self._group(driven)), value_of(self._base(origin))
+        if not isinstance(base, (int, float)):
+            raise NotExpressibleError("its base rate is not recorded")
+        curve, root = scaled(curve_of(origin), scale), float(base) * scale
+        named = {name: value * scale for name, value in self._named(origin).items()}
+        return curve, root, keras_code(curve, root, index, _package(driven), named)
+
+    def _say(self, code: Code) -> None:
+        """The lines that make `learning_rate`."""
+        if code.remark:
+            self.requires.append(f"# learning_rate: {code.remark}")
+        if "ckptconv.keras." in code.expression:
+            self.requires.append("import ckptconv.keras")
+        self.requires.append(f"learning_rate = {code.expression}")
+
+    def _counts_updates(self, origin: Schedule, target: Schedule, step: object) -> int:
+        """The target's counter. Raises: NotExpressibleError unless the source's position is that."""
         position = value_of(origin.position)
         if origin.unit == "unknown":
             self.problems.append(_no_unit(origin))
         elif origin.unit != "update" or target.unit not in ("update", "unknown"):
             raise NotExpressibleError(
-                f"it counts {origin.unit}s, the target's counts {target.unit}s, and how many are in one is "
-                "not recorded"
+                f"it counts {origin.unit}s, the target's follows the optimizer's counter, and how many "
+                "updates are in one is not recorded; a template with a variable for the learning rate has "
+                "room for a callback"
             )
-        if position != step:
+        if not isinstance(step, int) or position != step:
             raise NotExpressibleError(
                 f"it stands at {position}, the optimizer's step is {step}; the target has one for both"
             )
+        return step
 
     def _in_file(self, origin: Schedule, target: Schedule, driven: Optimizer | None) -> Schedule:
         """A schedule that the target's file holds."""
@@ -268,28 +280,39 @@ class _Placing:
 
     def _left(self, schedule: Schedule) -> None:
         """A schedule that has no place: its rate is frozen, or a callback's code goes on with it."""
-        if schedule.family == "plateau" and self.optimizers:
-            framework = next(iter(self.optimizers.values())).framework
-            if framework != "torch":
-                try:
-                    package = "keras" if framework == "keras3" else "tf_keras"
-                    self.requires += ["import ckptconv.keras", *plateau_code(curve_of(schedule), package)]
-                except NotExpressibleError as error:
-                    self._refuse(schedule, "source", str(error))
-                else:
-                    self.ledger.append(
-                        Entry(
-                            item=("position", schedule.name),
-                            fate="noted",
-                            detail="a callback of the target's code goes on from here",
-                        )
-                    )
-                return
+        keras = next((o for o in self.optimizers.values() if o.framework != "torch"), None)
+        if keras is not None and (schedule.family == "plateau" or schedule.unit == "epoch"):
+            try:
+                self._in_callback(schedule, keras)
+            except NotExpressibleError as error:
+                self._refuse(schedule, "source", str(error))
+            return
         self._refuse(
             schedule,
             "source",
             "the target has no schedule"
             + (" but a variable for the learning rate" if self.optimizers else ""),
+        )
+
+    def _in_callback(self, schedule: Schedule, driven: Optimizer) -> None:
+        """A schedule that counts epochs: a callback of the target's code sets the variable."""
+        index = value_of(schedule.position)
+        if schedule.family == "plateau":
+            self.requires += ["import ckptconv.keras", *plateau_code(curve_of(schedule), _package(driven))]
+        elif not isinstance(index, int) or not is_known(curve_of(schedule)):
+            raise NotExpressibleError("where it stands, or its family, is not known")
+        else:
+            self._say(self._code(schedule, driven, index)[2])
+            self.requires.append(
+                f"callback = {_package(driven)}.callbacks.LearningRateScheduler("
+                f"lambda epoch, _: float(learning_rate(epoch)))  # model.fit(initial_epoch={index})"
+            )
+        self.ledger.append(
+            Entry(
+                item=("position", schedule.name),
+                fate="noted",
+                detail=f"{schedule.family} at {index} epochs: a callback of the target's code goes on",
+            )
         )
 
     def _refuse(self, schedule: Schedule, side: str, why: str) -> None:
@@ -378,6 +401,27 @@ class _Placing:
             }
             groups.append(replace(group, hyperparameters={**group.hyperparameters, **kept}))
         self.optimizers[driven.name] = replace(driven, groups=tuple(groups))
+
+
+def _package(driven: Optimizer) -> str:
+    return "keras" if driven.framework == "keras3" else "tf_keras"
+
+
+def _goes_by(template: Checkpoint, target: Schedule, curve: Curve, base: float, step: int) -> bool:
+    """Whether the template's live optimizer follows these rates already, as far as a sample tells."""
+    theirs, driven = curve_of(target), driven_by(target, template)
+    own = (
+        value_of(driven.groups[0].hyperparameters.get("base_learning_rate"))
+        if driven and driven.groups
+        else None
+    )
+    if not is_known(theirs) or not isinstance(own, (int, float)):
+        return False
+    for index in (*range(step, step + _SAMPLE), *(step + (1 << power) for power in range(6, 20))):
+        due, due_there = rate(held(curve), base, index), rate(held(theirs), float(own), index)
+        if due is None or due_there is None or abs(due - due_there) > _ALIKE * abs(base):
+            return False
+    return True
 
 
 def _same_state(origin: Schedule, target: Schedule) -> bool:

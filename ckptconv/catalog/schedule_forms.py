@@ -123,6 +123,14 @@ def scaled(curve: Curve, scale: float) -> Curve:
     return replace(curve, parameters=parameters, parts=tuple(scaled(part, scale) for part in curve.parts))
 
 
+def held(curve: Curve) -> Curve:
+    """The curve with every cosine staying at its minimum, which is what a Keras schedule made of it does."""
+    parameters = dict(curve.parameters)
+    if curve.family == "cosine":
+        parameters["after"] = "hold"
+    return replace(curve, parameters=parameters, parts=tuple(held(part) for part in curve.parts))
+
+
 def facts_of(curve: Curve, origin: Schedule) -> dict[str, Fact]:
     """A curve's parameters as facts: the source's own where they are unchanged."""
     facts: dict[str, Fact] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptconv.catalog.schedule_rates import Curve, part_at
+from ckptconv.catalog.schedule_rates import Curve, part_at, rate
 
 
 class NotExpressibleError(Exception):
@@ -38,9 +38,12 @@ def keras_code(
     if write is None:
         raise NotExpressibleError(f"Keras has no counterpart of '{curve.family}'")
     try:
-        return write(curve, _Place(base, index, package, named or {}))
+        code = write(curve, _Place(base, index, package, named or {}))
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise NotExpressibleError(f"the parameters of '{curve.family}' are not complete ({error})") from error
+    if rate(curve, base, index, named) is None:
+        raise NotExpressibleError(f"the parameters of '{curve.family}' make no rate at {index}")
+    return code
 
 
 @dataclass(frozen=True, slots=True)

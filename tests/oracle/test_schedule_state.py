@@ -443,3 +443,89 @@ def test_plateau_goes_on_as_a_callback(cooldown: int, at: int, tmp_path: Path) -
         "schedule-unsupported",
         SCHEDULE,
     )
+
+
+@pytest.mark.parametrize("family", ["step", "cosine", "warm-up", "one-cycle"])
+def test_a_schedule_of_epochs_goes_on_as_a_callback(family: str, tmp_path: Path) -> None:
+    """21 updates, 3 in an epoch: the variable has the next epoch's rate, the callback all later ones."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=BASE, eps=1e-7)
+    scheduler = TORCH[family](optimizer)
+    for update in range(3 * DONE):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        if update % 3 == 2:
+            scheduler.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": DONE - 1}
+    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
+    template = fresh_keras(tmp_path / "fresh", 0.5)
+    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template)
+    twin, restored = keras_model("keras", 0.5)
+    tf.train.Checkpoint(model=twin, optimizer=restored).read(str(tmp_path / "ckpt")).assert_consumed()
+    theirs = torch_rates(optimizer, scheduler)
+    assert float(restored.learning_rate) == pytest.approx(theirs[0], rel=1e-6)
+    twin.compile(restored)
+    space: dict[str, Any] = {"keras": keras, "ckptconv": ckptconv}
+    exec("\n".join(line for line in report.target_requires if " = " in line or "import" in line), space)
+    callback = space["callback"]
+    callback.set_model(twin)
+    ours = []
+    for epoch in range(DONE, DONE + NEXT):
+        callback.on_epoch_begin(epoch)
+        ours.append(float(restored.learning_rate))
+    close(ours, theirs)
+
+
+def test_live_objects_take_schedules_both_ways(tmp_path: Path) -> None:
+    """What the live Keras optimizer's own schedule says is not asked of the caller again."""
+    optimizer, scheduler = torch_run(tmp_path / "run.pt", TORCH["cosine"])
+    fitting = keras_model("keras", K.CosineDecay(BASE, 60, alpha=0.03))
+    other = keras_model("keras", K.CosineDecay(BASE, 50, alpha=0.03))
+    told = [
+        [
+            line
+            for line in ckptconv.keras.restore(tmp_path / "run.pt", *live).target_requires
+            if "= keras" in line
+        ]
+        for live in (fitting, other)
+    ]
+    assert (len(told[0]), len(told[1])) == (0, 1)
+    assert int(fitting[1].iterations) == DONE
+    model, fresh, again = torch_template(tmp_path / "fresh.pt", lambda o: S.CosineAnnealingLR(o, 3))
+    live = ckptconv.keras.capture(*fitting)
+    ckptconv.pytorch.restore(live, model, fresh, again)
+    assert again.last_epoch == DONE
+    close(torch_rates(fresh, again), torch_rates(optimizer, scheduler))
+
+
+def test_groups_of_one_rate_follow_one_schedule(tmp_path: Path) -> None:
+    schedule = K.ExponentialDecay(BASE, 6, 0.5, staircase=True)
+    model, optimizer = keras_model("keras", schedule)
+    optimizer.iterations.assign(DONE)
+    source, spec = saved(tmp_path / "ckpt", model, optimizer), ckptconv.keras.describe(model, optimizer)
+    twin = torch.nn.Linear(3, 2)
+    groups = [{"params": [twin.weight]}, {"params": [twin.bias], "lr": 0.3}]
+    fresh = torch.optim.Adam(groups, lr=0.5, eps=1e-7)
+    scheduler = S.StepLR(fresh, 2)
+    ckptconv.pytorch.restore(source, twin, fresh, scheduler, source_spec=spec)
+    assert [group["lr"] for group in fresh.param_groups] == scheduler.get_last_lr() == [BASE / 2] * 2
+    assert [group["initial_lr"] for group in fresh.param_groups] == scheduler.base_lrs == [BASE] * 2
+
+
+def test_a_legacy_optimizer_under_a_schedule(tmp_path: Path) -> None:
+    tf_keras = pytest.importorskip("tf_keras")
+    schedules = tf_keras.optimizers.schedules
+    optimizer, scheduler = torch_run(tmp_path / "run.pt", TORCH["cosine"])
+    model = tf_keras.Sequential([tf_keras.layers.Input((3,)), tf_keras.layers.Dense(2)])
+    legacy = tf_keras.optimizers.legacy.Adam(schedules.ExponentialDecay(1.0, 5, 0.5), epsilon=1e-7)
+    legacy._create_all_weights(model.trainable_variables)
+    template = saved(tmp_path / "fresh", model, legacy)
+    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template)
+    schedule = schedule_of(report)
+    close(keras_rates(schedule, DONE), torch_rates(optimizer, scheduler))
+    legacy = tf_keras.optimizers.legacy.Adam(schedule, epsilon=1e-7)
+    legacy._create_all_weights(model.trainable_variables)
+    tf.train.Checkpoint(model=model, optimizer=legacy).read(str(tmp_path / "ckpt")).assert_consumed()
+    assert int(legacy.iterations) == DONE
