@@ -229,6 +229,24 @@ def test_a_flipped_bit_in_a_bundle_tensor(tmp_path: Path) -> None:
         assert problem["loc"][0] == file.name
 
 
+def test_a_flipped_bit_in_an_archive_is_found_whatever_becomes_of_the_tensor(tmp_path: Path) -> None:
+    """Copied, turned, or brought back: the pass that reads it compares."""
+    archive = convert_here(RUN, tmp_path / "archive", "--to", "neutral")
+    for section in ("weights", "optimizer"):
+        file = archive / f"{section}.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 8]) + whole[-1:])
+        for target in (["k-1", "--template", FRESH], ["back.pt"], ["again", "--to", "neutral"]):
+            (problem,) = refused(tmp_path, "convert", archive, tmp_path / str(target[0]), *target[1:])
+            assert problem["code"] == "checksum-mismatch"
+            assert problem["loc"][0] == file.name
+            assert problem["message"].count("0x") == 2
+        (problem,) = refused(tmp_path, "validate", archive)
+        assert problem["code"] == "digest-mismatch"
+        assert problem["message"].count("crc32c:") == 2
+        file.write_bytes(whole)
+
+
 # Templates.
 
 
