@@ -33,14 +33,16 @@ class Dialect(Protocol):
     """As on the command line, after the colon: `plain`, `state-dict`, `keras3`, ..."""
     format: str
     """Name of the format it lives in."""
-    framework: str | None
-    """Column of the optimizer and layer catalogs; None for containers without a framework."""
     summary: str
     """One line for `ckptconv formats`."""
     needs_template: bool
     """Whether a tree can only be written where a residue (own or a template's) gives its structure."""
     save_counter: str | None
     """The extra array in which a file says which one it is of its run; None where there is none."""
+
+    @property
+    def framework(self) -> str | None:
+        """Column of the optimizer and layer catalogs; None for containers without a framework."""
 
     def detect(self, raw: RawTree) -> Detection | None:
         """Whether this convention made the tree."""

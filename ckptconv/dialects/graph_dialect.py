@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from ckptconv.dialects import graph_lower
 from ckptconv.dialects.base import Detection
 from ckptconv.dialects.graph_document import lift
+from ckptconv.dialects.keras_optimizers import Generation
 from ckptconv.document import Checkpoint
 from ckptconv.errors import Problem
 from ckptconv.formats.object_graph import SAVE_COUNTER_KEY
@@ -19,7 +20,7 @@ class GraphDialect(ABC):
     name: str
     summary: str
     format = "tensorflow"
-    framework: str | None
+    framework: Generation | None
     layers: str | None
     """Column of the layer catalog."""
     needs_template = True

@@ -13,6 +13,7 @@ from __future__ import annotations
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_dialect import GraphDialect
+from ckptconv.dialects.keras_optimizers import Generation
 from ckptconv.rawtree import RawTree
 
 
@@ -20,7 +21,7 @@ class Keras3(GraphDialect):
     """The object graph of Keras 3."""
 
     name = "keras3"
-    framework: str | None = "keras3"
+    framework: Generation | None = "keras3"
     layers: str | None = "keras3"
     summary = "Keras 3 model and optimizer saved with tf.train.Checkpoint"
 

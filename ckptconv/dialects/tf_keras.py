@@ -13,6 +13,7 @@ from __future__ import annotations
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_dialect import GraphDialect
+from ckptconv.dialects.keras_optimizers import Generation
 from ckptconv.rawtree import RawTree
 
 
@@ -20,7 +21,7 @@ class TfKeras(GraphDialect):
     """The object graph of tf_keras with optimizers of TensorFlow 2.11 and later, or with none."""
 
     name = "tf-keras"
-    framework: str | None = "tf_keras"
+    framework: Generation | None = "tf_keras"
     layers: str | None = "tf_keras"
     summary = "tf_keras model and optimizer (TF >= 2.11) saved with tf.train.Checkpoint or save_weights"
 
@@ -40,7 +41,7 @@ class TfKerasLegacy(GraphDialect):
     """The object graph of tf_keras with legacy optimizers."""
 
     name = "tf-keras-legacy"
-    framework: str | None = "tf_keras_legacy"
+    framework: Generation | None = "tf_keras_legacy"
     layers: str | None = "tf_keras"
     summary = "tf_keras model and legacy optimizer (TF <= 2.10, tf_keras.optimizers.legacy)"
 

@@ -20,6 +20,7 @@ from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.graph_detect import survey
 from ckptconv.dialects.graph_dialect import GraphDialect
 from ckptconv.dialects.graph_note import note_of
+from ckptconv.dialects.keras_optimizers import Generation
 from ckptconv.document import Checkpoint
 from ckptconv.errors import MappingError
 from ckptconv.formats.object_graph import (
@@ -45,7 +46,7 @@ class TfModule(GraphDialect):
     """An object graph without Keras' marks."""
 
     name = "tf-module"
-    framework: str | None = None
+    framework: Generation | None = None
     layers: str | None = None
     needs_template = False
     summary = "tf.Module or any tf.train.Checkpoint; written without a template too (weights)"
