@@ -10,13 +10,11 @@ Importing this package imports nothing else; each name is loaded when it is firs
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckptconv import keras, pytorch
-    from ckptconv.convert import convert, save, validate
+    from ckptconv.conversion import convert, save, validate
     from ckptconv.detect import open
     from ckptconv.document import (
         Absent,
@@ -95,7 +93,7 @@ __all__ = [
 _SUBMODULES = ("keras", "pytorch")
 
 _HOMES = {
-    "convert": ("convert", "save", "validate"),
+    "conversion": ("convert", "save", "validate"),
     "detect": ("open",),
     "document": (
         "Absent",
@@ -157,15 +155,3 @@ def _version() -> str:
         return metadata.version(__name__)
     except metadata.PackageNotFoundError:
         return "0+unknown"  # run from a checkout that is not installed
-
-
-class _Package(ModuleType):
-    """`ckptconv.convert` is the function: the module of that name does not take its place when imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "convert" and isinstance(value, ModuleType):
-            value = value.convert
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

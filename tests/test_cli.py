@@ -351,7 +351,7 @@ def test_output_survives_an_encoding_that_lacks_the_characters(tmp_path: Path) -
 INTERRUPTED = """
 import importlib, os, signal
 
-module = importlib.import_module("ckptconv.convert")
+module = importlib.import_module("ckptconv.conversion")
 real = module.convert
 
 def interrupted(*arguments, **options):

@@ -47,7 +47,7 @@ def attempts(statement: str, *arguments: str, watched: list[str]) -> tuple[int, 
 
 
 def test_the_library_imports_no_framework_and_no_command_line() -> None:
-    everything = "import ckptconv, ckptconv.convert, ckptconv.schema, ckptconv.engine, ckptconv.mapping"
+    everything = "import ckptconv, ckptconv.conversion, ckptconv.schema, ckptconv.engine, ckptconv.mapping"
     assert attempts(everything, watched=[*FRAMEWORKS, "typer", "rich"]) == (0, [])
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from ckptconv import dtypes, schema
 from ckptconv.bitcast import AsBytes, FromBytes
-from ckptconv.convert import convert
+from ckptconv.conversion import convert
 from ckptconv.dialects.neutral import DIALECT, slot_key
 from ckptconv.document import Checkpoint, Group, Known, Optimizer, Param, Progress, Unknown
 from ckptconv.errors import CkptError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -88,26 +87,6 @@ def test_live_objects_are_a_module_each_and_import_no_framework(statement: str) 
     loaded = python(f"{statement}\nimport sys, json; print(json.dumps(sorted(sys.modules)))")
     assert isinstance(loaded, list)
     assert not {"torch", "tensorflow", "keras", "tf_keras", "jax"} & set(loaded)
-
-
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import ckptconv.convert",
-        "from ckptconv.convert import save",
-        "import ckptconv.keras",
-        "ckptconv.save",
-        "ckptconv.convert",
-        "pass",
-    ],
-)
-def test_convert_is_the_function_whatever_was_imported_before(first: str) -> None:
-    assert python(
-        f"import ckptconv\n{first}\nimport ckptconv.convert, json\n"
-        "from ckptconv import convert\n"
-        "print(json.dumps([callable(ckptconv.convert), callable(convert)]))"
-    ) == [True, True]
-    assert importlib.import_module("ckptconv.convert").convert is ckptconv.convert
 
 
 def test_a_missing_framework_is_named_with_its_extra() -> None:

@@ -28,7 +28,7 @@ from ckptconv.adapters.live import (
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_config import from_keras_config
 from ckptconv.catalog.schedule_source import described_as
-from ckptconv.convert import convert
+from ckptconv.conversion import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw
 from ckptconv.dialects.graph_bundle import graph_of
 from ckptconv.dialects.object_paths import Graph

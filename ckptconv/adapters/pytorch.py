@@ -28,7 +28,7 @@ from ckptconv.adapters.torch_table import table_of
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_rates import TABLED, flat
 from ckptconv.catalog.schedules import UNKNOWN
-from ckptconv.convert import convert
+from ckptconv.conversion import convert
 from ckptconv.detect import PathLike, open
 from ckptconv.document import Checkpoint, Fact, Known, Unknown, Value
 from ckptconv.errors import LossError, MappingError, Problem, missing_extra

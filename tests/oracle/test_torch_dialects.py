@@ -12,7 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ckptconv.convert import convert  # noqa: E402
+from ckptconv.conversion import convert  # noqa: E402
 from ckptconv.detect import read_raw  # noqa: E402
 from ckptconv.dialects.torch_plain import Plain  # noqa: E402
 from ckptconv.dialects.torch_state_dict import StateDict  # noqa: E402

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from ckptconv.catalog.optimizer_rows import FRAMEWORKS, row
-from ckptconv.convert import convert
+from ckptconv.conversion import convert
 from ckptconv.document import Value
 from ckptconv.report import Report
 from tests.parity.sides import Array, arguments, rounded, side
