@@ -190,7 +190,7 @@ def convert(
     """
     settings = parse_settings(set_)
     with outcome(as_json=as_json):
-        from ckptconv.convert import convert as run
+        from ckptconv.conversion import convert as run
 
         parse_container("--from", from_)
         parse_container("--to", to)
@@ -338,7 +338,7 @@ def validate(
     Example: ckptconv validate run.pt --require step,learning_rate
     """
     with outcome(as_json=as_json):
-        from ckptconv.convert import validate as check
+        from ckptconv.conversion import validate as check
 
         problems = check(path, require=split_names(require))
         if problems:
