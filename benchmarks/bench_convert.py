@@ -17,17 +17,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from synthetic import RandomTensor
 
 from ckptconv import dtypes, engine, verification
 from ckptconv.formats import pytorch, safetensors, tensor_bundle
 from ckptconv.formats.base import Format
 from ckptconv.ops import Cast, Permute
 from ckptconv.rawtree import DictNode, RawTree
-from ckptconv.tensor import Array, Index, TensorRef, TensorSpec
+from ckptconv.tensor import TensorRef, TensorSpec
 
 FORMATS: dict[str, Format] = {
     "pytorch": pytorch.PyTorchFormat(),
@@ -36,19 +35,6 @@ FORMATS: dict[str, Format] = {
 }
 SIDES = (4096, 1024, 8192, 2048, 4096, 16384)
 """Square matrices of these sides, again and again, as far as the size allows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RandomTensor(TensorRef):
-    """Values that take no memory until they are written, each tensor others."""
-
-    spec: TensorSpec
-    seed: int
-
-    def block(self, start: Index, stop: Index) -> Array:
-        shape = tuple(high - low for low, high in zip(start, stop, strict=True))
-        generator = np.random.default_rng((self.seed, *start))
-        return generator.standard_normal(shape, np.float32)
 
 
 def fixture(path: Path, nbytes: int) -> None:

@@ -7,7 +7,6 @@ PyTorch side is `{"model": ..., "optimizer": ..., "epoch": 3}` after nine steps,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,8 +193,3 @@ def write(raw: RawTree, path: Path) -> Path:
     format = {"pytorch": PYTORCH, "tensorflow": tensor_bundle.FORMAT}[raw.format]
     engine.write(format.layout(raw, path), path, force=True)
     return path
-
-
-def parts(path: Path) -> Iterator[Path]:
-    """The files of a checkpoint, which of a bundle are several."""
-    return path.parent.glob(f"{path.name}*")
