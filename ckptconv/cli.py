@@ -33,6 +33,7 @@ from ckptconv.options import (
     Allow,
     AsJson,
     Digest,
+    Directions,
     DryRun,
     DType,
     Exclude,
@@ -352,13 +353,26 @@ def validate(
 
 
 @app.command(short_help="List what is read and written, and whose state converts.")
-def formats(as_json: AsJson = False) -> None:
+def formats(
+    directions: Directions = False,
+    as_json: AsJson = False,
+) -> None:
     """List the containers that are read and written, their dialects, and the optimizers that convert.
 
-    Example: ckptconv formats
+    Example: ckptconv formats --optimizers
     """
     with outcome(as_json=as_json):
         from ckptconv import listing
+
+        if directions:
+            listed = listing.optimizer_directions()
+            if as_json:
+                print_json({"optimizers": listed})
+                return
+            from ckptconv.rendering import directions_view
+
+            show(directions_view(listed))
+            return
 
         containers, optimizers = listing.formats(), listing.optimizers()
         if as_json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+from ckptconv.catalog.directions import directions
 from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
 from ckptconv.detect import load_registries
 from ckptconv.dialects.base import DIALECTS
@@ -120,4 +121,20 @@ def optimizers() -> list[dict[str, object]]:
             "classes": {f: found.class_name for f in FRAMEWORKS if (found := row(name, f)) is not None},
         }
         for name in algorithms()
+    ]
+
+
+def optimizer_directions() -> list[dict[str, object]]:
+    """Every algorithm from one framework to another: verdict, what stays different, what the run needs."""
+    return [
+        {
+            "algorithm": each.algorithm,
+            "source": each.source,
+            "target": each.target,
+            "options": list(each.options),
+            "verdict": each.verdict,
+            "remains": list(each.remains),
+            "needs": list(each.needs),
+        }
+        for each in directions()
     ]

@@ -173,4 +173,8 @@ Raw = Annotated[
     bool, typer.Option("--raw", help="Show every leaf under the file's own keys, without meaning: --raw.")
 ]
 Digest = Annotated[bool, typer.Option("--digest", help="Also the sha256 of every tensor: --raw --digest.")]
+Directions = Annotated[
+    bool,
+    typer.Option("--optimizers", help="How exactly each optimizer converts, each direction: --optimizers."),
+]
 Version = Annotated[bool, typer.Option("--version", help="Print the version: ckptconv --version.")]

@@ -22,7 +22,7 @@ from ckptconv.catalog.residuals import Residual, fitted
 from ckptconv.catalog.slots import SlotConversion, convert_slots, scalar_slots
 from ckptconv.catalog.texts import target_code
 from ckptconv.catalog.transitions import Transition, between, numbers
-from ckptconv.document import Fact, Group, Known, Optimizer, value_of
+from ckptconv.document import Fact, Group, Known, Optimizer, Value, value_of
 from ckptconv.errors import Problem
 from ckptconv.report import OptimizerVerdict
 from ckptconv.tensor import Op
@@ -80,7 +80,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     ours, theirs = pair
     settings = settle(source, target, ours, theirs, findings.refuse)
     meant = ours.form(settings.source[0])
-    theirs, form = _nearest_form(meant, theirs, settings)
+    theirs, form = nearest_form(meant, theirs, settings.target(0))
     if ours.other_keys:
         findings.refuse(
             "state-dropped",
@@ -103,7 +103,8 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     per_param, scalars = scalar_slots(source, theirs, len(settings.facts), findings)
     step, param_steps = _steps(source, theirs, findings)
     changed = _changed(source, theirs, settings, steps)
-    residual = _differences(source, ours, settings, changed, step, steps, findings)
+    held = frozenset(slot.slot for slot in slots if not slot.created)
+    residual = _differences(held, ours, settings, changed, step, steps, findings)
     settings = changed
     _unrecorded_switch(ours, meant, settings, steps, findings)
     return Conversion(
@@ -221,7 +222,9 @@ def _verdict(source: Optimizer, target: Optimizer, name: str, findings: Findings
     )
 
 
-def _nearest_form(meant: Mapping[str, str], theirs: Row, settings: Settings) -> tuple[Row, dict[str, str]]:
+def nearest_form(
+    meant: Mapping[str, str], theirs: Row, hyperparameters: Mapping[str, Value]
+) -> tuple[Row, dict[str, str]]:
     """The target's class and form that come nearest to what the source means.
 
     A class of the same framework, family and decay may have the switch that the template's class lacks
@@ -231,10 +234,10 @@ def _nearest_form(meant: Mapping[str, str], theirs: Row, settings: Settings) -> 
     classes = [theirs, *(r for r in relatives(theirs) if r.base_form.get("weight_decay") == decay)]
     for candidate in classes:
         for switches in ({}, *({name: True} for name in candidate.switches)):
-            form = candidate.form({**settings.target(0), **switches})
+            form = candidate.form({**hyperparameters, **switches})
             if form.get("epsilon") == meant.get("epsilon"):
                 return candidate, form
-    return theirs, theirs.form(settings.target(0))
+    return theirs, theirs.form(hyperparameters)
 
 
 def _in_float64(source: Optimizer) -> bool:
@@ -250,7 +253,7 @@ def _is_one_rule(step: Transition, settings: Settings) -> bool:
 
 
 def _differences(
-    source: Optimizer,
+    held: frozenset[str],
     ours: Row,
     settings: Settings,
     changed: Settings,
@@ -263,8 +266,8 @@ def _differences(
     for each in steps:
         if each.verdict == "exact" and not each.text:
             continue
-        if any(slot not in source.slots for slot in each.slots):
-            continue  # what would differ is not there: a buffer of a run without momentum
+        if each.slots and not held & each.slots.keys():
+            continue  # what would differ does not cross: a buffer of a run without momentum
         text = f"{each.point}: {each.before} here, {each.after} there"
         findings.differ(each.verdict, f"{text}; {each.text}" if each.text else text)
         if each.measure is not None:

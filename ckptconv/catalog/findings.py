@@ -8,6 +8,11 @@ from ckptconv.report import Verdict
 _RANK: tuple[Verdict, ...] = ("exact", "exact-at-constant-learning-rate", "approximate", "lossy", "refused")
 
 
+def worst(one: Verdict, other: Verdict) -> Verdict:
+    """The less exact of two verdicts."""
+    return max(one, other, key=_RANK.index)
+
+
 class Findings:
     """Collects problems, what the caller allowed, and how exact the whole still is."""
 
@@ -21,7 +26,7 @@ class Findings:
     def differ(self, verdict: Verdict, residual: str) -> None:
         """A difference that remains; the worst one names the verdict."""
         self.residuals.append(residual)
-        self.verdict = max(self.verdict, verdict, key=_RANK.index)
+        self.verdict = worst(self.verdict, verdict)
 
     def refuse(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
         """A difference that only the caller can accept."""

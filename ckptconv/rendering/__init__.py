@@ -7,8 +7,17 @@ with its control characters escaped, so that a name cannot write to the terminal
 
 from ckptconv.rendering.checkpoint import inspect_view
 from ckptconv.rendering.problems import problems_view
-from ckptconv.rendering.registry import formats_view, raw_view
+from ckptconv.rendering.registry import directions_view, formats_view, raw_view
 from ckptconv.rendering.report import report_view
 from ckptconv.rendering.text import View, plain
 
-__all__ = ["View", "formats_view", "inspect_view", "plain", "problems_view", "raw_view", "report_view"]
+__all__ = [
+    "View",
+    "directions_view",
+    "formats_view",
+    "inspect_view",
+    "plain",
+    "problems_view",
+    "raw_view",
+    "report_view",
+]

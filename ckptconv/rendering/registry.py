@@ -51,3 +51,18 @@ def formats_view(
         assert isinstance(classes, dict)
         rows.append((str(entry["algorithm"]), ", ".join(str(name) for name in classes.values())))
     return [*views, fields(rows)]
+
+
+def directions_view(directions: Iterable[Mapping[str, object]]) -> list[View]:
+    """The verdict of each algorithm from one framework to another, and what stays different."""
+    titles = ("algorithm", "direction", "verdict", "what remains; what the run must have been")
+    lines = Rows(styles=("bold", "cyan", "", "dim"), titles=titles)
+    for each in directions:
+        options, remains, needs = (each[key] for key in ("options", "remains", "needs"))
+        assert isinstance(options, list)
+        assert isinstance(remains, list)
+        assert isinstance(needs, list)
+        name = f"{each['algorithm']} ({', '.join(options)})" if options else str(each["algorithm"])
+        notes = [*remains, *(f"needs {need}" for need in needs)]
+        lines.add(name, f"{each['source']} -> {each['target']}", str(each["verdict"]), "; ".join(notes))
+    return [lines]

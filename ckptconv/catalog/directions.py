@@ -1,0 +1,104 @@
+"""What the tables say of each direction, before any state is seen: the verdict of an algorithm from one
+framework to another, with and without what its options add.
+
+A conversion may still be worse than its direction: groups, steps or decays that the target cannot hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptconv.catalog.conversion import nearest_form
+from ckptconv.catalog.findings import worst
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, Row, algorithms, row
+from ckptconv.catalog.transitions import between
+from ckptconv.document import Value
+from ckptconv.report import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Direction:
+    """One algorithm from one framework to another."""
+
+    algorithm: str
+    source: str
+    target: str
+    options: tuple[str, ...]
+    """Options of the run that it holds for: those that add a slot, all off or all on."""
+    verdict: Verdict
+    remains: tuple[str, ...] = ()
+    """What stays different."""
+    needs: tuple[str, ...] = ()
+    """What the run must have been, because the target's class cannot be told it: `momentum_decay = 1.0`."""
+
+
+def directions() -> Iterator[Direction]:
+    """Every ordered pair of frameworks that both have an algorithm, in the order of the tables."""
+    for algorithm in algorithms():
+        for source in FRAMEWORKS:
+            for target in FRAMEWORKS:
+                ours, theirs = row(algorithm, source), row(algorithm, target)
+                if ours is not None and theirs is not None and source != target:
+                    yield from _of(ours, theirs)
+
+
+def _of(ours: Row, theirs: Row) -> Iterator[Direction]:
+    options = tuple(dict.fromkeys((*ours.slot_conditions.values(), *theirs.slot_conditions.values())))
+    off, on = (_direction(ours, theirs, chosen) for chosen in ((), options))
+    if (off.verdict, off.remains) == (on.verdict, on.remains):
+        yield Direction(
+            algorithm=off.algorithm,
+            source=off.source,
+            target=off.target,
+            options=(),
+            verdict=off.verdict,
+            remains=off.remains,
+            needs=off.needs,
+        )
+        return
+    yield off
+    yield on
+
+
+def _direction(ours: Row, theirs: Row, options: tuple[str, ...]) -> Direction:
+    hypers: dict[str, Value] = dict.fromkeys(options, True)
+    meant = ours.form(hypers)
+    nearest, form = nearest_form(meant, theirs, hypers)
+    slots = {*ours.slots_present(hypers)}
+    steps, lacking = between(theirs.family, meant, form)
+    steps = tuple(step for step in steps if all(slot in slots for slot in step.slots))
+    verdict: Verdict = "exact"
+    remains = []
+    for step in steps:
+        verdict = worst(verdict, step.verdict)
+        if step.text:
+            remains.append(f"{step.point}: {step.text}")
+    for point in lacking:
+        verdict = "refused"
+        remains.append(f"{point}: '{meant.get(point)}' and '{form.get(point)}' are two rules")
+    return Direction(
+        algorithm=ours.algorithm,
+        source=ours.framework,
+        target=nearest.framework,
+        options=options,
+        verdict=verdict,
+        remains=tuple(remains),
+        needs=_needs(ours, theirs),
+    )
+
+
+def _needs(ours: Row, theirs: Row) -> tuple[str, ...]:
+    """Hyperparameters of the source that must stand where the target's class has them fixed."""
+    fixed: Mapping[str, Value] = theirs.neutral
+    mine, other = (each.base_form.get("weight_decay", "none") for each in (ours, theirs))
+    switched = any(change.get("weight_decay") == mine for change in theirs.switches.values())
+    decay = ("weight_decay = 0.0",) if mine not in (other, "none") and not switched else ()
+    return decay + tuple(
+        f"{name} = {fixed[name]}"
+        for name, entry in ours.hyperparameters.items()
+        if name not in theirs.hyperparameters
+        and name in fixed
+        and entry.default != fixed[name]
+        and name not in (*ours.switches, "weight_decay")
+    )

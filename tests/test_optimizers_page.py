@@ -1,0 +1,95 @@
+"""`docs/optimizers.md` says what the tables and the measurement say.
+
+`python -m tests.test_optimizers_page` writes it anew.
+The measurement is `tests/parity/results.json`, written by `python -m tests.parity.measure`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ckptconv.catalog.directions import directions
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "optimizers.md"
+RESULTS = Path(__file__).parent / "parity" / "results.json"
+CASES = Path(__file__).parent / "parity" / "cases.json"
+NAMES = {
+    "torch": "torch",
+    "keras3": "Keras 3",
+    "tf_keras": "tf_keras",
+    "tf_keras_legacy": "tf_keras legacy",
+}
+
+
+def lines() -> Iterator[str]:
+    yield "# Optimizers"
+    yield ""
+    yield "This page is generated: `python -m tests.test_optimizers_page`. The same table comes from"
+    yield "`ckptconv formats --optimizers`."
+    yield ""
+    yield "## Classes"
+    yield ""
+    yield f"| algorithm | {' | '.join(NAMES.values())} |"
+    yield "|---|" + "---|" * len(NAMES)
+    for name in algorithms():
+        cells = (row(name, framework) for framework in FRAMEWORKS)
+        yield f"| {name} | {' | '.join(f'`{c.class_name}`' if c else '' for c in cells)} |"
+    yield ""
+    yield "## Directions"
+    yield ""
+    yield "`exact`: the same update in exact arithmetic. `exact-at-constant-learning-rate`: until the rate"
+    yield "changes. `approximate`: the report states the largest and the median relative difference of the"
+    yield "next update, from the second moments that are converted. `refused`: `--allow form-mismatch`"
+    yield "converts the state all the same."
+    yield ""
+    yield "| algorithm | direction | verdict | what remains different | the run must have had |"
+    yield "|---|---|---|---|---|"
+    for each in directions():
+        name = f"{each.algorithm} ({', '.join(each.options)})" if each.options else each.algorithm
+        way = f"{NAMES[each.source]} → {NAMES[each.target]}"
+        notes = "; ".join(each.remains).replace("|", "\\|")
+        yield f"| {name} | {way} | {each.verdict} | {notes} | {', '.join(each.needs)} |"
+    yield ""
+    yield "## Measured"
+    yield ""
+    yield "A small dense network is trained for 20 updates, converted through its files, and trained for 20"
+    yield "more on both sides. The number is the largest difference of a weight at the end, relative to the"
+    yield "largest distance that a weight has travelled since the conversion. `lossy`: what the target's"
+    yield "class lacks was allowed."
+    yield ""
+    yield "| run | direction | verdict | float64 | float32 |"
+    yield "|---|---|---|---|---|"
+    for case, found in json.loads(RESULTS.read_text("utf-8")).items():
+        for pair, entry in found.items():
+            way = " → ".join(NAMES[part] for part in pair.split(" -> "))
+            numbers = f"{entry['float64']:.0e} | {entry['float32']:.0e}"
+            yield f"| {case} | {way} | {entry['verdict']} | {numbers} |"
+
+
+def page() -> str:
+    return "\n".join(lines()) + "\n"
+
+
+def test_the_page_is_what_the_tables_say() -> None:
+    assert PAGE.read_text("utf-8") == page(), "python -m tests.test_optimizers_page writes it anew"
+
+
+def test_every_case_was_measured() -> None:
+    assert set(json.loads(RESULTS.read_text("utf-8"))) == set(json.loads(CASES.read_text("utf-8"))["cases"])
+
+
+def test_what_is_called_exact_was_measured_so() -> None:
+    for case, found in json.loads(RESULTS.read_text("utf-8")).items():
+        for pair, entry in found.items():
+            if entry["verdict"].startswith("exact"):
+                # A product of momenta and a legacy class's hyperparameters are float32 in float64 runs too.
+                assert entry["float64"] < 1e-7, (case, pair)
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(page(), "utf-8")
