@@ -29,6 +29,7 @@ def with_rates(source: Checkpoint, template: Checkpoint, conventions: Mapping[st
     A schedule that the source names but does not describe is described by the torch template's scheduler.
     `conventions`: `schedule_unit`, as the caller says it.
     """
+    source = _with_decays(source, template)
     optimizers = {optimizer.name: optimizer for optimizer in source.optimizers}
     schedules = []
     for schedule in source.schedules:
@@ -38,7 +39,7 @@ def with_rates(source: Checkpoint, template: Checkpoint, conventions: Mapping[st
             schedules.append(schedule)
             continue
         optimizer = _counted(optimizer, schedule)
-        described, base = _described(schedule, optimizer, template)
+        described, base = _described(schedule, optimizer, source, template)
         optimizers[optimizer.name] = _rated(optimizer, described, base)
         schedules.append(described)
     step = source.progress.step
@@ -49,6 +50,64 @@ def with_rates(source: Checkpoint, template: Checkpoint, conventions: Mapping[st
         schedules=tuple(schedules),
         optimizers=tuple(optimizers.values()),
         progress=replace(source.progress, step=step),
+    )
+
+
+def _with_decays(source: Checkpoint, template: Checkpoint) -> Checkpoint:
+    """The source whose optimizers' own decay is a schedule, where the template's optimizers follow one.
+
+    The legacy classes' `decay` divides the rate by 1 + decay * step, which is an inverse-time schedule.
+    """
+    if not template.schedules or source.schedules:
+        return source
+    optimizers, schedules = [], []
+    for optimizer in source.optimizers:
+        decay, rates = _decay_of(optimizer), None
+        step = value_of(optimizer.step)
+        if decay and isinstance(step, int):
+            rates = [value_of(group.hyperparameters.get("learning_rate")) for group in optimizer.groups]
+        if not rates or not all(isinstance(base, (int, float)) for base in rates):
+            optimizers.append(optimizer)
+            continue
+        groups = tuple(
+            replace(
+                group,
+                hyperparameters={
+                    **group.hyperparameters,
+                    "learning_rate": Unknown(reason="it falls by the optimizer's decay"),
+                    "base_learning_rate": group.hyperparameters["learning_rate"],
+                    "learning_rate_decay": Known(
+                        value=0.0, status="derived", formula="a schedule of its own"
+                    ),
+                },
+            )
+            for group in optimizer.groups
+        )
+        optimizers.append(replace(optimizer, groups=groups))
+        schedules.append(
+            Schedule(
+                name=f"{optimizer.name}.decay",
+                family="inverse-time",
+                position=optimizer.step,
+                unit="update",
+                parameters={
+                    "interval": Known(value=1, status="derived", formula="decay counts updates"),
+                    "rate": Known(value=decay, status="derived", source=f"{optimizer.name}.decay"),
+                },
+                optimizer=optimizer.name,
+            )
+        )
+    return replace(source, optimizers=tuple(optimizers), schedules=tuple(schedules))
+
+
+def _decay_of(optimizer: Optimizer) -> float | None:
+    """The decay that all groups of a class share that has one; None where there is none."""
+    values = {value_of(group.hyperparameters.get("learning_rate_decay")) for group in optimizer.groups}
+    value = values.pop() if len(values) == 1 else None
+    return (
+        float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+        else None
     )
 
 
@@ -106,14 +165,14 @@ def _counted(optimizer: Optimizer, schedule: Schedule) -> Optimizer:
 
 
 def _described(
-    schedule: Schedule, optimizer: Optimizer, template: Checkpoint
+    schedule: Schedule, optimizer: Optimizer, source: Checkpoint, template: Checkpoint
 ) -> tuple[Schedule, Known | None]:
     """The schedule with family and parameters, its own or the torch template's, and the base rate."""
     own = optimizer.groups[0].hyperparameters.get("base_learning_rate") if optimizer.groups else None
     base = own if isinstance(own, Known) else None
     if is_known(curve_of(schedule)):
         return schedule, base
-    offered = partner(schedule, template.schedules)
+    offered = partner(schedule, template.schedules, source.schedules)
     driven = driven_by(offered, template) if offered is not None else None
     if offered is None or driven is None or driven.framework != "torch" or optimizer.framework == "torch":
         return schedule, base
@@ -147,9 +206,9 @@ def _rated(optimizer: Optimizer, schedule: Schedule, base: Known | None) -> Opti
     return replace(optimizer, groups=tuple(groups))
 
 
-def partner(schedule: Schedule, others: tuple[Schedule, ...]) -> Schedule | None:
-    """The only one, or that of the same name or optimizer."""
-    if len(others) == 1:
+def partner(schedule: Schedule, others: tuple[Schedule, ...], own: tuple[Schedule, ...]) -> Schedule | None:
+    """The one of the other side that is this one of `own`: each the only one, else by name or optimizer."""
+    if len(others) == len(own) == 1:
         return others[0]
     named = [other for other in others if other.name == schedule.name]
     named = named or [other for other in others if other.optimizer == schedule.optimizer]

@@ -320,6 +320,44 @@ def test_a_live_function_goes_on_by_its_table(name: str, tmp_path: Path) -> None
     assert value_of(spec.schedules[0].parameters["start"]) == DONE + NEXT
 
 
+def test_a_source_spec_tells_the_table_of_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=BASE, eps=1e-7)
+    scheduler = ALL["lambda"](optimizer)
+    for _ in range(DONE):
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
+    template = fresh_keras(tmp_path / "fresh", K.CosineDecay(1.0, 2))
+    arguments = (tmp_path / "run.pt", tmp_path / "ckpt")
+    assert code_of(*arguments, template=template) == ("schedule-unsupported", SCHEDULE)
+    spec = ckptconv.pytorch.describe(model, optimizer, scheduler, remaining=NEXT)
+    report = ckptconv.convert(*arguments, template=template, source_spec=spec)
+    close(keras_rates(schedule_of(report), DONE), torch_rates(optimizer, scheduler))
+
+
+def test_a_legacy_decay_is_an_inverse_time_schedule(tmp_path: Path) -> None:
+    tf_keras = pytest.importorskip("tf_keras")
+    model = tf_keras.Sequential([tf_keras.layers.Input((3,)), tf_keras.layers.Dense(2)])
+    legacy = tf_keras.optimizers.legacy.Adam(BASE, decay=0.05, epsilon=1e-7)
+    legacy._create_all_weights(model.trainable_variables)
+    legacy.iterations.assign(DONE)
+    source = saved(tmp_path / "legacy", model, legacy)
+    template = fresh_keras(tmp_path / "fresh", K.CosineDecay(1.0, 2))
+    report = ckptconv.convert(source, tmp_path / "ckpt", template=template)
+    theirs = [BASE / (1 + 0.05 * (DONE + i)) for i in range(NEXT)]
+    close(keras_rates(schedule_of(report), DONE), theirs)
+    torch_template(tmp_path / "fresh.pt", ALL["lambda"])
+    report = ckptconv.convert(source, tmp_path / "run.pt", template=tmp_path / "fresh.pt")
+    (line,) = [line for line in report.target_requires if "LambdaLR" in line]
+    live = torch_template(tmp_path / "again.pt", lambda o: eval(line, {"torch": torch, "optimizer": o}))
+    resumed(tmp_path / "run.pt", *live)
+    close(torch_rates(*live[1:]), theirs)
+
+
 @pytest.mark.parametrize(
     "schedule",
     [

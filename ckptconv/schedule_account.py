@@ -1,0 +1,113 @@
+"""What is collected while a target's schedules find their places; what the source tells of rates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from ckptconv import errors
+from ckptconv.catalog.schedule_source import driven_by, named_rates
+from ckptconv.document import Checkpoint, Fact, Group, Known, Optimizer, Schedule, value_of
+from ckptconv.errors import Problem
+from ckptconv.report import Entry
+
+_CODE: errors.Code = "schedule-unsupported"
+
+ALIKE = 1e-6
+"""Relative difference within which two rates are the same."""
+
+
+class ScheduleAccount:
+    """The account of one target's schedules; its optimizers change with them."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        template: Checkpoint,
+        optimizers: tuple[Optimizer, ...],
+        allow: Collection[str],
+    ) -> None:
+        self.source, self.template, self.allow = source, template, allow
+        self.optimizers = {optimizer.name: optimizer for optimizer in optimizers}
+        self.ledger: list[Entry] = []
+        self.problems: list[Problem] = []
+        self.requires: list[str] = []
+        self.codes: dict[str, str] = {}
+        self.taken: set[str] = set()
+
+    def refuse(self, schedule: Schedule, side: str, why: str) -> None:
+        if _CODE not in self.allow:
+            self.problems.append(_refused(schedule, side, why))
+        elif side == "source":
+            self.ledger.append(_frozen(schedule))
+
+    def take(self, origin: Schedule, target: Schedule, remark: str) -> None:
+        self.taken.add(origin.name)
+        said = [f"{origin.family} at {value_of(origin.position)} {origin.unit}s"]
+        supplied = any(getattr(fact, "status", "") == "supplied" for fact in origin.parameters.values())
+        self.ledger.append(
+            Entry(
+                item=("position", origin.name),
+                fate="copied",
+                target=target.name,
+                detail="; ".join(
+                    [*said, *([remark] if remark else []), *(["parameters supplied"] if supplied else [])]
+                ),
+            )
+        )
+
+    def base(self, origin: Schedule) -> Fact | None:
+        theirs = driven_by(origin, self.source)
+        return (
+            theirs.groups[0].hyperparameters.get("base_learning_rate") if theirs and theirs.groups else None
+        )
+
+    def named(self, origin: Schedule) -> dict[str, float]:
+        theirs = driven_by(origin, self.source)
+        return named_rates(theirs.groups[0].hyperparameters) if theirs and theirs.groups else {}
+
+    def group(self, driven: Optimizer) -> Group:
+        return driven.groups[0] if driven.groups else Group(params=())
+
+    def scale(self, origin: Schedule, group: Group) -> float:
+        """What the conversion multiplied the source's rate with: what dampening leaves of it."""
+        theirs = driven_by(origin, self.source)
+        own = (
+            value_of(theirs.groups[0].hyperparameters.get("learning_rate"))
+            if theirs and theirs.groups
+            else None
+        )
+        new = value_of(group.hyperparameters.get("learning_rate"))
+        damped = (
+            value_of(theirs.groups[0].hyperparameters.get("dampening")) if theirs and theirs.groups else None
+        )
+        if not damped or not isinstance(own, (int, float)) or not isinstance(new, (int, float)) or not own:
+            return 1.0
+        return float(new) / float(own)
+
+    def set_base(self, driven: Optimizer, base: Known) -> None:
+        groups = tuple(
+            replace(group, hyperparameters={**group.hyperparameters, "base_learning_rate": base})
+            for group in driven.groups
+        )
+        self.optimizers[driven.name] = replace(driven, groups=groups)
+
+
+def _refused(schedule: Schedule, side: str, why: str) -> Problem:
+    return Problem(
+        code=_CODE,
+        loc=("schedules", schedule.name),
+        message=f"the {side}'s learning-rate schedule ({schedule.family}, position "
+        f"{value_of(schedule.position)}) cannot go on in the target: {why}",
+        hint="Use a template whose optimizer follows this schedule, or --allow schedule-unsupported: the "
+        "learning rate of the next update is carried and the schedule left to the target's code.",
+    )
+
+
+def _frozen(schedule: Schedule) -> Entry:
+    return Entry(
+        item=("position", schedule.name),
+        fate="noted",
+        detail=f"{schedule.family} at {value_of(schedule.position)}; the learning rate is frozen",
+        allowed_by=_CODE,
+    )

@@ -1,0 +1,153 @@
+"""A schedule that the target's file holds: torch's scheduler, with the rates of its optimizer's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptconv.catalog.schedule_forms import as_family, check_ends, into, lambda_code
+from ckptconv.catalog.schedule_keras import NotExpressibleError
+from ckptconv.catalog.schedule_rates import Curve, curve_of, is_known, rate
+from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES, UNIT, driven_by, named_rates, placed
+from ckptconv.catalog.schedules import family
+from ckptconv.document import Known, Optimizer, Schedule, value_of
+from ckptconv.report import Entry
+from ckptconv.schedule_account import ALIKE, ScheduleAccount
+
+_TABLE = frozenset({"factors", "start"})
+"""Parameters that a live scheduler tells and no file holds."""
+
+
+def in_file(
+    account: ScheduleAccount, origin: Schedule, target: Schedule, driven: Optimizer | None
+) -> Schedule:
+    """A schedule that the target's file holds."""
+    index = value_of(origin.position)
+    theirs = driven_by(origin, account.source)
+    native = theirs is None or theirs.framework == "torch"
+    if not isinstance(index, int):
+        raise NotExpressibleError("where it stands is not known")
+    if origin.unit == "micro-step":
+        raise NotExpressibleError("it counts backward passes; how many make an update is not recorded")
+    if native and _same_state(origin, target):
+        made = replace(target, position=origin.position, unit=origin.unit, parameters=dict(origin.parameters))
+        if target.family == "lambda":
+            account.requires.append("# LambdaLR: the function that the source's code has")
+        _keep_rates(account, origin, driven)
+    else:
+        made = _converted(account, origin, target, driven, index)
+    account.take(origin, target, "")
+    if native and _same_state(origin, target):
+        return made
+    return placed(made, account.optimizers.get(target.optimizer))
+
+
+def beside(
+    account: ScheduleAccount, target: Schedule, driven: Optimizer | None, conventions: Mapping[str, str]
+) -> Schedule:
+    """A schedule of the template alone, where the source's recorded rate is the one that it gives."""
+    if driven is None:
+        raise NotExpressibleError("it drives no optimizer of the target")
+    unit = conventions.get(UNIT)
+    curve = curve_of(target)
+    if unit not in ("update", "epoch") or not is_known(curve):
+        raise NotExpressibleError(
+            "the source has none; if its loop set the rates of this schedule, say what it counts with "
+            f"--set {UNIT}=update or epoch"
+        )
+    counted = driven.step if unit == "update" else account.source.progress.epochs
+    index = value_of(counted)
+    if not isinstance(index, int):
+        raise NotExpressibleError(f"the source does not tell how many {unit}s it has done")
+    for place, group in enumerate(driven.groups):
+        offered = account.template.optimizer(driven.name).groups[place].hyperparameters
+        root = value_of(offered.get("base_learning_rate"))
+        base = float(root) if isinstance(root, (int, float)) else 0.0
+        own, due = (
+            value_of(group.hyperparameters.get("learning_rate")),
+            rate(curve, base, index, named_rates(offered)),
+        )
+        if due is None or not isinstance(own, (int, float)) or abs(due - own) > ALIKE * abs(base):
+            raise NotExpressibleError(f"at {index} it gives the rate {due}, the source has {own}")
+    position = Known(value=index, status="derived", source=f"progress: {unit}s")
+    made = replace(target, position=position, unit="update" if unit == "update" else "epoch")
+    account.ledger.append(
+        Entry(
+            item=("template", target.name),
+            fate="supplied",
+            target=target.name,
+            detail=f"{target.family} of the template at {index} {unit}s",
+        )
+    )
+    return placed(made, account.optimizers[target.optimizer])
+
+
+def _converted(
+    account: ScheduleAccount, origin: Schedule, target: Schedule, driven: Optimizer | None, index: int
+) -> Schedule:
+    base = value_of(account.base(origin))
+    if not isinstance(base, (int, float)):
+        raise NotExpressibleError("its base rate is not recorded")
+    curve = curve_of(origin)
+    if not is_known(curve):
+        raise NotExpressibleError("the source does not tell its family")
+    if target.family == "lambda":
+        code, made, root = lambda_code(curve, float(base)), curve, float(base)
+        if "bisect." in code:
+            account.requires.append("import bisect")
+        account.requires.append(f"torch.optim.lr_scheduler.LambdaLR(optimizer, {code})")
+        parameters = dict(target.parameters)
+    else:
+        made, root = as_family(curve, float(base), target.family)
+        if remark := check_ends(made, index):
+            account.requires.append(f"# {target.name}: {remark}")
+        parameters = into(target, made, origin)
+    if driven is not None:
+        _set_rates(account, driven, made, root, index, origin)
+    return replace(target, position=origin.position, unit=origin.unit, parameters=parameters)
+
+
+def _set_rates(
+    account: ScheduleAccount, driven: Optimizer, curve: Curve, base: float, index: int, origin: Schedule
+) -> None:
+    """Base rate and rate of the next update in each group of a torch optimizer."""
+    groups = []
+    for group in driven.groups:
+        facts = dict(group.hyperparameters)
+        due = rate(curve, base, index, named_rates(facts))
+        if due is None:
+            raise NotExpressibleError(f"its rate at {index} has no closed form")
+        formula = f"{curve.family} at {index}"
+        facts["learning_rate"] = Known(value=due, status="derived", source=origin.name, formula=formula)
+        facts["base_learning_rate"] = Known(value=base, status="derived", source=origin.name)
+        groups.append(replace(group, hyperparameters=facts))
+    account.optimizers[driven.name] = replace(driven, groups=tuple(groups))
+
+
+def _keep_rates(account: ScheduleAccount, origin: Schedule, driven: Optimizer | None) -> None:
+    """The rates that torch's groups keep for their schedule, from the source's groups."""
+    theirs = driven_by(origin, account.source)
+    if driven is None or theirs is None or not theirs.groups:
+        return
+    groups = []
+    for place, group in enumerate(driven.groups):
+        own = theirs.groups[place if len(theirs.groups) == len(driven.groups) else 0].hyperparameters
+        kept = {
+            name: own[name]
+            for name in ("base_learning_rate", *ONE_CYCLE_RATES, "base_momentum", "max_momentum")
+            if name in own
+        }
+        groups.append(replace(group, hyperparameters={**group.hyperparameters, **kept}))
+    account.optimizers[driven.name] = replace(driven, groups=tuple(groups))
+
+
+def _same_state(origin: Schedule, target: Schedule) -> bool:
+    """Whether both are of one torch class whose whole state the document holds."""
+    known = family(origin.family)
+    return (
+        known is not None
+        and origin.family == target.family
+        and origin.parameters.keys() - _TABLE == target.parameters.keys() - _TABLE
+        and isinstance(origin.position, Known)
+        and (known.is_numeric or origin.family not in ("cyclic", "swa"))
+    )
