@@ -68,6 +68,8 @@ def convert_slots(
         if slot in source.slots:
             result.append(_slot(slot, init, shape, settings, steps, findings))
             continue
+        if theirs.open_slots and shape not in ("param", "scalar"):
+            continue  # the source has no parameter of the kind that has it
         if shape == "scalar" and isinstance(source.scalars.get(slot), Known):
             continue
         _created(slot, source, ours, theirs, settings, findings)
