@@ -150,6 +150,7 @@ def _optimizer(
     if not isinstance(conversion.step, Known) and _counts(conversion.algorithm, target.framework):
         account.problems.append(_no_step(origin, conversion.step))
     slots = _slots(origin, target, producers, pairs, source, conversion, account)
+    held = {name for by_param in slots.values() for name in by_param}
     matched = {source.params[pair.source].tied_to or pair.source for pair in pairs.values()}
     _without_place(origin, account.merged.union(producers.values()), matched, account)
     account.ledger.append(
@@ -170,7 +171,10 @@ def _optimizer(
         algorithm=conversion.algorithm,
         form=dict(conversion.form),
         step=conversion.step,
-        param_steps=dict(conversion.param_steps),
+        # A step without slots would be worse than none: a parameter that begins anew has neither.
+        param_steps={
+            name: step for name, step in conversion.param_steps.items() if not slots or name in held
+        },
         groups=groups,
         slots=slots,
         scalars={**target.scalars, **conversion.scalars},
@@ -273,6 +277,8 @@ def _slots(
                 if origin_slot is None:
                     if producers.get(name) in origin.slots.get(slot_row.slot, {}):
                         _no_factors(name, slot_row.slot, target, account)
+                    if places and name in places:
+                        made[name] = FilledTensor(spec=places[name].spec, value=slot_row.init)
                     continue
                 have = (
                     None
@@ -341,14 +347,17 @@ def _slots(
 
 
 def _no_factors(name: str, slot: str, target: Optimizer, account: Account) -> None:
-    account.refuse(
-        Problem(
-            code="form-mismatch",
-            loc=("optimizers", target.name, slot, name),
-            message=f"the two frameworks factor the second moment of '{name}' over different axes",
-            hint="Allow form-mismatch to begin its second moment anew.",
-        )
+    message = f"the two frameworks factor the second moment of '{name}' over different axes"
+    problem = Problem(
+        code="form-mismatch",
+        loc=("optimizers", target.name, slot, name),
+        message=message,
+        hint="Allow form-mismatch to begin its second moment anew.",
     )
+    if account.refuse(problem):
+        verdict = account.verdicts[-1]
+        residuals = tuple(dict.fromkeys((*verdict.residuals, f"{message}: it begins anew")))
+        account.verdicts[-1] = replace(verdict, verdict="lossy", residuals=residuals)
 
 
 def _shape_of(target: Optimizer, name: str, pairs: Mapping[str, Pair], source: Checkpoint) -> tuple[int, ...]:

@@ -35,6 +35,10 @@ class Case:
     hypers: Mapping[str, Value]
     reads_step: bool
     measured: Mapping[str, list[float | None]]
+    only: tuple[str, ...] = FRAMEWORKS
+    """Frameworks that can train the models of this harness with it (torch's Muon takes matrices alone)."""
+    dtypes: tuple[str, ...] = tuple(FLOOR)
+    """What the classes compute in: Keras' Muon fails in float64 models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,8 @@ def cases() -> Mapping[str, Case]:
             hypers=item["hyperparameters"],
             reads_step=item["reads_step"],
             measured=item["measured"],
+            only=tuple(item.get("only", FRAMEWORKS)),
+            dtypes=tuple(item.get("dtypes", FLOOR)),
         )
         for name, item in data["cases"].items()
     }
@@ -63,7 +69,7 @@ def cases() -> Mapping[str, Case]:
 
 def pairs(case: Case) -> list[tuple[str, str]]:
     """Ordered pairs of frameworks that have the class and can be given these hyperparameters."""
-    have = [f for f in FRAMEWORKS if row(case.algorithm, f) is not None]
+    have = [f for f in case.only if row(case.algorithm, f) is not None]
     found = [(a, b) for a in have for b in have if a != b or len(have) == 1]
     return [(a, b) for a, b in found if _makes(a, case)]
 
@@ -89,7 +95,7 @@ def cells() -> list[tuple[str, str, str, str, str]]:
         for name, case in cases().items()
         for source, target in pairs(case)
         for model in ("mlp", "cnn")
-        for dtype in FLOOR
+        for dtype in case.dtypes
         if model == "mlp" or (name in first.values() and case.algorithm not in NO_CONVOLUTION)
     ]
 
@@ -157,6 +163,7 @@ class Runs:
         *,
         controls: bool = False,
         set_: Mapping[str, str] = MappingProxyType({}),
+        allow: tuple[str, ...] = (),
     ) -> Cell:
         """Convert the source's run onto a fresh template of the target, and go on."""
         saved, switch, reached = self.of(case, source, model, dtype)
@@ -168,7 +175,7 @@ class Runs:
             converted,
             template=template,
             set_={**supplied(case, source), **set_},
-            allow=allowed(case, source, target),
+            allow=(*allowed(case, source, target), *allow),
             force=True,
         )
         code = [] if target == "torch" else report.target_requires

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.parity.matrix import FLOOR, Runs, cases, pairs
+from tests.parity.matrix import Runs, cases, pairs
 
 RESULTS = Path(__file__).parent / "results.json"
 
@@ -23,7 +23,7 @@ def measured() -> Iterator[tuple[str, dict[str, dict[str, object]]]]:
             found: dict[str, dict[str, object]] = {}
             for source, target in pairs(case):
                 entry: dict[str, object] = {}
-                for dtype in FLOOR:
+                for dtype in case.dtypes:
                     cell = runs.cell(case, source, target, "mlp", dtype)
                     entry["verdict"] = cell.report.verdicts[0].verdict
                     entry[dtype] = float(f"{cell.error:.1e}")

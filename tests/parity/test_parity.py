@@ -65,6 +65,16 @@ def test_factors_of_a_convolution_are_refused(source: str, target: str, runs: Ru
     assert {problem.loc[2] for problem in caught.value.problems} == {"row_variance", "column_variance"}
 
 
+@pytest.mark.parametrize(("source", "target"), [("torch", "keras3"), ("keras3", "torch")])
+def test_factors_of_a_convolution_begin_anew_where_that_is_allowed(
+    source: str, target: str, runs: Runs
+) -> None:
+    case = cases()["adafactor default"]
+    cell = runs.cell(case, source, target, "cnn", "float32", allow=("form-mismatch",))
+    assert cell.report.verdicts[0].verdict == "lossy"
+    assert 1e-5 < cell.error < 10
+
+
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize(("name", "source", "target", "model", "dtype"), cells())
