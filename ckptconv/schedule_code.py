@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptconv.catalog.schedule_forms import facts_of, held, scaled
-from ckptconv.catalog.schedule_keras import Code, NotExpressibleError, keras_code, plateau_code
-from ckptconv.catalog.schedule_rates import Curve, curve_of, is_known, rate
+from ckptconv.catalog.schedule_keras import Code, keras_code, plateau_code
+from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, curve_of, is_known, rate
 from ckptconv.catalog.schedule_source import UNIT, driven_by
 from ckptconv.catalog.texts import number
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, value_of

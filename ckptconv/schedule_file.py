@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.schedule_forms import as_family, check_ends, into, lambda_code
-from ckptconv.catalog.schedule_keras import NotExpressibleError
-from ckptconv.catalog.schedule_rates import Curve, curve_of, is_known, rate
+from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, curve_of, is_known, rate
 from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES, UNIT, driven_by, named_rates, placed
 from ckptconv.catalog.schedules import family
 from ckptconv.document import Known, Optimizer, Schedule, value_of

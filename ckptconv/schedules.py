@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ckptconv.catalog.schedule_keras import NotExpressibleError
+from ckptconv.catalog.schedule_rates import NotExpressibleError
 from ckptconv.catalog.schedule_source import partner, with_rates
 from ckptconv.document import Checkpoint, Optimizer, Schedule
 from ckptconv.errors import Problem

@@ -13,8 +13,8 @@ from ckptconv import supply
 from ckptconv.catalog import schedules
 from ckptconv.catalog.schedule_config import from_keras_config
 from ckptconv.catalog.schedule_forms import as_family, check_ends, held, lambda_code
-from ckptconv.catalog.schedule_keras import NotExpressibleError, keras_code, plateau_code
-from ckptconv.catalog.schedule_rates import TABLED, Curve, curve_of, flat, rate, state_at
+from ckptconv.catalog.schedule_keras import keras_code, plateau_code
+from ckptconv.catalog.schedule_rates import TABLED, Curve, NotExpressibleError, curve_of, flat, rate, state_at
 from ckptconv.catalog.schedule_source import with_rates
 from ckptconv.document import Checkpoint, Group, Known, Optimizer, Progress, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError
@@ -247,6 +247,20 @@ def test_parts_of_a_sequence_stand_where_torch_has_them() -> None:
     assert (after["0.position"], after["1.position"], after["0.calls"], after["1.calls"]) == (9, 2, 10, 3)
     assert after["0.last_rate.0"] == pytest.approx(0.091)
     assert math.isclose(float(str(after["1.last_rate.0"])), rate(COSINE, 0.1, 2) or 0)
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        Curve(family="sequential", parts=(LINE, COSINE)),
+        Curve(family="sequential", parameters={"milestones": (3,)}, parts=(LINE, WARM_UP)),
+        Curve(family="chained", parts=(Curve(family="unknown"),)),
+        Curve(family="cosine-restarts", parameters={"first": 0, "growth": 1}),
+    ],
+)
+def test_a_state_that_cannot_follow_its_position(curve: Curve) -> None:
+    with pytest.raises(NotExpressibleError):
+        state_at(document(curve), 3, [0.1], [{}])
 
 
 def run(schedule: Schedule, step: int | None) -> Checkpoint:

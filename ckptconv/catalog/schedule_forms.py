@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from ckptconv.catalog.schedule_keras import NotExpressibleError
-from ckptconv.catalog.schedule_rates import Curve, flat
+from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, flat
 from ckptconv.catalog.schedule_source import is_state
 from ckptconv.document import Fact, Known, Schedule, value_of
 

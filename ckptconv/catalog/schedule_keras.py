@@ -10,11 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptconv.catalog.schedule_rates import Curve, part_at, rate
-
-
-class NotExpressibleError(Exception):
-    """Why a curve has no counterpart; for the message of the problem that the caller makes of it."""
+from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, part_at, rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

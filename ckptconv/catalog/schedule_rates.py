@@ -19,6 +19,10 @@ _MOST_CYCLES = 10_000
 """A schedule that restarts more often than this before an index is none that anybody trains with."""
 
 
+class NotExpressibleError(Exception):
+    """Why a curve has no counterpart; for the message of the problem that the caller makes of it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
     """A family with its parameters as plain values, free of the base rate and of where it stands."""
@@ -224,14 +228,28 @@ def state_at(
     """What a torch scheduler keeps of where it stands, beside its position: parameter -> value at an index.
 
     Only parameters that the schedule has are answered. `bases`, `named`: per group, as for `rate`.
+    Raises: NotExpressibleError where the parameters do not tell, or a part has parts of its own.
     """
-    curve, found = curve_of(schedule), dict[str, Value]()
+    curve = curve_of(schedule)
+    if any(part.family in (UNKNOWN, "sequential", "chained") for part in curve.parts):
+        raise NotExpressibleError("it has a part whose own parts are not known")
+    try:
+        found = _state(curve, index, bases, named)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
+        raise NotExpressibleError(f"the parameters of '{curve.family}' are not complete ({error})") from error
+    return {name: value for name, value in found.items() if name in schedule.parameters}
+
+
+def _state(
+    curve: Curve, index: int, bases: Sequence[float | None], named: Sequence[Mapping[str, float]]
+) -> dict[str, Value]:
+    found = dict[str, Value]()
     if curve.family == "cosine-restarts":
         found.update(_cycle_state(curve, index, ""))
     for place, part in enumerate(curve.parts):
         local, seen = _part_at(curve, place, index)
-        found[f"{place}.position"] = local
         restarts = part.family == "cosine-restarts"
+        found[f"{place}.position"] = local
         found[f"{place}.calls"] = 0 if restarts else max(local, 0) + 1
         if restarts:
             found.update(_cycle_state(part, max(local, 0), f"{place}."))
@@ -241,7 +259,7 @@ def state_at(
                 value = _seen_by(curve, place, base, seen, named[group])
             if value is not None:
                 found[f"{place}.last_rate.{group}"] = value
-    return {name: value for name, value in found.items() if name in schedule.parameters}
+    return found
 
 
 def _seen_by(curve: Curve, place: int, base: float, index: int, named: _Named) -> float | None:
@@ -267,10 +285,7 @@ def _part_at(curve: Curve, place: int, index: int) -> tuple[int, int]:
 
 
 def _cycle_state(curve: Curve, index: int, prefix: str) -> dict[str, Value]:
-    try:
-        _, since, length = cycle_at(curve, index)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return {}
+    _, since, length = cycle_at(curve, index)
     whole = (int(n) if float(n).is_integer() else n for n in (since, length))
     return dict(zip((f"{prefix}since_restart", f"{prefix}cycle"), whole, strict=True))
 

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.optimizer_rows import row
+from ckptconv.catalog.schedule_rates import NotExpressibleError
 from ckptconv.catalog.schedule_source import named_rates, placed
 from ckptconv.dialects.torch_note import EXTENSION
 from ckptconv.dialects.torch_scheduler import moved, rate_at
 from ckptconv.dialects.torch_values import Encoding, dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
-from ckptconv.errors import CkptError, LossError, MappingError
+from ckptconv.errors import CkptError, LossError, MappingError, Problem
 from ckptconv.note import KEY
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path
 
@@ -70,12 +71,27 @@ def _placed(
         for _, lifted in places(root)
         if lifted.to[0] == "position" and "was" in lifted.encoding
     }
-    return tuple(
-        placed(s, optimizers.get(s.optimizer))
-        if s.name in stood and stood[s.name] != value_of(s.position)
-        else s
-        for s in schedules
-    )
+    result, problems = [], []
+    for schedule in schedules:
+        moved_from = stood.get(schedule.name, value_of(schedule.position))
+        if moved_from == value_of(schedule.position):
+            result.append(schedule)
+            continue
+        try:
+            result.append(placed(schedule, optimizers.get(schedule.optimizer)))
+        except NotExpressibleError as error:
+            problems.append(
+                Problem(
+                    code="residue-stale",
+                    loc=("schedules", schedule.name, "position"),
+                    message=f"it stood at {moved_from} and is at {value_of(schedule.position)} now; "
+                    f"the rest of its state cannot follow: {error}",
+                    hint="Leave the position as it was.",
+                )
+            )
+    if problems:
+        raise MappingError(*problems)
+    return tuple(result)
 
 
 def is_carried(checkpoint: Checkpoint, root: Node) -> bool:

@@ -119,6 +119,20 @@ def test_a_rate_that_an_edited_step_leaves_behind_is_refused(tmp_path: Path) -> 
     assert [(p.code, p.loc) for p in caught.value.problems] == [("residue-stale", loc)]
 
 
+def test_a_damaged_sequence_does_not_follow_an_edit(tmp_path: Path) -> None:
+    torch_run(tmp_path / "run.pt", warm_up)
+    state = loaded(tmp_path / "run.pt")
+    state["scheduler"]["_milestones"] = [2.5]
+    torch.save(state, tmp_path / "run.pt")
+    checkpoint = ckptconv.open(tmp_path / "run.pt")
+    ckptconv.save(checkpoint, tmp_path / "same.pt", to="pytorch:plain")
+    same(state["scheduler"], loaded(tmp_path / "same.pt")["scheduler"])
+    moved = replace(checkpoint.schedules[0], position=Known(value=9, status="supplied", source="edit"))
+    with pytest.raises(ckptconv.CkptError) as caught:
+        ckptconv.save(replace(checkpoint, schedules=(moved,)), tmp_path / "edited.pt", to="pytorch:plain")
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("residue-stale", (*SCHEDULE, "position"))]
+
+
 @pytest.mark.parametrize(
     ("name", "family"),
     [("cosine", "cosine"), ("warm-up", "sequential"), ("multi-step", "multi-step"), ("linear", "linear")],
