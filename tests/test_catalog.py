@@ -598,6 +598,37 @@ def test_adagrads_epsilon_moves_into_the_accumulator() -> None:
     assert value_of(legacy.hyperparameters[0]["epsilon"]) == 1e-37
 
 
+def test_a_legacy_class_takes_no_zero() -> None:
+    hypers: dict[str, Value] = {"learning_rate": 0.5, "epsilon": 0.0}
+    source = optimizer("adagrad", "torch", {**hypers, "weight_decay": 0}, "accumulator")
+    done = optimizers.convert(source, optimizer("adagrad", "tf_keras_legacy", {}, "accumulator"))
+    assert value_of(done.hyperparameters[0]["epsilon"]) == 1e-37
+
+
+def test_an_epsilon_that_becomes_another_must_be_told() -> None:
+    hypers: dict[str, Value] = {"learning_rate": 0.5, "rho": 0.9, "momentum": 0.0, "centered": False}
+    source = optimizer("rmsprop", "keras3", hypers, "second_moment")
+    target = optimizer("rmsprop", "tf_keras_legacy", hypers, "second_moment")
+    assert codes(optimizers.convert(source, target)) == [("hyperparameter-missing", group_loc("epsilon"))]
+
+
+def test_a_template_without_a_place_for_a_number() -> None:
+    shared: dict[str, Value] = {
+        "learning_rate": 0.5,
+        "beta_2_decay": -0.8,
+        "epsilon_2": 1e-3,
+        "clip_threshold": 1.0,
+    }
+    slots = ("row_variance", "column_variance", "variance")
+    source = optimizer("adafactor", "keras3", {**shared, "epsilon_1": 1e-30}, *slots)
+    target = optimizer("adafactor", "torch", {**shared, "weight_decay": 0}, step=None)
+    assert codes(optimizers.convert(source, target)) == [("template-mismatch", group_loc("epsilon_1"))]
+    target = optimizer("adafactor", "torch", {**shared, "weight_decay": 0, "epsilon_1": 1e-8}, step=None)
+    done = optimizers.convert(source, target)
+    assert done.problems == ()
+    assert value_of(done.hyperparameters[0]["epsilon_1"]) == pytest.approx(1e-15)
+
+
 def test_momentum_products() -> None:
     hypers: dict[str, Value] = {"learning_rate": 0.5, "beta_1": 0.9, "beta_2": 0.99, "epsilon": 1e-7}
     torch_hypers = {**hypers, "momentum_decay": 0.004, "weight_decay": 0, "maximize": False}

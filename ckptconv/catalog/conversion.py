@@ -102,7 +102,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     slots, left = convert_slots(source, target, ours, theirs, settings, steps, findings)
     per_param, scalars = scalar_slots(source, theirs, len(settings.facts), findings)
     step, param_steps = _steps(source, theirs, findings)
-    changed = _changed(source, theirs, settings, steps)
+    changed = _changed(source, target, theirs, settings, steps, findings)
     held = frozenset(slot.slot for slot in slots if not slot.created)
     residual = _differences(held, ours, settings, changed, step, steps, findings)
     settings = changed
@@ -279,25 +279,62 @@ def _differences(
     return residual
 
 
-def _changed(source: Optimizer, theirs: Row, settings: Settings, steps: tuple[Transition, ...]) -> Settings:
+def _changed(
+    source: Optimizer,
+    target: Optimizer,
+    theirs: Row,
+    settings: Settings,
+    steps: tuple[Transition, ...],
+    findings: Findings,
+) -> Settings:
     """The settings after the transitions: an epsilon squared, 0 where it went elsewhere, or fitted."""
     facts = [dict(group) for group in settings.facts]
     for index, group in enumerate(facts):
         values = numbers(settings.target(index), settings.source[index])
         for each in steps:
+            needed = {name for product in each.settings.values() for name in product.names}
+            needed |= {each.moves} if each.fit is not None and each.moves is not None else set()
+            if needed - values.keys():
+                _not_told(sorted(needed - values.keys())[0], each, index, findings)
+                continue
             changes = {
                 name: (product.of(values), "as the other form needs it")
                 for name, product in each.settings.items()
-                if all(needed in values for needed in product.names)
             }
-            if each.fit is not None and each.moves in values:
-                assert each.moves is not None
-                number, about = fitted(each.fit, source.slots, values[each.moves], values)
-                changes[each.moves] = (number, about)
+            if each.fit is not None and each.moves is not None:
+                changes[each.moves] = fitted(each.fit, source.slots, values[each.moves], values)
             for name, (number, formula) in changes.items():
-                number = max(number, theirs.smallest.get(name, number))
                 group[name] = Known(value=number, status="derived", formula=formula)
+                _needs_place(name, number, index, target, theirs, findings)
+        for name, least in theirs.smallest.items():
+            number = numbers({name: value_of(group.get(name))}).get(name, least)
+            if number < least:
+                formula = f"{theirs.class_name} takes {number:g} for 'not given'"
+                group[name] = Known(value=least, status="derived", formula=formula)
     return replace(settings, facts=tuple(facts))
+
+
+def _not_told(name: str, step: Transition, index: int, findings: Findings) -> None:
+    findings.stop(
+        "hyperparameter-missing",
+        f"the {step.point} of the source becomes another in the target, and neither records {name}",
+        f"Pass --set {name}=VALUE, the one that the source run had.",
+        *("groups", index, "hyperparameters", name),
+    )
+
+
+def _needs_place(
+    name: str, number: float, index: int, target: Optimizer, theirs: Row, findings: Findings
+) -> None:
+    """A template whose value of it is None has no place for a number (torch's Adafactor)."""
+    held = target.groups[index].hyperparameters if index < len(target.groups) else {}
+    if theirs.hyperparameters[name].stored and held and name not in held:
+        findings.stop(
+            "template-mismatch",
+            f"the template leaves {name} to {theirs.class_name}, the run needs {number:g}",
+            f"Make the template with {theirs.hyperparameters[name].argument} given: {name} = {number:g}.",
+            *("groups", index, "hyperparameters", name),
+        )
 
 
 def _unrecorded_switch(
