@@ -136,7 +136,7 @@ class Group:
 
     params: tuple[str, ...]
     hyperparameters: Mapping[str, Fact] = field(default_factory=dict)
-    """Canonical name -> value. `learning_rate` is that of the next update, `base_learning_rate` the unscheduled one."""
+    """Canonical name -> value. `learning_rate` is that of the next update, the base rate is unscheduled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,13 +150,13 @@ class Optimizer:
     algorithm_candidates: tuple[str, ...] = ()
     """The catalog entries that fit, where there is more than one."""
     framework: str
-    """Column of the catalog that describes how the slots are meant: `torch`, `keras3`, `tf_keras`, `tf_keras_legacy`."""
+    """Column of the catalog that says how the slots are meant: `torch`, `keras3`, `tf_keras`, ..."""
     form: Mapping[str, str] = field(default_factory=dict)
     """Where update rules differ, e.g. `{"epsilon": "corrected", "momentum": "gradient"}`."""
     step: Fact
     """Completed updates of this optimizer."""
     param_steps: Mapping[str, int] = field(default_factory=dict)
-    """Completed updates per parameter, where the source counts them per parameter (all of them, equal or not)."""
+    """Completed updates per parameter, where the source counts them so (all of them, equal or not)."""
     groups: tuple[Group, ...] = ()
     slots: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
     """Canonical slot -> parameter name -> tensor, in the parameter's layout."""
@@ -266,7 +266,8 @@ class Checkpoint:
 
         Addresses: `("param", name)`, `("slot", optimizer, slot, param)`, `("param_step", optimizer, param)`,
         `("step", optimizer)`, `("hyperparameter", optimizer, group, name)`, `("scalar", optimizer, name)`,
-        `("progress", field)`, `("position", schedule)`, `("schedule", schedule, parameter)`, `("extra", key)`.
+        `("progress", field)`, `("position", schedule)`, `("schedule", schedule, parameter)`,
+        `("extra", key)`.
         A value is None where the fact is not known; KeyError where there is no such place.
         """
         match address:

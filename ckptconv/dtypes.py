@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
+import ml_dtypes as ml
 import numpy as np
 
 
@@ -67,17 +67,26 @@ ROWS: tuple[DType, ...] = (
     _row("float64", "<f8", "float", storage="DoubleStorage", torch="float64", tf=2, st="F64"),
     _row("float32", "<f4", "float", storage="FloatStorage", torch="float32", tf=1, st="F32"),
     _row("float16", "<f2", "float", storage="HalfStorage", torch="float16", tf=19, st="F16"),
-    _row("bfloat16", ml_dtypes.bfloat16, "float", storage="BFloat16Storage", torch="bfloat16", tf=14, st="BF16"),
-    _row("float8_e4m3fn", ml_dtypes.float8_e4m3fn, "float", torch="float8_e4m3fn", tf=25, st="F8_E4M3"),
-    _row("float8_e5m2", ml_dtypes.float8_e5m2, "float", torch="float8_e5m2", tf=24, st="F8_E5M2"),
-    _row("float8_e4m3fnuz", ml_dtypes.float8_e4m3fnuz, "float", torch="float8_e4m3fnuz", tf=26, st="F8_E4M3FNUZ"),
-    _row("float8_e5m2fnuz", ml_dtypes.float8_e5m2fnuz, "float", torch="float8_e5m2fnuz", tf=28, st="F8_E5M2FNUZ"),
-    _row("float8_e4m3b11fnuz", ml_dtypes.float8_e4m3b11fnuz, "float", tf=27),
-    _row("float8_e8m0fnu", ml_dtypes.float8_e8m0fnu, "float", torch="float8_e8m0fnu", st="F8_E8M0"),
-    _row("float4_e2m1fn", ml_dtypes.float4_e2m1fn, "float", tf=33),
+    _row("bfloat16", ml.bfloat16, "float", storage="BFloat16Storage", torch="bfloat16", tf=14, st="BF16"),
+    _row("float8_e4m3fn", ml.float8_e4m3fn, "float", torch="float8_e4m3fn", tf=25, st="F8_E4M3"),
+    _row("float8_e5m2", ml.float8_e5m2, "float", torch="float8_e5m2", tf=24, st="F8_E5M2"),
+    _row("float8_e4m3fnuz", ml.float8_e4m3fnuz, "float", torch="float8_e4m3fnuz", tf=26, st="F8_E4M3FNUZ"),
+    _row("float8_e5m2fnuz", ml.float8_e5m2fnuz, "float", torch="float8_e5m2fnuz", tf=28, st="F8_E5M2FNUZ"),
+    _row("float8_e4m3b11fnuz", ml.float8_e4m3b11fnuz, "float", tf=27),
+    _row("float8_e8m0fnu", ml.float8_e8m0fnu, "float", torch="float8_e8m0fnu", st="F8_E8M0"),
+    _row("float4_e2m1fn", ml.float4_e2m1fn, "float", tf=33),
     _row("float4_e2m1fn_x2", "u1", "packed", torch="float4_e2m1fn_x2"),
     _row("complex128", "<c16", "complex", swap=8, storage="ComplexDoubleStorage", torch="complex128", tf=18),
-    _row("complex64", "<c8", "complex", swap=4, storage="ComplexFloatStorage", torch="complex64", tf=8, st="C64"),
+    _row(
+        "complex64",
+        "<c8",
+        "complex",
+        swap=4,
+        storage="ComplexFloatStorage",
+        torch="complex64",
+        tf=8,
+        st="C64",
+    ),
     _row("complex32", "V4", "complex", swap=2, torch="complex32"),
     _row("int64", "<i8", "int", storage="LongStorage", torch="int64", tf=9, st="I64"),
     _row("int32", "<i4", "int", storage="IntStorage", torch="int32", tf=3, st="I32"),
@@ -89,10 +98,10 @@ ROWS: tuple[DType, ...] = (
     _row("uint64", "<u8", "uint", torch="uint64", tf=23, st="U64"),
     _row("bool", "?", "bool", storage="BoolStorage", torch="bool", tf=10, st="BOOL"),
     # One byte per element in numpy and in a bundle.
-    _row("int4", ml_dtypes.int4, "int", tf=29),
-    _row("uint4", ml_dtypes.uint4, "uint", tf=30),
-    _row("int2", ml_dtypes.int2, "int", tf=31),
-    _row("uint2", ml_dtypes.uint2, "uint", tf=32),
+    _row("int4", ml.int4, "int", tf=29),
+    _row("uint4", ml.uint4, "uint", tf=30),
+    _row("int2", ml.int2, "int", tf=31),
+    _row("uint2", ml.uint2, "uint", tf=32),
     # Quantized storages: the integers are here, the scale stands elsewhere.
     _row("qint8", "i1", "quantized", storage="QInt8Storage", torch="qint8", tf=11),
     _row("quint8", "u1", "quantized", storage="QUInt8Storage", torch="quint8", tf=12),

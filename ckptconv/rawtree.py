@@ -56,7 +56,7 @@ class Opaque:
 
     kind: str
     """What it is: `global` (a class or function, `name`), `call` (`name(*args)` and then `state`/`items`),
-    `object` (an instance of `name`), or a decoded kind of its format such as `torch.parameter`, `numpy.ndarray`."""
+    `object` (an instance of `name`), or a decoded kind of its format such as `torch.parameter`."""
     name: str = ""
     """`module.qualname` of the global that is meant."""
     args: tuple[Node, ...] = ()
@@ -71,7 +71,7 @@ class Lifted:
 
     to: tuple[str | int, ...]
     """Address in the document, see `ckptconv.document.Checkpoint.lookup`."""
-    encoding: Mapping[str, str | int | float | bool | None | tuple[int, ...]] = field(default_factory=dict)
+    encoding: Mapping[str, str | int | float | bool | tuple[int, ...] | None] = field(default_factory=dict)
     """What the address alone does not tell, e.g. `{"as": "tensor", "dtype": "float32", "plus": 1}`."""
 
 
@@ -88,7 +88,7 @@ class RawTree:
     """Name of the format."""
     root: Node
     attributes: Mapping[str, Scalar | tuple[str, ...]] = field(default_factory=dict)
-    """Facts of the container that are no content: archive name, pickle protocol, shard names, header metadata."""
+    """Facts of the container that are no content: archive name, pickle protocol, shards, header metadata."""
     note: str | None = None
     """The JSON text of the embedded note, if the container carries one."""
     location: str = ""

@@ -1,4 +1,4 @@
-"""The report of a conversion: what became of every item of the source, and what the target's code must say."""
+"""The report of a conversion: what became of every item, and what the target's code must say."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ ALLOWABLE: dict[str, str] = {
 }
 """Losses that a caller may allow by code, and what that means."""
 
-Fate = Literal["copied", "transformed", "supplied", "created", "kept-from-template", "noted", "aliased", "left"]
-"""`copied` bit for bit; `transformed` by the ops listed; `supplied` by the caller or a skeleton; `created` from a catalog
-row because the source has none; `kept-from-template` because only the target's framework has it; `noted` in the embedded
-note; `aliased` with another item; `left` behind, by the target's nature or an allowed code."""
+Fate = Literal[
+    "copied",  # bit for bit
+    "transformed",  # by the ops listed
+    "supplied",  # by the caller or a skeleton
+    "created",  # from a catalog row, because the source has none
+    "kept-from-template",  # because only the target's framework has it
+    "noted",  # in the embedded note
+    "aliased",  # with another item
+    "left",  # behind, by the target's nature or an allowed code
+]
 
 Verdict = Literal["exact", "exact-at-constant-learning-rate", "approximate", "lossy", "refused"]
 

@@ -41,9 +41,9 @@ def test_the_whole_suite_collects_at_least_so_many_tests(request: pytest.Fixture
     chosen = {
         (request.config.invocation_params.dir / a.split("::")[0]).resolve() for a in request.config.args
     }
-    whole = bool(chosen & {TESTS, TESTS.parent}) and not any(
-        (options.keyword, options.markexpr, getattr(options, "lf", False), options.deselect, options.ignore, options.ignore_glob)
-    )
+    narrowing = ("keyword", "markexpr", "lf", "deselect", "ignore", "ignore_glob")
+    narrowed = any(getattr(options, name, None) for name in narrowing)
+    whole = bool(chosen & {TESTS, TESTS.parent}) and not narrowed
     if not whole:
         pytest.skip("only a part of the suite was asked for")
     assert len(request.session.items) >= COLLECTED_FLOOR

@@ -1,4 +1,4 @@
-"""The TensorFlow dialects on the fixtures: names, roles, slots, counters, the way back. No framework needed."""
+"""The TensorFlow dialects on the fixtures: names, roles, slots, counters, the way back; no framework."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_dialect_is_found(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_variable_is_a_parameter_with_its_own_slots(case: str) -> None:
-    """Each value that the live objects held is one parameter's, and the slots beside it are that variable's."""
+    """Each value that the live objects held is one parameter's, the slots beside it are that variable's."""
     checkpoint = lifted(case)
     own = [param for param in checkpoint.params.values() if param.tied_to is None]
     assert sorted(sha(param.tensor) for param in own) == sorted(
@@ -156,7 +156,7 @@ def test_the_seed_case_says_step_9_with_its_key() -> None:
 
 
 def test_automatic_names_are_numbered_within_the_model() -> None:
-    """The template's layers are `dense_1` to `dense_4` in TensorFlow's eyes, the run's `dense` to `dense_3`."""
+    """The template's layers are `dense_1` to `dense_4` to TensorFlow, the run's `dense` to `dense_3`."""
     names = [f"dense-{i}/{leaf}" for i in range(4) for leaf in ("kernel", "bias")]
     assert list(lifted("keras3/sequential-adam").params) == names
     assert list(lifted("keras3/adam-fresh").params) == names

@@ -21,7 +21,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 BATCH, CLASSES, TOKENS, SIDE = 16, 4, 12, 4
 LEARNING_RATE = {"sgd": 0.05, "momentum": 0.02, "nesterov": 0.02, "adam": 0.01, "adamw": 0.01}
 SCALE = {"emb.weight": 0.6, "conv.weight": 0.1, "fc.weight": 0.8}
-"""Of initial weights: gradients well above epsilon, as in a real run (behind a normalization they fall with it)."""
+"""Of initial weights: gradients well above epsilon, as in a real run (behind a norm they fall with it)."""
 EPSILON, WEIGHT_DECAY = 1e-7, 0.05
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -53,7 +53,7 @@ def initial(model: str, seed: int) -> dict[str, Array]:
     }[model]
     rng = np.random.default_rng(seed)
     return {
-        name: (rng.normal(size=shape) * SCALE.get(name, 0.4) + (1.0 if name == "bn.weight" else 0.0)).astype("f4")
+        name: (rng.normal(size=shape) * SCALE.get(name, 0.4) + float(name == "bn.weight")).astype("f4")
         for name, shape in shapes.items()
     }
 
@@ -227,7 +227,8 @@ def keras_side(kind: str, model_name: str, optimizer_name: str, seed: int) -> Si
         result = {}
         for name, variable in variables.items():
             value = variable.numpy().copy()
-            result[name] = value.transpose(layout[value.ndim]) if value.ndim in layout and name != "emb.weight" else value
+            turned = value.ndim in layout and name != "emb.weight"
+            result[name] = value.transpose(layout[value.ndim]) if turned else value
         return result
 
     def state() -> Any:
@@ -241,7 +242,7 @@ def keras_side(kind: str, model_name: str, optimizer_name: str, seed: int) -> Si
                 variable.assign(tf.zeros_like(variable))
             return
         skip = 2 if kind == "keras3" else 1
-        for variable in list(optimizer.variables if kind == "keras3" else optimizer.variables)[skip:]:
+        for variable in list(optimizer.variables)[skip:]:
             if variable.shape.rank if hasattr(variable.shape, "rank") else len(variable.shape):
                 variable.assign(tf.zeros(variable.shape))
 
