@@ -1,6 +1,29 @@
 """Live Keras objects: `describe`, `capture`, `restore`; what the lines of a report call."""
 
 from ckptconv.adapters.keras import capture, describe, restore
+from ckptconv.adapters.keras_exact import (
+    corrected_epsilon,
+    coupled_decay,
+    densified,
+    gradient_momentum,
+    momentum_decay,
+    outside_epsilon,
+)
 from ckptconv.adapters.keras_schedules import chained, one_cycle, resumed, sequential, table
 
-__all__ = ["capture", "chained", "describe", "one_cycle", "restore", "resumed", "sequential", "table"]
+__all__ = [
+    "capture",
+    "chained",
+    "corrected_epsilon",
+    "coupled_decay",
+    "densified",
+    "describe",
+    "gradient_momentum",
+    "momentum_decay",
+    "one_cycle",
+    "outside_epsilon",
+    "restore",
+    "resumed",
+    "sequential",
+    "table",
+]

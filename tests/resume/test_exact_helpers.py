@@ -1,0 +1,345 @@
+"""A converted state restored into a helper-built optimizer goes on exactly; in a stock one it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("tensorflow")
+pytest.importorskip("tf_keras")
+
+import keras
+import tensorflow as tf
+import torch
+
+import ckptconv
+from ckptconv.document import Value
+from ckptconv.errors import CkptError
+from tests.parity.matrix import difference
+from tests.parity.sides import KerasSide, Side, TorchSide, rounded, side
+
+STEPS, EXACT = 20, 1e-10
+Hypers = Mapping[str, Value]
+Wrap = Callable[[Any], Any]
+Rates = Callable[[int], float]
+
+
+def wrapped(one: Side, wrap: Wrap) -> Side:
+    """The side with its optimizer made anew by a helper."""
+    if isinstance(one, TorchSide):
+        one.optimizer = wrap(one.optimizer)
+        return one
+    assert isinstance(one, KerasSide)
+    one.optimizer = wrap(type(one.optimizer).from_config(one.optimizer.get_config()))
+    one.optimizer.build(one.model.trainable_variables)
+    return one
+
+
+def set_rate(one: Side, rate: float) -> None:
+    if isinstance(one, TorchSide):
+        for group in one.optimizer.param_groups:
+            group["lr"] = rate
+    elif float(one.optimizer.learning_rate) != rate:  # type: ignore[attr-defined]
+        one.optimizer.learning_rate = rate  # type: ignore[attr-defined]
+
+
+def train(one: Side, first: int, rates: Rates | None) -> None:
+    """`STEPS` updates; with rates, the one of the next update is set after each, as a scheduler does."""
+    if rates is None:
+        one.train(first, STEPS)
+        return
+    for number in range(first, first + STEPS):
+        set_rate(one, rates(number))
+        one.train(number, 1)
+    set_rate(one, rates(first + STEPS))
+
+
+def resumed(
+    place: Path,
+    source: str,
+    target: str,
+    algorithm: str,
+    hypers: Hypers,
+    wrap: Wrap | None,
+    *,
+    model: str = "mlp",
+    source_wrap: Wrap | None = None,
+    target_hypers: Hypers | None = None,
+    rates: Rates | None = None,
+    allow: tuple[str, ...] = (),
+) -> tuple[float, ckptconv.Report]:
+    """Difference at the end of a run that crossed, and what the report said."""
+    run = side(source, model, algorithm, hypers, seed=1, dtype="float64")
+    run = wrapped(run, source_wrap) if source_wrap else run
+    train(run, 0, rates)
+    switch = run.weights()
+    (place / "a").mkdir(parents=True, exist_ok=True)
+    saved = run.save(place / "a")
+    train(run, STEPS, rates)
+    theirs = hypers if target_hypers is None else target_hypers
+    template = side(target, model, algorithm, theirs, seed=2, dtype="float64").save(place)
+    out = place / ("out.pt" if target == "torch" else "out-1")
+    told = (
+        {} if source == "torch" else {n: str(rounded(v)) for n, v in hypers.items() if n != "learning_rate"}
+    )
+    told = {name: value.lower() if value in ("True", "False") else value for name, value in told.items()}
+    if algorithm == "sgd" and source == "torch":
+        told["step"] = str(STEPS)
+    report = ckptconv.convert(saved, out, template=template, set_=told, allow=allow, force=True)
+    other = side(target, model, algorithm, theirs, seed=3, dtype="float64")
+    other = wrapped(other, wrap) if wrap else other
+    other.restore(out)
+    train(other, STEPS, rates)
+    return difference(other.weights(), run.weights(), switch), report
+
+
+ADAM = {"learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-3}
+RMSPROP = {"learning_rate": 0.005, "rho": 0.9, "epsilon": 1e-2, "momentum": 0.0, "centered": False}
+SGD = {"learning_rate": 0.02, "momentum": 0.9, "nesterov": False}
+EPSILON = float(np.float32(1e-3))
+WIDE = float(np.float32(1e-2))
+
+
+def both(place: Path, *args: Any, wrap: Wrap, **more: Any) -> None:
+    """With the helper exact, without it clearly not."""
+    exact, _ = resumed(place / "exact", *args, wrap, **more)
+    stock, _ = resumed(place / "stock", *args, None, **more)
+    assert exact < EXACT
+    assert stock > 1e-3
+
+
+def test_adam_in_keras_with_the_corrected_epsilon(tmp_path: Path) -> None:
+    both(
+        tmp_path, "torch", "keras3", "adam", ADAM, wrap=lambda o: ckptconv.keras.corrected_epsilon(o, EPSILON)
+    )
+
+
+def test_adam_in_torch_with_the_raw_epsilon(tmp_path: Path) -> None:
+    both(tmp_path, "keras3", "torch", "adam", ADAM, wrap=lambda o: ckptconv.pytorch.raw_epsilon(o, EPSILON))
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_rmsprop_in_keras_with_epsilon_outside(tmp_path: Path, momentum: float, centered: bool) -> None:
+    hypers = {**RMSPROP, "momentum": momentum, "centered": centered}
+    both(
+        tmp_path, "torch", "keras3", "rmsprop", hypers, wrap=lambda o: ckptconv.keras.outside_epsilon(o, WIDE)
+    )
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_rmsprop_in_torch_with_epsilon_inside(tmp_path: Path, momentum: float, centered: bool) -> None:
+    hypers = {**RMSPROP, "momentum": momentum, "centered": centered, "epsilon": 1e-4}
+    epsilon = float(np.float32(1e-4))
+    both(
+        tmp_path,
+        "keras3",
+        "torch",
+        "rmsprop",
+        hypers,
+        wrap=lambda o: ckptconv.pytorch.inside_epsilon(o, epsilon),
+    )
+
+
+def test_nadam_in_keras_with_a_momentum_decay(tmp_path: Path) -> None:
+    hypers = {**ADAM, "epsilon": 1e-7, "momentum_decay": 0.004}
+    psi = float(np.float32(0.004))
+    args = ("torch", "keras3", "nadam", hypers)
+    allow = ("hyperparameter-unsupported",)
+    exact, _ = resumed(
+        tmp_path / "exact", *args, lambda o: ckptconv.keras.momentum_decay(o, psi), allow=allow
+    )
+    stock, _ = resumed(tmp_path / "stock", *args, None, allow=allow)
+    assert exact < 1e-7, "torch keeps the product of the momenta in float32"
+    assert stock > 1e-3
+    exact, _ = resumed(
+        tmp_path / "wide",
+        *args,
+        lambda o: ckptconv.keras.momentum_decay(o, psi),
+        source_wrap=lambda o: wide_product(o, psi),
+        allow=allow,
+    )
+    assert exact < EXACT
+
+
+def wide_product(optimizer: Any, psi: float) -> Any:
+    """torch's NAdam with its product of momenta in float64."""
+
+    def after(optimizer: Any, *_: object) -> None:
+        for parameter, state in optimizer.state.items():
+            if state["mu_product"].dtype == torch.float32:
+                (beta_1, _), step = optimizer.param_groups[0]["betas"], int(state["step"])
+                assert step == 1
+                first = beta_1 * (1 - 0.5 * 0.96 ** (psi * step))
+                optimizer.state[parameter]["mu_product"] = torch.tensor(first, dtype=torch.float64)
+
+    optimizer.register_step_post_hook(after)
+    return optimizer
+
+
+def falling(number: int) -> float:
+    return float(np.float32(0.02 * 0.95**number))
+
+
+def test_momentum_sgd_in_keras_follows_the_rate(tmp_path: Path) -> None:
+    both(tmp_path, "torch", "keras3", "sgd", SGD, wrap=ckptconv.keras.gradient_momentum, rates=falling)
+
+
+def test_nesterov_in_keras_follows_the_rate(tmp_path: Path) -> None:
+    hypers = {**SGD, "nesterov": True}
+    both(tmp_path, "torch", "keras3", "sgd", hypers, wrap=ckptconv.keras.gradient_momentum, rates=falling)
+
+
+def test_momentum_sgd_in_torch_follows_the_velocity(tmp_path: Path) -> None:
+    both(tmp_path, "keras3", "torch", "sgd", SGD, wrap=ckptconv.pytorch.velocity_momentum, rates=falling)
+
+
+def test_what_a_helper_writes_goes_back(tmp_path: Path) -> None:
+    """Its buffer is that of the next rate, which is what a converter takes it for."""
+    exact, _ = resumed(
+        tmp_path,
+        "keras3",
+        "torch",
+        "sgd",
+        SGD,
+        None,
+        source_wrap=ckptconv.keras.gradient_momentum,
+        rates=falling,
+    )
+    assert exact < EXACT
+    exact, _ = resumed(
+        tmp_path / "2", "torch", "keras3", "sgd", SGD, None,
+        source_wrap=ckptconv.pytorch.velocity_momentum, rates=falling,
+    )  # fmt: skip
+    assert exact < EXACT
+
+
+def test_a_coupled_decay_in_keras(tmp_path: Path) -> None:
+    hypers = {**ADAM, "epsilon": 1e-3, "weight_decay": 0.05}
+    decay = float(np.float32(0.05))
+    both(
+        tmp_path, "torch", "keras3", "adam", hypers,
+        wrap=lambda o: ckptconv.keras.corrected_epsilon(ckptconv.keras.coupled_decay(o, decay), EPSILON),
+        target_hypers=ADAM, allow=("form-mismatch",),
+    )  # fmt: skip
+
+
+def test_a_decay_reaches_the_moments_in_any_order(tmp_path: Path) -> None:
+    hypers = {**RMSPROP, "weight_decay": 0.05}
+    decay = float(np.float32(0.05))
+    both(
+        tmp_path, "torch", "keras3", "rmsprop", hypers,
+        wrap=lambda o: ckptconv.keras.coupled_decay(ckptconv.keras.outside_epsilon(o, WIDE), decay),
+        target_hypers=RMSPROP, allow=("form-mismatch",),
+    )  # fmt: skip
+
+
+def test_a_decoupled_decay_in_torch(tmp_path: Path) -> None:
+    hypers = {**SGD, "weight_decay": 0.05}
+    decay = float(np.float32(0.05))
+    both(
+        tmp_path, "keras3", "torch", "sgd", hypers,
+        wrap=lambda o: ckptconv.pytorch.decoupled_decay(o, decay),
+        target_hypers=SGD, allow=("form-mismatch",),
+    )  # fmt: skip
+
+
+def test_a_schedule_moves_the_buffer_in_keras() -> None:
+    """In a compiled function, against PyTorch's recursion written out."""
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.5, 0.25, 0.125])
+    weight = tf.Variable(1.0, dtype="float64")
+    variable = keras.Variable(1.0, dtype="float64")
+    optimizer = ckptconv.keras.gradient_momentum(keras.optimizers.SGD(schedule, momentum=0.5))
+    optimizer.build([variable])
+    update = tf.function(lambda g: optimizer.apply([g], [variable]))
+    buffer = 0.0
+    expected = float(weight)
+    for number in range(6):
+        gradient = 0.1 * (number + 1)
+        buffer = 0.5 * buffer + gradient
+        expected -= float(schedule(number)) * buffer
+        update(tf.constant(gradient, "float64"))
+        assert float(optimizer.momentums[0]) == pytest.approx(
+            -float(schedule(number + 1)) * buffer, rel=1e-12
+        )
+    assert float(variable) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_repeated_tokens_are_summed_before_they_are_squared(compiled: bool) -> None:
+    def second_moment(wrap: Wrap) -> float:
+        embedding = keras.layers.Embedding(3, 1)
+        embedding.build()
+        (table,) = embedding.trainable_variables
+        optimizer = wrap(keras.optimizers.Adam(0.1, beta_2=0.5))
+        optimizer.build([table])
+
+        def update() -> None:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(embedding(tf.constant([1, 1])))
+            optimizer.apply(tape.gradient(loss, [table]), [table])
+
+        (tf.function(update) if compiled else update)()
+        return float(optimizer._velocities[0][1, 0])
+
+    assert second_moment(ckptconv.keras.densified) == pytest.approx(0.5 * 2.0**2)
+    assert second_moment(lambda o: o) == pytest.approx(0.5 * (1 + 1)), "Keras has mended it: drop the helper"
+
+
+def test_helpers_refuse_what_they_do_not_fit() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    built = keras.optimizers.Adam()
+    built.build([keras.Variable(1.0)])
+    sgd = torch.optim.SGD([parameter], lr=0.1)
+    for call in (
+        lambda: ckptconv.keras.corrected_epsilon(keras.optimizers.SGD(), 1e-8),
+        lambda: ckptconv.keras.corrected_epsilon(built, 1e-8),
+        lambda: ckptconv.keras.densified(object()),
+        lambda: ckptconv.keras.coupled_decay(keras.optimizers.AdamW(weight_decay=0.1), 0.1),
+        lambda: ckptconv.pytorch.raw_epsilon(sgd, 1e-8),
+        lambda: ckptconv.pytorch.inside_epsilon(sgd, 1e-8),
+    ):
+        with pytest.raises(CkptError) as caught:
+            call()
+        assert caught.value.problems[0].code == "unsupported-feature"
+        assert caught.value.problems[0].loc[0] == "optimizer"
+    for call in (
+        lambda: ckptconv.keras.outside_epsilon(keras.optimizers.RMSprop(), -1.0),
+        lambda: ckptconv.pytorch.decoupled_decay(sgd, float("nan")),
+    ):
+        with pytest.raises(CkptError) as caught:
+            call()
+        assert caught.value.problems[0].code == "usage"
+
+
+def test_a_rate_of_0_loses_the_buffer_and_is_an_error() -> None:
+    variable = keras.Variable(1.0)
+    optimizer = ckptconv.keras.gradient_momentum(keras.optimizers.SGD(0.1, momentum=0.9))
+    optimizer.build([variable])
+    with pytest.raises(CkptError) as caught:
+        optimizer.learning_rate = 0.0
+    assert caught.value.problems[0].loc == ("optimizer", "learning_rate")
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    sgd = ckptconv.pytorch.velocity_momentum(torch.optim.SGD([parameter], lr=0.1, momentum=0.9))
+    sgd.param_groups[0]["lr"] = 0.0
+    with pytest.raises(CkptError) as caught:
+        sgd.step()
+    assert caught.value.problems[0].loc == ("optimizer", "param_groups", 0, "lr")
+
+
+def test_unequal_steps_have_no_one_epsilon() -> None:
+    one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    adam = ckptconv.pytorch.raw_epsilon(torch.optim.Adam([one, other], eps=1e-3), 1e-3)
+    one.grad = torch.ones(2)
+    adam.step()
+    assert adam.param_groups[0]["eps"] == 1e-3
+    other.grad = torch.ones(2)
+    with pytest.raises(CkptError) as caught:
+        adam.step()
+    assert caught.value.problems[0].code == "unequal-steps"
