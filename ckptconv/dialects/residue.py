@@ -169,8 +169,9 @@ def fill(root: Node, checkpoint: Checkpoint) -> Node:
 def _settle(value: TensorRef | Value, lifted: Lifted, checkpoint: Checkpoint, path: Path) -> Node:
     """What a place holds whose counting convention the file does not tell (`{"raw": n}`).
 
-    The document's value is one of the readings `n` and `n + 1`, or still unknown between them: the place
-    keeps what it has. Raises: progress-unknown where the document is of another run and knows nothing;
+    The document's value is one of the readings `n` and `n + 1` (`{"low": m}`: `m` and `m + 1`), or still
+    unknown between them: the place keeps what it has.
+    Raises: progress-unknown where the document is of another run and knows nothing;
     residue-stale where a new value cannot be written without the convention.
     """
     raw = lifted.encoding["raw"]
@@ -178,7 +179,9 @@ def _settle(value: TensorRef | Value, lifted: Lifted, checkpoint: Checkpoint, pa
     name = str(lifted.to[-1])
     fact = getattr(checkpoint.progress, name, None) if lifted.to[0] == "progress" else None
     readings = {c.value for c in fact.candidates} if isinstance(fact, Unknown) else set()
-    if isinstance(raw, (int, float)) and (value in (raw, raw + 1) or (value is None and raw in readings)):
+    low = lifted.encoding.get("low", raw)
+    fits = isinstance(low, (int, float)) and value in (low, low + 1)
+    if isinstance(raw, (int, float)) and (fits or (value is None and raw in readings)):
         return encode(raw, Lifted(to=lifted.to, encoding={**lifted.encoding, "plus": 0}))
     if value is None:
         raise MappingError.of(

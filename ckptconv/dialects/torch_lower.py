@@ -32,7 +32,7 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     `root`: the residue that will be filled. Raises: progress-conflict, residue-stale.
     """
     edits: dict[str, tuple[int, int]] = {}
-    stood = {} if is_carried(checkpoint, root) else _steps_at_lift(root)
+    stood = {} if is_carried(checkpoint, root) else steps_at_lift(root)
     shared = _shared_step(checkpoint)
     optimizers = []
     for optimizer in checkpoint.optimizers:
@@ -103,12 +103,12 @@ def is_carried(checkpoint: Checkpoint, root: Node) -> bool:
     return note is not None and not (isinstance(root, DictNode) and root.get(KEY) == note)
 
 
-def _steps_at_lift(root: Node) -> dict[str, int]:
+def steps_at_lift(root: Node) -> dict[str, int]:
     """Optimizer -> its step when the residue was taken."""
     steps: dict[str, int] = {}
     for _, lifted in places(root):
         was = lifted.encoding.get("was")
-        if lifted.to[0] == "param_step" and isinstance(was, int):
+        if lifted.to[0] in ("param_step", "step") and isinstance(was, int):
             name = str(lifted.to[1])
             steps[name] = max(was, steps.get(name, 0))
     return steps
@@ -169,7 +169,8 @@ def _refuse_stale(
             case ("position", str(name)) if name not in positions and lifted.encoding.get("plus") is None:
                 schedule = checkpoint.schedule(name)
                 fact = schedule.position
-                if schedule.optimizer in edits and isinstance(fact, Known) and fact.status != "supplied":
+                follows = schedule.optimizer in edits and schedule.unit != "epoch"
+                if follows and isinstance(fact, Known) and fact.status != "supplied":
                     problems.append(_stale(path, fact.value, f"the position of schedule '{name}'"))
             case ("progress", "micro_steps") if isinstance(checkpoint.progress.micro_steps, Unknown):
                 problems.append(_stale(path, lifted.encoding.get("raw"), "a counter that is not the step"))

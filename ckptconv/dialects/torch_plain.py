@@ -127,21 +127,8 @@ class Plain:
                 loc=("residue",),
             )
         settled = settle(checkpoint, root)
-        paths = _survey(root).optimizers
-        problems: list[CkptError] = []
-        for path, name in zip(paths, _unit_names(paths, "optimizer"), strict=True):
-            try:
-                root = _rebuilt(root, path, settled.optimizer(name))
-            except KeyError:
-                continue  # fill() names every value that the document lacks
-            except CkptError as error:
-                problems.append(error)
-        if problems:
-            raise MappingError(*(problem for error in problems for problem in error.problems))
-        filled = with_layouts(fill(root, settled), root)
-        assert isinstance(filled, DictNode)
-        noted = with_note(filled, note_of(settled, root))
-        return RawTree(format=self.format, root=noted, attributes=residue.attributes)
+        filled = filled_with(root, _survey(root).optimizers, settled)
+        return RawTree(format=self.format, root=filled, attributes=residue.attributes)
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
         """None: an optimizer that was never stepped has its groups."""
@@ -164,14 +151,16 @@ class Plain:
         return "\n".join(lines)
 
 
-def provenance(raw: RawTree, dialect: str, evidence: Detection | None) -> Provenance:
+def provenance(
+    raw: RawTree, dialect: str, evidence: Detection | None, *, producer: str = "PyTorch"
+) -> Provenance:
     """What a PyTorch file tells of its origin."""
     return Provenance(
         format=raw.format,
         dialect=dialect,
         evidence=evidence.evidence if evidence is not None else "",
         source=PurePath(raw.location).name,
-        producer="PyTorch",
+        producer=producer,
     )
 
 
@@ -255,7 +244,7 @@ def _lift_optimizers(
 ) -> tuple[tuple[Optimizer, ...], tuple[str, ...]]:
     optimizers: list[Optimizer] = []
     oddities: list[str] = []
-    for path, name in zip(paths, _unit_names(paths, "optimizer"), strict=True):
+    for path, name in zip(paths, unit_names(paths, "optimizer"), strict=True):
         mine = [m for m in modules if len(modules) > 1 and _same_owner(m.key, path)] or list(modules)
         raw_names = {raw: param for m in mine for raw, param in m.raw_names.items()}
         sets: list[Mapping[str, Param]] = [m.params for m in mine]
@@ -274,7 +263,7 @@ def _lift_schedules(
 ) -> tuple[tuple[Schedule, ...], tuple[str, ...]]:
     schedules: list[Schedule] = []
     oddities: list[str] = []
-    for path, name in zip(paths, _unit_names(paths, "scheduler"), strict=True):
+    for path, name in zip(paths, unit_names(paths, "scheduler"), strict=True):
         node = at(root, path)
         assert isinstance(node, DictNode)
         owners = [o for o in optimizers if len(optimizers) == 1 or _same_owner((o.name,), path)]
@@ -284,7 +273,7 @@ def _lift_schedules(
     return tuple(schedules), tuple(oddities)
 
 
-def _unit_names(paths: tuple[Path, ...], only: str) -> tuple[str, ...]:
+def unit_names(paths: tuple[Path, ...], only: str) -> tuple[str, ...]:
     """The name of the only one, or each one's own."""
     return (only,) if len(paths) == 1 else tuple(dotted(path) for path in paths)
 
@@ -330,6 +319,26 @@ def _library(name: str, tensors: tuple[str, ...], extras: Mapping[str, TensorRef
             return library
     lengths = {extras[t].spec.nbytes for t in tensors}
     return "torch-cpu" if lengths == {torch_keys.TORCH_CPU_RNG_NBYTES} else "unknown"
+
+
+def filled_with(root: DictNode, paths: tuple[Path, ...], settled: Checkpoint) -> DictNode:
+    """A residue with the values and the note of a document; `paths`: where its optimizers stand.
+
+    Raises: what `rebuild_state` and `fill` raise, all at once.
+    """
+    problems: list[CkptError] = []
+    for path, name in zip(paths, unit_names(paths, "optimizer"), strict=True):
+        try:
+            root = _rebuilt(root, path, settled.optimizer(name))
+        except KeyError:
+            continue  # fill() names every value that the document lacks
+        except CkptError as error:
+            problems.append(error)
+    if problems:
+        raise MappingError(*(problem for error in problems for problem in error.problems))
+    filled = with_layouts(fill(root, settled), root)
+    assert isinstance(filled, DictNode)
+    return with_note(filled, note_of(settled, root))
 
 
 def _rebuilt(root: DictNode, path: Path, optimizer: Optimizer) -> DictNode:
