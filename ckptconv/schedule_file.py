@@ -28,6 +28,10 @@ def in_file(
         raise NotExpressibleError("where it stands is not known")
     if origin.unit == "micro-step":
         raise NotExpressibleError("it counts backward passes; how many make an update is not recorded")
+    if "unknown" not in (origin.unit, target.unit) and origin.unit != target.unit:
+        raise NotExpressibleError(
+            f"it counts {origin.unit}s, the target's loop steps it by the {target.unit}"
+        )
     if native and _same_state(origin, target):
         made = replace(target, position=origin.position, unit=origin.unit, parameters=dict(origin.parameters))
         if target.family == "lambda":

@@ -348,6 +348,14 @@ def test_keras_and_back_onto_another_run(tmp_path: Path) -> None:
                 assert tensor.read().tobytes() == checkpoint.optimizers[0].slots[slot][name].read().tobytes()
 
 
+def test_a_schedule_of_updates_does_not_go_into_one_of_epochs(tmp_path: Path) -> None:
+    source, template = LIGHTNING / "mid-epoch" / "run.ckpt", LIGHTNING / "after-fit" / "run.ckpt"
+    problems = refused_here("convert", source, tmp_path / "run.ckpt", "--template", template)
+    assert [(problem["code"], tuple(problem["loc"])) for problem in problems] == [
+        ("schedule-unsupported", ("schedules", "scheduler"))
+    ]
+
+
 def test_a_run_that_tells_no_batches_cannot_fill_the_loops(tmp_path: Path) -> None:
     source = FIXTURES / "keras3" / "lightning-net" / "artifact" / "ckpt-1"
     problems = refused_here(
