@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -54,6 +55,37 @@ def by_name(sources: Sequence[Module], targets: Sequence[Module], fits: Fits) ->
     if all(may_be_left(module) for module in (*left_s, *left_t)):
         return chosen
     return {j: i for j, i in chosen.items() if not any(part.isdecimal() for part in names[j])}
+
+
+def by_shape(
+    sources: Sequence[Module], targets: Sequence[Module], anchors: Mapping[int, int], made: Fits
+) -> dict[int, int] | Problem:
+    """Assign modules where a side has no order of declaration: each must fit one of the other side alone."""
+    taken = set(anchors.values())
+    rest = [i for i, module in enumerate(sources) if i not in taken and not module.is_alias]
+    chosen = dict(anchors)
+    for j, target in enumerate(targets):
+        if j in anchors or target.is_alias:
+            continue
+        fitting = [i for i in rest if made(i, j) is not None]
+        rivals = [k for k in range(len(targets)) if k not in anchors and k != j and not targets[k].is_alias]
+        if len(fitting) == 1 and not any(made(fitting[0], k) is not None for k in rivals):
+            chosen[j] = fitting[0]
+        elif not may_be_left(target):
+            return Problem(
+                code="order-ambiguous" if fitting else "param-unmatched",
+                loc=("params", target.params[0].name),
+                message=f"{len(fitting)} modules of the source fit '{target.label}' {_shapes(target)} of the "
+                "template, and variables of TensorFlow 1 have no order in their file",
+                hint="Give both sides the same module names.",
+            )
+    return chosen
+
+
+def is_counted(modules: Sequence[Module]) -> bool:
+    """Whether the names tell the order: all of them are one name with a counter (`dense`, `dense_1`)."""
+    stems = {(*module.name[:-1], re.sub(r"_\d+$", "", module.name[-1])) for module in modules if module.name}
+    return len(stems) == 1
 
 
 def by_order(

@@ -6,7 +6,8 @@ operations fit and nothing declares which, that is a problem and not a guess.
 
 What is matched by order is taken in the order of declaration on both sides. Two models that declare layers of
 equal shape in different orders, and do not name them alike, cannot be told from two that agree: the report
-says `matched by structure` of every such parameter.
+says `matched by structure` of every such parameter. A file of TensorFlow 1 has no order of declaration:
+there, what names and counters in names do not match has to fit one partner alone.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptconv.alignment import Fits, by_name, by_order, fits_of
+from ckptconv.alignment import Fits, by_name, by_order, by_shape, fits_of, is_counted
 from ckptconv.catalog import layers
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Problem
 from ckptconv.fitting import Module, may_be_left, modules
 from ckptconv.ties import Merge, NameEvidence, Pair, tie_problem, tied, untied
+
+_UNORDERED = frozenset({"tf1"})
+"""Frameworks whose files do not keep the order in which the model declares its variables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +54,11 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
     named = frozenset(chosen)
     problems: list[Problem] = []
     if not all(may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
-        found = by_order(sources, targets, chosen, fits)
+        unordered = any(
+            framework in _UNORDERED and not is_counted(side)
+            for framework, side in zip(frameworks, (sources, targets), strict=True)
+        )
+        found = (by_shape if unordered else by_order)(sources, targets, chosen, fits)
         if isinstance(found, Problem):
             # Not one partner is known: leaving all behind is no loss that a caller may allow.
             if found.code == "param-unmatched" and not chosen:

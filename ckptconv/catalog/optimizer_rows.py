@@ -16,6 +16,9 @@ from ckptconv.catalog.transitions import transitions
 from ckptconv.document import Value
 
 FRAMEWORKS = ("torch", "keras3", "tf_keras", "tf_keras_legacy")
+"""Columns of which each has every direction to and from every other stated in the tables of directions."""
+COLUMNS = (*FRAMEWORKS, "tf1")
+"""All columns; `tf1` is `tf.compat.v1.train`, whose files name no class and hold no hyperparameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +172,7 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
     transitions(record)
     rows = {}
     for framework, entry in record.records("frameworks"):
-        if framework not in FRAMEWORKS:
+        if framework not in COLUMNS:
             raise ValueError(f"{entry.where}: unknown framework")
         row = replace(_row(entry, name, family, framework, inits, neutral), settled=frozenset(settled))
         if not set(row.hyperparameters) <= known or not {*row.slots, *row.scalars} <= set(inits):

@@ -165,7 +165,7 @@ def _settled(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     if len(checkpoint.optimizers) != 1 or not read:
         return checkpoint
     optimizer = checkpoint.optimizers[0]
-    step = _agreed(optimizer.step, checkpoint.progress.step, read.get(optimizer.name))
+    step = agreed(optimizer.step, checkpoint.progress.step, read.get(optimizer.name))
     return replace(
         checkpoint,
         optimizers=(replace(optimizer, step=step),),
@@ -173,7 +173,7 @@ def _settled(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     )
 
 
-def _agreed(own: Fact, progress: Fact, was: object) -> Fact:
+def agreed(own: Fact, progress: Fact, was: object) -> Fact:
     """The optimizer's and the run's step made one: the edited one wins."""
     mine, theirs = value_of(own), value_of(progress)
     if theirs is None or mine == theirs:
