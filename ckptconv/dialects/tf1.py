@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ckptconv.catalog.optimizers import row, with_form
 from ckptconv.dialects.base import Detection, register
@@ -122,12 +122,12 @@ class _Lifting:
         progress = Progress(step=self._step(run, optimizers))
         if names.averages:
             self.oddities.append(
-                f"{len(names.averages)} moving averages of variables ({names.averages[0]}) stay as extra arrays"
+                f"{len(names.averages)} moving averages of variables ({names.averages[0]}) stay extra arrays"
             )
         for name, count in names.foreign.items():
             self.oddities.append(
-                f"{count} variables have one of their shape called '{name}' beside them: slots of an optimizer "
-                "that the name does not tell; they stay as extra arrays"
+                f"{count} variables have one of their shape called '{name}' beside them: slots of an "
+                "optimizer that the name does not tell; they stay as extra arrays"
             )
         extras = {key: tensor for key, tensor in self.tensors.items() if not self.lifter.has((key,))}
         for key in extras:

@@ -29,8 +29,8 @@ def lower(checkpoint: Checkpoint, dialect: str) -> RawTree:
         raise MappingError.of(
             "template-required",
             "a name-based bundle takes its variables' names from a checkpoint of the model's graph",
-            "Build the graph with tf.compat.v1, initialize it, save it once with tf.compat.v1.train.Saver, and "
-            "pass that file as --template.",
+            "Build the graph with tf.compat.v1, initialize it, save it once with tf.compat.v1.train.Saver, "
+            "and pass that file as --template.",
             loc=("residue",),
         )
     if residue.dialect != dialect:
