@@ -1,4 +1,4 @@
-"""TensorFlow 1: checkpoints of `tf.compat.v1.train.Saver` and Estimators, named by variables, without a graph.
+"""TensorFlow 1: checkpoints of `tf.compat.v1.train.Saver` and Estimators, by variable name, without a graph.
 
 What each key is, is in `tf1_names`; what a layer is, in `tf1_layers`. The step is `global_step` where there
 is one, else it follows from Adam's powers (`beta_powers`); the powers are rewritten with the step. Learning
@@ -259,7 +259,7 @@ class _Lifting:
             return own
         if isinstance(own, Known) and own.value != run.value:
             self.oddities.append(
-                f"'{self.names.global_step}' is {run.value}, Adam's powers tell {own.value} updates of its own"
+                f"'{self.names.global_step}' is {run.value}, Adam's powers tell {own.value} of its own"
             )
             return own
         seen = {c.value for c in own.candidates} if isinstance(own, Unknown) else set()
