@@ -1,4 +1,9 @@
-"""Which files a TensorFlow checkpoint is: from a prefix, one of its files, or the directory it stands in."""
+"""Which files a TensorFlow checkpoint is: from a prefix, one of its files, or the directory it stands in.
+
+Of several checkpoints in a directory the state file names the newest; where it is missing or names one that is
+gone, the number at the end of their common name does, and how it was chosen is said. A SavedModel means its
+`variables/variables`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,11 @@ from ckptconv.formats.checkpoint_state import STATE_FILE, base_name, read_state
 from ckptconv.formats.sstable import MAGIC
 
 INDEX_SUFFIX = ".index"
+_SAVED_MODEL = "saved_model.pb"
+_VARIABLES = "variables"
 _SHARD_SUFFIX = re.compile(r"\.data-\d{5,}-of-\d{5,}$")
+
+_NUMBERED = re.compile(r"(.*-)(\d{1,18})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +89,25 @@ def locate(path: Path) -> Located:
     )
 
 
+def _highest(names: list[str]) -> str | None:
+    """Of checkpoints of one name that end with different numbers, the one with the highest."""
+    found = [_NUMBERED.fullmatch(name) for name in names]
+    matches = [match for match in found if match is not None]
+    numbers = {int(match[2]): match[0] for match in matches}
+    if len(numbers) != len(names) or len({match[1] for match in matches}) != 1:
+        return None
+    return numbers[max(numbers)]
+
+
+def saved_model_prefix(directory: Path) -> Path | None:
+    """The prefix of a SavedModel's variables; None of any other directory."""
+    return directory / _VARIABLES / _VARIABLES if (directory / _SAVED_MODEL).is_file() else None
+
+
 def _in_directory(directory: Path) -> Located:
+    prefix = saved_model_prefix(directory)
+    if prefix is not None and index_path(prefix).is_file():
+        return Located(prefix=prefix, why=f"the variables of the SavedModel ('{_SAVED_MODEL}')")
     state, found = read_state(directory), indexes(directory)
     names = [path.name.removesuffix(INDEX_SUFFIX) for path in found]
     if state is not None:
@@ -91,6 +118,11 @@ def _in_directory(directory: Path) -> Located:
     if len(names) == 1:
         absent = "no state file" if state is None else f"'{state.newest}' is gone"
         return Located(prefix=directory / names[0], why=f"the only one in the directory ({absent})")
+    if (numbered := _highest(names)) is not None:
+        told = "no state file" if state is None else f"'{state.newest}', which it names, is gone"
+        return Located(
+            prefix=directory / numbered, why=f"the highest number of {len(names)} in the directory ({told})"
+        )
     if names:
         raise FormatError.of(
             "usage",

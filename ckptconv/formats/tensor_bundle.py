@@ -37,6 +37,7 @@ from ckptconv.formats.bundle_path import (
     indexes,
     locate,
     prefix_of,
+    saved_model_prefix,
     shard_name,
 )
 from ckptconv.formats.bundle_read import Reading
@@ -61,7 +62,8 @@ class TensorBundle:
         """A prefix (also where only data are left), one of its files, or a directory with an index."""
         try:
             if path.is_dir() and not index_path(path).is_file():
-                return bool(indexes(path))
+                saved = saved_model_prefix(path)
+                return bool(indexes(path)) or (saved is not None and has_magic(index_path(saved)))
             prefix = prefix_of(path)
             return has_magic(index_path(prefix)) or has_shard(prefix)
         except OSError:

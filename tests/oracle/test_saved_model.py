@@ -1,0 +1,101 @@
+"""SavedModels and directories of several checkpoints, against what TensorFlow reads from the same files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+tf = pytest.importorskip("tensorflow")
+
+import ckptconv  # noqa: E402
+from ckptconv.detect import read_raw  # noqa: E402
+from ckptconv.document import Checkpoint, value_of  # noqa: E402
+from ckptconv.errors import CkptError  # noqa: E402
+
+RUN = Path(__file__).resolve().parents[2] / "fixtures/tf1/adam-global-step/artifact"
+
+
+def held(document: Checkpoint, array: Any) -> bool:
+    """Whether a parameter is bit-equal to a live variable."""
+    wanted = np.asarray(array)
+    return any(
+        param.tensor.shape == wanted.shape and param.tensor.read().tobytes() == wanted.tobytes()
+        for param in document.params.values()
+    )
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tf_keras_saves_weights_slots_and_step(tmp_path: Path, legacy: bool) -> None:
+    tf_keras = pytest.importorskip("tf_keras")
+    model = tf_keras.Sequential([tf_keras.layers.Dense(3, input_shape=(4,)), tf_keras.layers.Dense(2)])
+    optimizers = tf_keras.optimizers.legacy if legacy else tf_keras.optimizers
+    model.compile(optimizer=optimizers.Adam(0.01), loss="mse")
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(12, 4)).astype("float32"), rng.normal(size=(12, 2)).astype("float32")
+    model.fit(x, y, batch_size=4, epochs=1, verbose=0)
+    model.save(tmp_path / "saved", save_format="tf")
+    document = ckptconv.open(tmp_path / "saved")
+    assert document.provenance.dialect == ("tf-keras-legacy" if legacy else "tf-keras")
+    assert value_of(document.progress.step) == 3
+    assert all(held(document, weight) for weight in model.get_weights())
+    (optimizer,) = document.optimizers
+    assert {slot: len(by_param) for slot, by_param in optimizer.slots.items()} == {
+        "first_moment": 4,
+        "second_moment": 4,
+    }
+    assert "saved_model.pb" in str(read_raw(tmp_path / "saved").attributes["chosen_by"])
+
+
+def test_keras_3_exports_weights(tmp_path: Path) -> None:
+    keras = pytest.importorskip("keras")
+    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
+    model.export(str(tmp_path / "exported"), verbose=False)
+    document = ckptconv.open(tmp_path / "exported")
+    assert all(held(document, weight) for weight in model.get_weights())
+    assert value_of(document.progress.step) is None
+
+
+def test_a_tf1_export_is_read_by_name(tmp_path: Path) -> None:
+    tf1 = tf.compat.v1
+    with tf.Graph().as_default(), tf1.Session() as session:
+        x = tf1.placeholder(tf.float32, (None, 4))
+        kernel = tf1.get_variable("dense/kernel", (4, 3), use_resource=False)
+        y = tf.matmul(x, kernel)
+        session.run(tf1.global_variables_initializer())
+        tf1.saved_model.simple_save(session, str(tmp_path / "export"), {"x": x}, {"y": y})
+        value = session.run(kernel)
+    document = ckptconv.open(tmp_path / "export")
+    assert document.provenance.dialect == "tf1"
+    assert document.params["dense/kernel"].tensor.read().tobytes() == value.tobytes()
+
+
+def copies(directory: Path, *names: str) -> None:
+    directory.mkdir()
+    for name in names:
+        for path in RUN.glob("model.ckpt-7.*"):
+            shutil.copy(path, directory / path.name.replace("model.ckpt-7", name))
+
+
+def test_of_several_the_state_file_then_the_number(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    copies(run, "model.ckpt-9", "model.ckpt-10", "model.ckpt-100")
+    assert read_raw(run).attributes["prefix"] == "model.ckpt-100"
+    (run / "checkpoint").write_text('model_checkpoint_path: "/old/place/model.ckpt-9"\n')
+    assert read_raw(run).attributes["prefix"] == "model.ckpt-9"
+    (run / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-200"\n')
+    raw = read_raw(run)
+    assert raw.attributes["prefix"] == "model.ckpt-100"
+    assert "model.ckpt-200" in str(raw.attributes["chosen_by"])
+
+
+def test_of_several_names_none_is_chosen(tmp_path: Path) -> None:
+    copies(tmp_path / "run", "best-3", "last-9")
+    with pytest.raises(CkptError) as caught:
+        read_raw(tmp_path / "run")
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("usage", ("checkpoint",))]
