@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ckptconv import dtypes
 from ckptconv.account import MASTER, Account, through
+from ckptconv.catalog import sparse
 from ckptconv.catalog.conversion import Conversion, convert
 from ckptconv.catalog.factored import FACTORS, factor_of
 from ckptconv.catalog.optimizer_rows import row, shape_of_slot
@@ -44,7 +45,7 @@ def transfer_optimizers(
         if partner is None:
             result.append(_cold(target, source, account))
         else:
-            result.append(_optimizer(partner, target, source, pairs, account))
+            result.append(_optimizer(partner, target, source, template, pairs, account))
     return tuple(result)
 
 
@@ -125,7 +126,12 @@ def _whole(value: Value) -> int:
 
 
 def _optimizer(
-    origin: Optimizer, target: Optimizer, source: Checkpoint, pairs: Mapping[str, Pair], account: Account
+    origin: Optimizer,
+    target: Optimizer,
+    source: Checkpoint,
+    template: Checkpoint,
+    pairs: Mapping[str, Pair],
+    account: Account,
 ) -> Optimizer:
     if origin.param_order == "unknown" and origin.slots:
         account.problems.append(_no_names(origin, "source"))
@@ -141,7 +147,10 @@ def _optimizer(
     renamed = _in_target_names(origin, producers)
     conversion = convert(renamed, target, allow=account.allow)
     account.problems += conversion.problems
-    account.verdicts.append(conversion.verdict)
+    squared = sparse.residuals(
+        origin.framework, target.framework, (s.slot for s in conversion.slots), target.params, template.params
+    )
+    account.verdicts.append(replace(conversion.verdict, residuals=(*conversion.verdict.residuals, *squared)))
     if not conversion.hyperparameters:
         return target  # refused: nothing of it can be written
     if conversion.residual is not None:

@@ -1,8 +1,8 @@
 """PyTorch optimizers that follow Keras' rule to the last digit, where the stock class comes near.
 
-Each function takes an optimizer and returns the one to go on with: the same object with hooks, or for
-`inside_epsilon` a subclass with the same groups and state. The state's keys and groups are the stock class's:
-a converted file loads with `load_state_dict`. Call them before a scheduler is made.
+Each function changes an optimizer, by hooks or (`inside_epsilon`) by a subclass, and returns it. The state's
+keys and the groups are the stock class's: a converted file loads with `load_state_dict`. Call them before a
+scheduler is made.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def decoupled_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> to
 def inside_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.optim.Optimizer:
     """RMSprop with Keras' rule: sqrt(v + epsilon) where PyTorch has sqrt(v) + epsilon.
 
-    A new optimizer; the groups' `eps` is not read any more.
+    The groups' `eps` is not read any more.
+    Raises: unsupported-feature once a scheduler has been made for it.
     """
     _check(optimizer, ("RMSprop",), epsilon=epsilon)
     torch = _torch()
@@ -143,9 +144,16 @@ def inside_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.op
                         _rmsprop_update(parameter, self.state[parameter], group, epsilon)
             return loss
 
-    made = RMSprop(optimizer.param_groups)
-    made.load_state_dict(optimizer.state_dict())
-    return made
+    if "step" in vars(optimizer):
+        raise CkptError.of(
+            "unsupported-feature",
+            "a scheduler has bound the optimizer's step already, which would go on as it was",
+            "Call the helper before the scheduler is made.",
+            loc=("optimizer", "step"),
+        )
+    optimizer.__class__ = RMSprop  # the object that others hold, with its groups, state and hooks
+    optimizer._patch_step_function()  # runs the hooks; the constructor did it for the class before
+    return optimizer
 
 
 def _rmsprop_update(

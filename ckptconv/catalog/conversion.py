@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
-from ckptconv.catalog.findings import Findings
+from ckptconv.catalog.findings import Findings, exactly
 from ckptconv.catalog.hyperparameters import Settings, settle
 from ckptconv.catalog.optimizer_rows import Row, relatives, row
 from ckptconv.catalog.residuals import Residual, fitted
 from ckptconv.catalog.slots import SlotConversion, convert_slots, scalar_slots
-from ckptconv.catalog.texts import target_code
+from ckptconv.catalog.texts import helper_of, target_code
 from ckptconv.catalog.transitions import Transition, between, numbers
 from ckptconv.document import Fact, Group, Known, Optimizer, Value, value_of
 from ckptconv.errors import Problem
@@ -104,7 +104,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     step, param_steps = _steps(source, theirs, findings)
     changed = _changed(source, target, theirs, settings, steps, findings)
     held = frozenset(slot.slot for slot in slots if not slot.created)
-    residual = _differences(held, ours, settings, changed, step, steps, findings)
+    residual = _differences(held, ours, theirs, settings, changed, step, steps, findings)
     settings = changed
     _unrecorded_switch(ours, meant, settings, steps, findings)
     return Conversion(
@@ -255,6 +255,7 @@ def _is_one_rule(step: Transition, settings: Settings) -> bool:
 def _differences(
     held: frozenset[str],
     ours: Row,
+    theirs: Row,
     settings: Settings,
     changed: Settings,
     step: Fact,
@@ -269,7 +270,8 @@ def _differences(
         if each.slots and not held & each.slots.keys():
             continue  # what would differ does not cross: a buffer of a run without momentum
         text = f"{each.point}: {each.before} here, {each.after} there"
-        findings.differ(each.verdict, f"{text}; {each.text}" if each.text else text)
+        text = f"{text}; {each.text}" if each.text else text
+        findings.differ(each.verdict, exactly(text, helper_of(each, theirs, settings)))
         if each.measure is not None:
             values = numbers(settings.target(0), settings.source[0])
             if each.fit is not None:

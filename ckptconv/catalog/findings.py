@@ -13,6 +13,11 @@ def worst(one: Verdict, other: Verdict) -> Verdict:
     return max(one, other, key=_RANK.index)
 
 
+def exactly(residual: str, helper: str) -> str:
+    """What remains different, and the call with which nothing does."""
+    return f"{residual}; exact with {helper}" if helper else residual
+
+
 class Findings:
     """Collects problems, what the caller allowed, and how exact the whole still is."""
 
@@ -28,12 +33,12 @@ class Findings:
         self.residuals.append(residual)
         self.verdict = worst(self.verdict, verdict)
 
-    def refuse(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
-        """A difference that only the caller can accept."""
+    def refuse(self, code: Code, message: str, hint: str, *loc: str | int, helper: str = "") -> None:
+        """A difference that only the caller can accept; `helper`: the call that makes up for it."""
         if code in self.allow:
-            self.differ("lossy", f"{message} (allowed: {code})")
+            self.differ("lossy", exactly(f"{message} (allowed: {code})", helper))
             return
-        self.stop(code, message, hint, *loc)
+        self.stop(code, message, f"{hint} {helper} makes it exact." if helper else hint, *loc)
 
     def stop(self, code: Code, message: str, hint: str, *loc: str | int) -> None:
         """A difference that nobody can accept."""

@@ -14,7 +14,7 @@ from ckptconv.catalog.optimizer_rows import Row
 from ckptconv.document import Fact, Group, Known, Optimizer, Value, value_of
 
 Refuse = Callable[..., None]
-"""`(code, message, hint, *loc)`: a problem, unless the caller allowed its code."""
+"""`(code, message, hint, *loc, helper=)`: a problem, unless the caller allowed its code."""
 
 _FOLDED = frozenset({"base_learning_rate", "learning_rate_decay", "dampening", "weight_decay"})
 """Hyperparameters that a rule of their own carries over to a class that has none."""
@@ -210,6 +210,7 @@ def _translate(
                 "Express it in the target's code (negate the loss for maximize) and allow it by this code.",
                 *loc,
                 name,
+                helper=theirs.helpers.get(name, "").replace(f"{{{name}}}", repr(fact.value)),
             )
     _learning_rate(own, told, theirs, source, loc, refuse)
     dropped = _weight_decay(own, told, group, ours, theirs, loc, refuse)
@@ -312,6 +313,7 @@ def _weight_decay(
         f"{way}; then allow form-mismatch, and the optimizer itself does not decay.",
         *loc,
         "weight_decay",
+        helper=theirs.helpers.get("weight_decay", "").replace("{weight_decay}", repr(value)),
     )
     if "weight_decay" in theirs.hyperparameters:
         told["weight_decay"] = Known(value=0.0, status="derived", formula=f"the source's decay is {mine}")

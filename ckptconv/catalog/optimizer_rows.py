@@ -98,6 +98,8 @@ class Row:
     """Hyperparameter -> the smallest value that the class does not replace by its default."""
     after_restore: tuple[str, ...] = ()
     """Lines that the target's code must run, as what they set is saved nowhere; `{step}` is filled in."""
+    helpers: Mapping[str, str] = field(default_factory=dict)
+    """Hyperparameter that the class lacks, or means otherwise -> the call that gives it the source's."""
     required_keys: frozenset[str] = frozenset()
     foreign_keys: frozenset[str] = frozenset()
     telling_values: Mapping[str, Value] = field(default_factory=dict)
@@ -241,6 +243,7 @@ def _row(
         other_keys=frozenset(record.texts("other_keys")),
         smallest=record.number_map("smallest"),
         after_restore=record.texts("after_restore"),
+        helpers=record.text_map("helpers"),
         required_keys=frozenset(record.texts("required_keys")),
         foreign_keys=frozenset(record.texts("foreign_keys")),
         telling_values=record.scalar_map("telling_values"),

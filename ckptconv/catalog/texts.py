@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from ckptconv.catalog.hyperparameters import Settings
 from ckptconv.catalog.optimizer_rows import Row
+from ckptconv.catalog.transitions import Transition, numbers
 from ckptconv.document import Fact, Value, value_of
 
 
@@ -46,6 +48,20 @@ def target_code(
     done = value_of(step)
     lines += [line.replace("{step}", str(done)) for line in theirs.after_restore if done is not None]
     return tuple(lines)
+
+
+def helper_of(step: Transition, theirs: Row, settings: Settings) -> str:
+    """The call with which nothing of a transition remains; none where the groups would need several."""
+    template = step.helper.get(theirs.framework)
+    if template is None:
+        return ""
+    calls = {_call(template, numbers(settings.target(i), values)) for i, values in enumerate(settings.source)}
+    return calls.pop() if len(calls) == 1 else ""
+
+
+def _call(template: str, values: Mapping[str, float]) -> str:
+    """A helper's call with the source's numbers; one that is not known stays a name."""
+    return re.sub(r"\{(\w+)\}", lambda m: repr(values[m[1]]) if m[1] in values else m[1], template)
 
 
 def _arguments(theirs: Row, values: Mapping[str, Value], exact: bool) -> list[str]:

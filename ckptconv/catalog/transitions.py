@@ -4,6 +4,9 @@ The table stands in the family's file (`data/optimizers/<family>.json`, `transit
 and direction: `"epsilon: inside -> outside"`, or `"momentum: gradient <-> velocity"` where the way back is
 the inverse. An amount is a product of hyperparameters, `{"coefficient": -1, "learning_rate": 1}` for -lr;
 `"1-momentum"` stands for 1 - momentum. What is in no entry is refused.
+
+`helper` names, per framework of the target, the function of `ckptconv.keras` or `ckptconv.pytorch` with which
+the target has the source's rule itself: the report says it beside what would remain different.
 """
 
 from __future__ import annotations
@@ -90,6 +93,9 @@ class Transition:
     """Name of the fit (`residuals.FITS`) that chooses `moves` on the state itself."""
     measure: str | None = None
     """Name of the formula (`residuals.FORMULAS`) of the relative difference of the next update."""
+    helper: Mapping[str, str] = field(default_factory=dict)
+    """Framework of the target -> the call that makes its optimizer follow the source's rule exactly;
+    `{epsilon}` stands for the source's."""
     exclusive: tuple[str, ...] = ()
     """Hyperparameters that, set together, make a rule that the other form does not have."""
 
@@ -123,6 +129,7 @@ def transitions(record: Record) -> Mapping[tuple[str, str, str], Transition]:
             settings={key: _product(inner, key) for key in inner.keys} if inner is not None else {},
             fit=entry.optional_text("fit"),
             measure=entry.optional_text("measure"),
+            helper=entry.text_map("helper"),
             exclusive=entry.texts("exclusive"),
         )
         entry.close()
@@ -153,6 +160,7 @@ def _backward(one: Transition) -> Transition:
         slots={slot: change.inverse() for slot, change in one.slots.items()},
         fit=one.fit,
         measure=one.measure,
+        helper=one.helper,
         exclusive=one.exclusive,
     )
 
