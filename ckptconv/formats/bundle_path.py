@@ -1,8 +1,8 @@
 """Which files a TensorFlow checkpoint is: from a prefix, one of its files, or the directory it stands in.
 
-Of several checkpoints in a directory the state file names the newest; where it is missing or names one that is
-gone, the number at the end of their common name does, and how it was chosen is said. A SavedModel means its
-`variables/variables`.
+Of several checkpoints in a directory the state file names the newest; where it is missing or names one that
+is gone, the number at the end of their common name does, and how it was chosen is said. A SavedModel means
+its `variables/variables`.
 """
 
 from __future__ import annotations

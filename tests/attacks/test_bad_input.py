@@ -31,7 +31,7 @@ FRESH = FIXTURES / "keras3" / "mlp-adamw-fresh" / "ckpt-1"
 UNBUILT = FIXTURES / "keras3" / "adam-unbuilt" / "artifact" / "ckpt-1"
 OTHER_MODEL = FIXTURES / "keras3" / "embedding-conv-bn-adamw" / "artifact" / "ckpt-1"
 WITH_SGD = FIXTURES / "keras3" / "sgd-plain" / "artifact" / "ckpt-1"
-NO_DIALECT = FIXTURES / "tensorflow" / "bundle" / "bundle"
+OTHER_NAMES = FIXTURES / "tensorflow" / "bundle" / "bundle"
 
 COMMAND = [sys.executable, "-m", "ckptconv"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -256,12 +256,12 @@ def test_a_flipped_bit_in_an_archive_is_found_whatever_becomes_of_the_tensor(tmp
         (OTHER_MODEL, {"shape-mismatch"}),
         (UNBUILT, {"template-unbuilt"}),
         (WITH_SGD, {"shape-mismatch", "optimizer-mismatch"}),
-        (NO_DIALECT, {"unknown-dialect"}),
+        (OTHER_NAMES, {"template-mismatch", "state-dropped"}),
         (FIXTURES / "keras3" / "record.py", {"unknown-format"}),
         (Path("nowhere"), {"missing-file"}),
         (Path("/"), {"unknown-format"}),
     ],
-    ids=["other model", "unbuilt", "other optimizer", "no convention", "no checkpoint", "missing", "root"],
+    ids=["other model", "unbuilt", "other optimizer", "other names", "no checkpoint", "missing", "root"],
 )
 def test_wrong_templates(template: Path, expected: set[str], tmp_path: Path) -> None:
     problems = refused(tmp_path, "convert", RUN, tmp_path / "out-1", "--template", template)
