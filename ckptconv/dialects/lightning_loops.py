@@ -78,6 +78,8 @@ SCALERS: tuple[str, ...] = (
 )
 """Keys of the precision plugin's state: its class, or the older fixed one."""
 
+_MOST = 1 << 63
+
 VERSION = "pytorch-lightning_version"
 
 TOGETHER = (1, 6)
@@ -93,13 +95,14 @@ class _Reading:
     oddities: list[str] = field(default_factory=list)
 
     def count(self, path: Path) -> int | None:
+        """The counter at `path`; None where there is none, or a number that nothing counts to."""
         found = count_of(_at(self.root, path))
-        return found[0] if found is not None else None
+        return found[0] if found is not None and 0 <= found[0] < _MOST else None
 
     def take(self, path: Path, to: Path, value: int, **more: str | int) -> None:
         """The counter at `path` is written as its distance from `value`."""
         found = count_of(_at(self.root, path))
-        if found is not None:
+        if found is not None and self.count(path) is not None:
             how: Encoding = {"as": "int", **found[1], "plus": found[0] - value, **more}
             self.lifter.take(path, to, **how)
 
@@ -155,13 +158,13 @@ def _at(root: Node, path: Path) -> Node:
 
 def with_steps(root: DictNode, optimizers: tuple[Optimizer, ...]) -> tuple[Optimizer, ...]:
     """The optimizers; the only one that stores no step has what the others leave of `global_step`."""
-    found = count_of(root.get("global_step"))
+    total = _Reading(root, optimizers, (), Lifter(root)).count(("global_step",))
     untold = [o for o in optimizers if not isinstance(o.step, Known)]
     only = len(optimizers) == 1
-    if found is None or len(untold) != 1 or not (only or version_of(root) >= TOGETHER):
+    if total is None or len(untold) != 1 or not (only or version_of(root) >= TOGETHER):
         return optimizers
     told = (value_of(o.step) for o in optimizers if o is not untold[0])
-    left = found[0] - sum(step for step in told if isinstance(step, int))
+    left = total - sum(step for step in told if isinstance(step, int))
     if left < 0:
         return optimizers
     fact: Fact = Known(

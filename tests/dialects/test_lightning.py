@@ -310,6 +310,24 @@ def test_a_schedule_of_no_certain_optimizer_does_not_stay_behind_silently() -> N
     )
 
 
+@pytest.mark.parametrize("odd", [-1, 1 << 63, 1.5, "3", None, True, ListNode(items=(1, 2)), DictNode()])
+@pytest.mark.parametrize("case", ["mid-epoch", "gan", "weights-only"])
+def test_what_is_no_count_is_kept_and_told_by_nothing(case: str, odd: Node) -> None:
+    processed: Where = (*EPOCHS, "processed")
+    places = [
+        ("epoch",), ("global_step",), ("loops",), FIT, processed, EPOCHS, BATCHES, (*BATCHES, "total"),
+        (*BATCHES, "current", "processed"), UPDATES, (*UPDATES, "completed"), (*BATCHES, "is_last_batch"),
+    ]  # fmt: skip
+    for place in places:
+        raw = changed(raw_of(case), {place: odd})
+        checkpoint = Lightning().lift(raw)
+        assert flat(Lightning().lower(checkpoint).root) == flat(raw.root), place
+        facts = [checkpoint.progress.epochs, checkpoint.progress.step, checkpoint.progress.micro_steps]
+        assert all(isinstance(n := value_of(f), int | None) and 0 <= (n or 0) < 1 << 63 for f in facts), place
+        if place == processed:
+            assert isinstance(checkpoint.progress.epochs, Unknown)
+
+
 def test_objects_of_the_user_are_named_and_kept() -> None:
     raw = raw_of("epoch-end")
     space = Opaque(kind="global", name="argparse.Namespace")
