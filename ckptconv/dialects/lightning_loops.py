@@ -8,8 +8,9 @@ is done (saved in its `on_train_batch_end`, or while it was validated): Lightnin
 its distance from the quantity (encoding `plus`). Where `epochs` or `batch_in_epoch` becomes another, or the
 run is another, the loops are written as Lightning has them between two hooks.
 
-Before 1.6: `epoch` is the running one plus 1, also in the midst of it, `global_step` counts batches that were
-stepped on, and the loops of 1.5 hold nothing that is read.
+Before 1.6: `epoch` is the running one plus 1, also in the midst of it. `global_step` counts batches that were
+stepped on where a batch's hook or `ModelCheckpoint` saved, and one more where `save_checkpoint` was called
+between epochs or after fit (seen with 1.5.10: 7 after 6 updates). The loops of 1.5 hold nothing that is read.
 
 Sources: Lightning 2.6.6 `loops/{fit_loop,training_epoch_loop,progress}.py`, `checkpoint_connector.py`
 `dump_checkpoint`, `utilities/migration/migration.py`; `checkpoint_connector.py` of 1.0.0, 1.4.0, 1.5.0,
@@ -161,7 +162,8 @@ def with_steps(root: DictNode, optimizers: tuple[Optimizer, ...]) -> tuple[Optim
     total = _Reading(root, optimizers, (), Lifter(root)).count(("global_step",))
     untold = [o for o in optimizers if not isinstance(o.step, Known)]
     only = len(optimizers) == 1
-    if total is None or len(untold) != 1 or not (only or version_of(root) >= TOGETHER):
+    together = version_of(root) >= TOGETHER
+    if total is None or len(untold) != 1 or not (only or together):
         return optimizers
     told = (value_of(o.step) for o in optimizers if o is not untold[0])
     left = total - sum(step for step in told if isinstance(step, int))
@@ -177,7 +179,25 @@ def with_steps(root: DictNode, optimizers: tuple[Optimizer, ...]) -> tuple[Optim
         candidate = Candidate(value=left, source="global_step", condition="loss scaling skipped no update")
         reason = "global_step counts the updates that loss scaling skipped, too"
         fact = Unknown(reason=reason, candidates=(candidate,))
+    if not together:
+        fact = _older_step(total)
     return tuple(replace(o, step=fact) if o is untold[0] else o for o in optimizers)
+
+
+def _older_step(total: int) -> Unknown:
+    """What `global_step` of before 1.6 leaves open."""
+    readings = (
+        (total, "saved by ModelCheckpoint or in a batch's hook"),
+        (total - 1, "saved by save_checkpoint between epochs or after fit"),
+    )
+    return Unknown(
+        reason="Lightning before 1.6 stores the updates or one more in global_step",
+        candidates=tuple(
+            Candidate(value=value, source="global_step", condition=condition)
+            for value, condition in readings
+            if value >= 0
+        ),
+    )
 
 
 def _step(reading: _Reading, together: bool, has_loops: bool) -> Fact:
@@ -188,7 +208,10 @@ def _step(reading: _Reading, together: bool, has_loops: bool) -> Fact:
     if total is None:
         return fact
     steps = [step for o in optimizers if isinstance(step := value_of(o.step), int)]
-    if not optimizers:
+    if not together and len(steps) < max(len(optimizers), 1):
+        reading.take(("global_step",), ("progress", "step"), total, raw=total, low=total - 1)
+        fact = _older_step(total)
+    elif not optimizers:
         fact = Known(value=total, source="global_step")
         _take_updates(reading, ("progress", "step"), total, has_loops, {})
     elif len(steps) < len(optimizers):

@@ -88,7 +88,7 @@ def test_progress_is_what_lightning_goes_on_from(case: str) -> None:
 def test_it_is_detected_and_says_who_wrote_it(case: str) -> None:
     provenance = ckptconv.open(LIGHTNING / case / "run.ckpt").provenance
     assert (provenance.format, provenance.dialect) == ("pytorch", "lightning")
-    assert provenance.producer.startswith("Lightning 2.")
+    assert provenance.producer.startswith(("Lightning 2.", "Lightning 1."))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -216,10 +216,13 @@ def older(case: str, version: str, epoch: int, step: int) -> RawTree:
 
 
 @pytest.mark.parametrize("version", ["0.9.0", "1.0.8", "1.5.10"])
-def test_before_1_6_the_epoch_is_ambiguous_and_global_step_a_count(version: str) -> None:
+def test_before_1_6_epoch_and_global_step_are_ambiguous(version: str) -> None:
     raw = older("sgd", version, 2, 6)
     checkpoint = Lightning().lift(raw)
-    assert value_of(checkpoint.progress.step) == value_of(checkpoint.optimizers[0].step) == 6
+    step = checkpoint.progress.step
+    assert step == checkpoint.optimizers[0].step
+    assert isinstance(step, Unknown)
+    assert [c.value for c in step.candidates] == [6, 5]
     epochs = checkpoint.progress.epochs
     assert isinstance(epochs, Unknown)
     assert [c.value for c in epochs.candidates] == [2, 1]
@@ -229,7 +232,29 @@ def test_before_1_6_the_epoch_is_ambiguous_and_global_step_a_count(version: str)
     with pytest.raises(CkptError) as caught:
         edited(checkpoint, epochs=3)
     assert (caught.value.problems[0].code, caught.value.problems[0].loc) == ("residue-stale", ("epoch",))
-    assert at(edited(checkpoint, step=8, learning_rate=0.05 * 0.25), ("global_step",)) == 8
+    for reading in (5, 6):
+        assert at(edited(checkpoint, step=reading), ("global_step",)) == 6
+    with pytest.raises(CkptError) as caught:
+        edited(checkpoint, step=8)
+    assert (caught.value.problems[0].code, caught.value.problems[0].loc) == (
+        "residue-stale",
+        ("global_step",),
+    )
+
+
+def test_before_1_6_weights_alone_leave_the_step_open() -> None:
+    raw = changed(without(raw_of("weights-only"), "loops"), {("pytorch-lightning_version",): "1.5.10"})
+    checkpoint = Lightning().lift(raw)
+    assert isinstance(checkpoint.progress.step, Unknown)
+    assert [c.value for c in checkpoint.progress.step.candidates] == [3, 2]
+    assert flat(Lightning().lower(checkpoint).root) == flat(raw.root)
+
+
+def test_an_own_step_wins_over_global_step_of_before_1_6() -> None:
+    checkpoint = lifted("before-1.6")
+    assert at(raw_of("before-1.6").root, ("global_step",)) == 7
+    assert value_of(checkpoint.progress.step) == 6
+    assert at(edited(checkpoint, step=40), ("global_step",)) == 41
 
 
 def test_before_1_6_two_optimizers_share_a_count_of_batches() -> None:
@@ -256,6 +281,14 @@ def test_the_layout_of_1_6_to_1_9() -> None:
     root = edited(checkpoint, step=8, learning_rate=0.0025)
     there: Where = (*FIT, "epoch_loop.batch_loop.optimizer_loop.optim_progress", "optimizer", "step", "total")
     assert tracker(root, there)["completed"] == 8
+
+
+def test_an_edited_step_of_two_optimizers_in_turn_counts_twice() -> None:
+    root = edited(lifted("two-optimizers-1.9"), step=20)
+    there: Where = (*FIT, "epoch_loop.batch_loop.optimizer_loop.optim_progress", "optimizer", "step", "total")
+    assert at(root, ("global_step",)) == tracker(root, there)["completed"] == 40
+    assert tracker(root, (*BATCHES, "total"))["processed"] == 20
+    assert at(root, (*FIT, "epoch_loop.state_dict", "_batches_that_stepped")) == 19
 
 
 def test_without_loops_the_epoch_is_open() -> None:
