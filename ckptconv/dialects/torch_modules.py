@@ -9,7 +9,7 @@ name (DataParallel, DDP, AveragedModel), `_orig_mod.` anywhere (torch.compile). 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -83,12 +83,19 @@ def is_module_state(node: Node) -> bool:
 
 
 def lift_module(
-    node: DictNode, path: Path, lifter: Lifter, *, prefix: str = "", seen: dict[object, str] | None = None
+    node: DictNode,
+    path: Path,
+    lifter: Lifter,
+    *,
+    prefix: str = "",
+    seen: dict[object, str] | None = None,
+    buffers: Collection[str] = (),
 ) -> Module:
     """The parameters of the state_dict at `path`, and where each was taken.
 
     `prefix` stands before every name, where a checkpoint has several models; `seen` is shared between models
-    that may be tied to each other. Raises: duplicate-key.
+    that may be tied to each other; `buffers` are names that the container tells to be no parameters.
+    Raises: duplicate-key.
     """
     entries = list(_entries(node, path))
     names = _names([entry.raw for entry in entries], path)
@@ -111,7 +118,7 @@ def lift_module(
             layer=told.layer,
             axes=told.axes,
             evidence=told.evidence,
-            trainable=_trainable(bare, entry),
+            trainable=False if entry.raw in buffers else _trainable(bare, entry),
             tied_to=None if first == name else first,
         )
         lifter.take(entry.path, ("param", name), **layout_of(entry.tensor))

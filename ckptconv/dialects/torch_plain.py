@@ -151,8 +151,15 @@ class Plain:
         return "\n".join(lines)
 
 
+_PRODUCERS = {
+    "legacy": "PyTorch before 1.6, or a later one asked for its format",
+    "tar": "PyTorch 0.1.9 or before",
+    "torchscript": "PyTorch, torch.jit.save",
+}
+
+
 def provenance(
-    raw: RawTree, dialect: str, evidence: Detection | None, *, producer: str = "PyTorch"
+    raw: RawTree, dialect: str, evidence: Detection | None, *, producer: str | None = None
 ) -> Provenance:
     """What a PyTorch file tells of its origin."""
     return Provenance(
@@ -160,7 +167,7 @@ def provenance(
         dialect=dialect,
         evidence=evidence.evidence if evidence is not None else "",
         source=PurePath(raw.location).name,
-        producer=producer,
+        producer=producer or _PRODUCERS.get(str(raw.attributes.get("container")), "PyTorch"),
     )
 
 

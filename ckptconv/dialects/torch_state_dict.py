@@ -50,7 +50,7 @@ class StateDict:
             )
         refuse_repeated_keys(raw.root)
         lifter = Lifter(raw.root)
-        module = lift_module(raw.root, (), lifter)
+        module = lift_module(raw.root, (), lifter, buffers=_buffers(raw))
         extras = lift_rest(raw.root, lifter)
         return Checkpoint(
             progress=Progress(step=_NO_RUN, epochs=_NO_RUN),
@@ -83,6 +83,12 @@ class StateDict:
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`torch.load` and `load_state_dict`."""
         return f"import torch\n\nmodel.load_state_dict(torch.load({target!r}))"
+
+
+def _buffers(raw: RawTree) -> frozenset[str]:
+    """The names that a TorchScript archive tells to be buffers."""
+    told = raw.attributes.get("buffers")
+    return frozenset(told) if isinstance(told, tuple) else frozenset()
 
 
 def _refuse_untold(checkpoint: Checkpoint, root: Node) -> None:

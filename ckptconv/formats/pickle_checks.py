@@ -17,6 +17,8 @@ class Checks:
     """Errors and checked numbers of one pickle; `name` is the file's."""
 
     name: str
+    member: str = "data.pkl"
+    """Where in the file the pickle stands."""
 
     def error(self, code: Code, message: str) -> FormatError:
         """The error for the pickle."""
@@ -24,7 +26,7 @@ class Checks:
             code,
             f"{message} [{self.name}]",
             "Copy or save the file again; nothing was written.",
-            loc=(self.name, "data.pkl"),
+            loc=(self.name, self.member),
         )
         assert isinstance(error, FormatError)
         return error

@@ -85,9 +85,9 @@ def error(code: Code, name: str, message: str) -> FormatError:
 
 
 class Machine:
-    """Stack, memo and position."""
+    """Stack, memo, position, and the persistent ids that were met."""
 
-    __slots__ = ("at", "data", "marks", "memo", "name", "op_at", "protocol", "stack")
+    __slots__ = ("at", "data", "identifiers", "marks", "memo", "name", "op_at", "protocol", "stack")
 
     def __init__(self, data: bytes, start: int, name: str) -> None:
         self.data, self.at, self.name = data, start, name
@@ -96,6 +96,7 @@ class Machine:
         self.stack: list[Value] = []
         self.marks: list[int] = []
         self.memo: dict[int, Value] = {}
+        self.identifiers: list[Value] = []
 
     def error(self, code: Code, message: str) -> FormatError:
         return error(code, self.name, f"{message} (opcode at {self.op_at})")

@@ -309,6 +309,7 @@ def _build(m: Machine) -> None:
 
 
 def _persistent(m: Machine, identifier: Value) -> None:
+    m.identifiers.append(identifier)
     m.stack.append(Made("persistent", args=(identifier,)))
 
 

@@ -32,7 +32,7 @@ Source: CPython 3.11 `Lib/pickletools.py`, `Lib/pickle.py`, `Lib/_compat_pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -63,13 +63,42 @@ class Unpickled:
 def unpickle(data: bytes, *, decode: Decode, name: str, start: int = 0) -> Unpickled:
     """Read the pickle at `start`.
 
-    Raises: malformed-pickle, limit-exceeded, unsupported-feature, and what `decode` raises.
+    Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature, and what `decode` raises.
+    """
+    parsed = parse(data, name=name, start=start)
+    return Unpickled(root=parsed.root(decode), protocol=parsed.protocol, end=parsed.end)
+
+
+def parse(data: bytes, *, name: str, start: int = 0) -> Parsed:
+    """Run the opcodes at `start`; the nodes are made when they are asked for.
+
+    Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature.
     """
     machine = Machine(data, start, name)
     made = run(machine)
     machine.memo.clear()  # it would keep every value that becomes a node
-    root = _Freezer(decode, name, max(_GROWTH_FLOOR, _GROWTH * len(data))).freeze(made)
-    return Unpickled(root=root, protocol=machine.protocol, end=machine.at)
+    return Parsed(machine, made)
+
+
+class Parsed:
+    """A pickle whose opcodes were run: where it ends is known before its persistent ids mean anything."""
+
+    __slots__ = ("_identifiers", "_limit", "_made", "_name", "end", "protocol")
+
+    def __init__(self, machine: Machine, made: Value) -> None:
+        self._made, self._name, self._identifiers = made, machine.name, machine.identifiers
+        self._limit = max(_GROWTH_FLOOR, _GROWTH * len(machine.data))
+        self.protocol, self.end = machine.protocol, machine.at
+
+    def identifiers(self) -> Iterator[Node]:
+        """What the persistent ids are, in order; nothing in them is decoded."""
+        freezer = _Freezer(lambda node: node, self._name, self._limit)
+        for identifier in self._identifiers:
+            yield freezer.freeze(identifier)
+
+    def root(self, decode: Decode) -> Node:
+        """The object's node. Raises: limit-exceeded, and what `decode` raises."""
+        return _Freezer(decode, self._name, self._limit).freeze(self._made)
 
 
 class _Freezer:

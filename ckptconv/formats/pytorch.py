@@ -1,11 +1,13 @@
-"""PyTorch's zip format: what `torch.save` has written since 1.6.
+"""PyTorch's formats: the zip that `torch.save` has written since 1.6, and the three beside it that are read.
 
-Byte layout: a zip (`zip_container`) whose records all stand under one prefix, the archive's name:
-`data.pkl` (the object, `pickle_reader`), `data/<key>` (the raw bytes of one storage each), `byteorder`
-(`little` or `big`; absent means little), `.format_version`, `.storage_alignment`, `version` (1 to 10),
-`.data/serialization_id`. In the pickle a storage is a persistent id `('storage', class, key, location,
-numel)` and a tensor a call on it; offset and strides count elements. Written are torch 2.13's records in its
-order, pickle protocol 2, little-endian.
+What stands in the file is told by its bytes: `torch_legacy` (torch before 1.6), `torch_tar` (0.1.9 and
+before), `torch_script` (`torch.jit.save`), else this one. Only the zip is written. Byte layout: a zip
+(`zip_container`) whose records all stand under one prefix, the archive's name: `data.pkl` (the object,
+`pickle_reader`), `data/<key>` (the raw bytes of one storage each), `byteorder` (`little` or `big`; absent
+means little), `.format_version`, `.storage_alignment`, `version` (1 to 10), `.data/serialization_id`. In the
+pickle a storage is a persistent id `('storage', class, key, location, numel)` and a tensor a call on it;
+offset and strides count elements. Written are torch 2.13's records in its order, pickle protocol 2,
+little-endian.
 
 The tree of the object:
 
@@ -28,15 +30,15 @@ The tree of the object:
 - sparse, nested, meta and wrapper tensors, devices, everything else: `Opaque` of kind `call`, `object`,
   `apply` or `global` as in `pickle_reader`; the tensors in it are reachable.
 
-`RawTree.attributes`: `archive`, `protocol`, `byteorder`, `version`, `alignment`; where they occur `locations`
-(devices other than cpu; written as cpu) and `other_records`. `RawTree.note` is the record `ckptconv.json`.
-A big-endian file's tensors are swapped by their own dtype. (torch does not swap the dtypes that have no typed
-storage class, such as uint16, and so reads them wrongly on another machine.)
+`RawTree.attributes`: `container` (`zip`, `torchscript`, `legacy`, `tar`), `protocol`, `byteorder`; of zips
+also `archive`, `version`, `alignment`; where they occur `locations` (devices other than cpu; written as cpu)
+and `other_records`. `RawTree.note` is the record `ckptconv.json`. A big-endian file's tensors are swapped by
+their own dtype. (torch does not swap the dtypes that have no typed storage class, such as uint16, and so
+reads them wrongly on another machine.)
 
-Refused: TorchScript archives, the legacy and tar formats of torch < 1.6, records shorter than their storage,
-tensors beyond their storage, storages that are claimed under two classes or lengths. Globals that are neither
-torch's own (its `weights_only` list) nor plain containers are written only where
-`attributes["allow_opaque_globals"]` is True.
+Refused: records shorter than their storage, tensors beyond their storage, storages that are claimed under two
+classes or lengths. Globals that are neither torch's own (its `weights_only` list) nor plain containers are
+written only where `attributes["allow_opaque_globals"]` is True.
 
 Source: torch 2.13 `torch/serialization.py`, `caffe2/serialize/inline_container.cc`.
 """
@@ -55,13 +57,16 @@ from ckptconv.formats.pickle_reader import unpickle
 from ckptconv.formats.pickle_writer import pickle_tree
 from ckptconv.formats.torch_decode import Decoder
 from ckptconv.formats.torch_encode import Encoder, Storage
+from ckptconv.formats.torch_legacy import is_legacy, read_legacy
+from ckptconv.formats.torch_script import flattened
+from ckptconv.formats.torch_tar import is_tar, read_tar
 from ckptconv.formats.zip_container import (
     LOCAL_SIGNATURE,
     Archive,
     read_archive,
 )
 from ckptconv.formats.zip_layout import NewRecord, PlannedRecord, archive_frame, plan_archive
-from ckptconv.rawtree import RawTree, Scalar
+from ckptconv.rawtree import Node, RawTree, Scalar
 from ckptconv.source import ByteSource, FileSource
 from ckptconv.tensor import Extent
 
@@ -71,8 +76,6 @@ NOTE_RECORD = "ckptconv.json"
 _ALIGNMENT = 64
 _MAX_ALIGNMENT = 1 << 15
 _VERSIONS = range(1, 11)
-_LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-_TAR_MAGIC_AT = 257
 _KNOWN_RECORDS = frozenset(
     {
         "data.pkl",
@@ -89,27 +92,27 @@ _ID_DIGITS = 40
 
 
 class PyTorchFormat:
-    """`torch.save` files."""
+    """`torch.save` files of every age, and TorchScript archives."""
 
     name = "pytorch"
-    summary = "PyTorch checkpoint, as torch.save writes it since 1.6 (zip)"
+    summary = "PyTorch checkpoint: torch.save of any version, TorchScript (written as the zip of 1.6 on)"
     suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
     shards = False
 
     def sniff(self, path: Path) -> bool:
-        """Whether it is a zip with `<prefix>/data.pkl`; judged by the first record, which it is in torch's.
+        """Whether it is a zip with `<prefix>/data.pkl`, or one of the formats before the zip.
 
-        Where it is another one the directory tells, and where that is lost the first record again.
+        A zip is judged by its first record, which that is in torch's; where it is another one the directory
+        tells, and where that is lost the first record again.
         """
         if not path.is_file():
             return False
         source = FileSource(path)
-        head = bytearray(min(source.nbytes, 1024))
-        source.read_into(0, memoryview(head))
+        head = _head(source)
         if not head.startswith(LOCAL_SIGNATURE):
-            return False
-        first = bytes(head[30 : 30 + int.from_bytes(head[26:28], "little")])
+            return is_legacy(head) or is_tar(source)
+        first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
         if first.count(b"/") == 1 and first.endswith(b"/data.pkl"):
             return True
         try:
@@ -117,7 +120,7 @@ class PyTorchFormat:
                 name.count("/") == 1 and name.endswith("/data.pkl") for name in read_archive(source).records
             )
         except CkptError:
-            return first.endswith((b"/data.pkl", b"/version"))
+            return first.endswith((b"/data.pkl", b"/version", b"/data/0"))
 
     def read(self, path: Path) -> RawTree:
         """The object that was saved; reads directory, headers and pickle, no storage.
@@ -176,20 +179,29 @@ def _problem(code: Code, source: ByteSource, member: str, message: str, hint: st
     return error
 
 
+def _head(source: ByteSource) -> bytes:
+    head = bytearray(min(source.nbytes, 1024))
+    source.read_into(0, memoryview(head))
+    return bytes(head)
+
+
 def read_source(source: ByteSource, location: str) -> RawTree:
-    """The object that one archive holds, wherever its bytes lie."""
-    _refuse_relatives(source)
+    """The object that one file holds, wherever its bytes lie."""
+    head = _head(source)
+    if head.startswith(LOCAL_SIGNATURE):
+        return _read_zip(source, location)
+    if is_legacy(head):
+        return read_legacy(source, location)
+    if is_tar(source):
+        return read_tar(source, location)
+    raise _problem("unknown-format", source, "", f"the file begins with {head[:4]!r}, not as a PyTorch file")
+
+
+def _read_zip(source: ByteSource, location: str) -> RawTree:
     archive = read_archive(source)
     prefix = _prefix(archive)
     names = {name.removeprefix(f"{prefix}/") for name in archive.records}
-    if "constants.pkl" in names:
-        raise _problem(
-            "unsupported-feature",
-            source,
-            "constants.pkl",
-            "this is a TorchScript archive, which is not read yet",
-            "Save model.state_dict() with torch.save instead.",
-        )
+    script = "constants.pkl" in names
 
     def small(name: str) -> bytes | None:
         record = archive.records.get(f"{prefix}/{name}")
@@ -223,42 +235,31 @@ def read_source(source: ByteSource, location: str) -> RawTree:
             "data.pkl",
             f"the pickle ends at {result.end} of {len(pickled)} bytes",
         )
+    root: Node = result.root
+    described: dict[str, tuple[str, ...]] = {}
+    if script:
+        root, described = flattened(root, small, source.name)
     attributes: dict[str, Scalar | tuple[str, ...]] = {
+        "container": "torchscript" if script else "zip",
         "archive": prefix,
         "protocol": result.protocol,
         "byteorder": order.decode(),
         "version": version,
         "alignment": alignment,
+        **described,
     }
     if locations := tuple(place for place in decoder.locations if place != "cpu"):
         attributes["locations"] = locations
-    if others := tuple(sorted(names - _KNOWN_RECORDS - {f"data/{key}" for key in extents})):
+    others = tuple(sorted(names - _KNOWN_RECORDS - {f"data/{key}" for key in extents}))
+    if others and not script:
         attributes["other_records"] = others
     return RawTree(
         format="pytorch",
-        root=result.root,
+        root=root,
         attributes=attributes,
         note=_note(source, small(NOTE_RECORD)),
         location=location,
     )
-
-
-def _refuse_relatives(source: ByteSource) -> None:
-    """Name the formats that older torch versions wrote under the same suffixes."""
-    head = bytearray(min(source.nbytes, 512))
-    source.read_into(0, memoryview(head))
-    if head.startswith(_LEGACY_MAGIC) or head[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar":
-        raise _problem(
-            "unsupported-feature",
-            source,
-            "",
-            "this is a file in the format of torch before 1.6, which is not read yet",
-            "Load it with torch and save it again: torch.save(torch.load(path), path).",
-        )
-    if not head.startswith(LOCAL_SIGNATURE):
-        raise _problem(
-            "unknown-format", source, "", f"the file begins with {bytes(head[:4])!r}, not as a zip"
-        )
 
 
 def _prefix(archive: Archive) -> str:

@@ -35,13 +35,23 @@ FindStorage = Callable[[str], Extent | None]
 """The extent of a storage's record, by its key."""
 
 
+def dtype_of_storage(class_: str) -> DType | None:
+    """The dtype of a storage class by its global; bytes for an untyped one, None for one that is no class."""
+    module, _, name = class_.rpartition(".")
+    if module.partition(".")[0] != "torch":
+        return None
+    return dtypes.BY_NAME["uint8"] if name == "UntypedStorage" else BY_TORCH_STORAGE.get(name)
+
+
 class Decoder:
     """Decodes the calls of one file."""
 
-    def __init__(self, find_storage: FindStorage, *, name: str, file_nbytes: int) -> None:
+    def __init__(
+        self, find_storage: FindStorage, *, name: str, file_nbytes: int, member: str = "data.pkl"
+    ) -> None:
         self._find_storage = find_storage
-        self._checks = Checks(name)
-        numpy = NumpyDecoder(self._checks)
+        self.checks = Checks(name, member)
+        numpy = NumpyDecoder(self.checks)
         self._file_nbytes = file_nbytes
         self._storages: dict[str, Opaque] = {}
         self.locations: dict[str, None] = {}
@@ -79,7 +89,7 @@ class Decoder:
         Raises: malformed-pickle, corrupt-file, truncated-tensor, unknown-dtype, limit-exceeded.
         """
         if node.kind == "persistent":
-            return self._storage(node)
+            return self.persistent(node.args[0])
         if node.kind != "call":
             return node
         if node.name in self._built:
@@ -88,27 +98,30 @@ class Decoder:
             return self._calls[node.name](node)
         return node
 
-    def _storage(self, node: Opaque) -> Opaque:
-        identifier = node.args[0]
+    def persistent(self, identifier: Node) -> Node:
+        """What a persistent id stands for: a storage."""
         parts = identifier.items if isinstance(identifier, ListNode) and identifier.kind == "tuple" else ()
         if len(parts) != 5 or parts[0] != "storage":
-            raise self._checks.error(
+            raise self.checks.error(
                 "malformed-pickle",
                 f"a persistent id should be a tuple ('storage', ...) of 5, it is {short(identifier)}",
             )
-        _, class_, key, location, numel = parts
+        return self.storage(*parts[1:])
+
+    def storage(self, class_: Node, key: Node, location: Node, numel: Node) -> Opaque:
+        """The storage under a key, checked to be the same one wherever the key stands."""
         if not isinstance(class_, Opaque) or class_.kind != "global" or not isinstance(key, str):
-            raise self._checks.error(
+            raise self.checks.error(
                 "malformed-pickle", f"a storage of class {short(class_)} under key {short(key)}"
             )
-        count = self._checks.count(numel, f"the length of storage '{key}'")
+        count = self.checks.count(numel, f"the length of storage '{key}'")
         self.locations.setdefault(str(location))
         known = self._storages.get(key)
         if known is not None:
             tensor = known.args[0]
             assert isinstance(tensor, StoredTensor)
             if known.name != class_.name or tensor.shape != (count,):
-                raise self._checks.error(
+                raise self.checks.error(
                     "corrupt-file",
                     f"storage '{key}' is {known.name} of {tensor.shape[0]} and {class_.name} of {count}",
                 )
@@ -119,16 +132,15 @@ class Decoder:
 
     def _flat(self, class_: str, key: str, count: int) -> StoredTensor:
         """A storage as the 1-D tensor over its record."""
-        module, _, name = class_.rpartition(".")
-        dtype = dtypes.BY_NAME["uint8"] if name == "UntypedStorage" else BY_TORCH_STORAGE.get(name)
-        if dtype is None or module.partition(".")[0] != "torch":
-            raise self._checks.error("unknown-dtype", f"storage '{key}' is of the unknown class {class_}")
+        dtype = dtype_of_storage(class_)
+        if dtype is None:
+            raise self.checks.error("unknown-dtype", f"storage '{key}' is of the unknown class {class_}")
         extent = self._find_storage(key)
         if extent is None:
-            raise self._checks.error("corrupt-file", f"storage '{key}' has no record data/{key}")
+            raise self.checks.error("corrupt-file", f"storage '{key}' is not in the file")
         spec = TensorSpec(dtype=dtype, shape=(count,))
         if extent.nbytes < spec.nbytes:
-            raise self._checks.error(
+            raise self.checks.error(
                 "truncated-tensor",
                 f"storage '{key}' needs {spec.nbytes} bytes, its record has {extent.nbytes}",
             )
@@ -141,27 +153,27 @@ class Decoder:
             and isinstance(node.args[0], StoredTensor)
         ):
             return node.args[0]
-        raise self._checks.error(
+        raise self.checks.error(
             "malformed-pickle", f"a tensor should stand on a storage, it stands on {short(node)}"
         )
 
-    def _strided(
+    def strided(
         self, storage: Node, offset: Node, size: Node, stride: Node, dtype: DType | None
     ) -> StoredTensor:
         """The tensor, checked to lie inside its storage."""
         base = self._base(storage)
         row = dtype or base.dtype
-        first = self._checks.count(offset, "the offset of a tensor")
+        first = self.checks.count(offset, "the offset of a tensor")
         shape, strides = (
-            self._checks.counts(size, "the size of a tensor"),
-            self._checks.counts(stride, "the stride of a tensor"),
+            self.checks.counts(size, "the size of a tensor"),
+            self.checks.counts(stride, "the stride of a tensor"),
         )
         if len(shape) != len(strides):
-            raise self._checks.error("corrupt-file", f"a tensor of size {shape} has the strides {strides}")
+            raise self.checks.error("corrupt-file", f"a tensor of size {shape} has the strides {strides}")
         item = max(row.itemsize, 1)
         possible = item * math.prod([n or 1 for n in shape])
         if possible >= INT64 or item * max(strides, default=0) >= INT64:
-            raise self._checks.error(
+            raise self.checks.error(
                 "limit-exceeded", f"a tensor of size {shape} and strides {strides} spans 2**63 bytes"
             )
         tensor = StoredTensor(
@@ -171,13 +183,13 @@ class Decoder:
             return tensor
         span = 1 + sum([(n - 1) * step for n, step in zip(shape, strides, strict=True)])
         if (first + span) * item > base.spec.nbytes:
-            raise self._checks.error(
+            raise self.checks.error(
                 "corrupt-file",
                 f"a tensor of size {shape}, strides {strides}, offset {first} needs {(first + span) * item} "
                 f"bytes of a storage of {base.spec.nbytes}",
             )
         if possible > span * item and possible > max(_EXPANDED_FLOOR, _EXPANDED_RATIO * self._file_nbytes):
-            raise self._checks.error(
+            raise self.checks.error(
                 "limit-exceeded",
                 f"a tensor repeats {span * item} bytes to {possible}, in a file of {self._file_nbytes}",
             )
@@ -193,19 +205,19 @@ class Decoder:
             node.name.rpartition(".")[2]
         ]
         if not fixed <= len(node.args) <= fixed + (fixed > 4):
-            raise self._checks.error(
+            raise self.checks.error(
                 "malformed-pickle", f"{node.name} with {len(node.args)} arguments, {fixed} are needed"
             )
         dtype = self._dtype(node.args[6]) if v3 else None
         storage, first, size, stride = node.args[:4]
-        stored = self._strided(storage, first, size, stride, dtype)
+        stored = self.strided(storage, first, size, stride, dtype)
         tensor: TensorRef = stored
         requires_grad, hooks = node.args[4:6] if fixed > 4 else (False, None)
         flags = node.args[fixed] if len(node.args) > fixed else None
         extra: list[tuple[Node, Node]] = []
         if flags is not None:
             if not isinstance(flags, DictNode):
-                raise self._checks.error(
+                raise self.checks.error(
                     "malformed-pickle", f"a tensor's flags should be a dict, they are {short(flags)}"
                 )
             op = ResolveBits(conj=flags.get("conj") is True, neg=flags.get("neg") is True)
@@ -224,14 +236,14 @@ class Decoder:
             row = BY_TORCH.get(node.name.removeprefix("torch."))
             if row is not None:
                 return row
-            raise self._checks.error("unknown-dtype", f"a tensor has the unknown dtype {node.name}")
-        raise self._checks.error("malformed-pickle", f"a tensor's dtype is {short(node)}, no global")
+            raise self.checks.error("unknown-dtype", f"a tensor has the unknown dtype {node.name}")
+        raise self.checks.error("malformed-pickle", f"a tensor's dtype is {short(node)}, no global")
 
     def _parameter(self, node: Opaque) -> Node:
         """`_rebuild_parameter(_with_state)`: (tensor, requires_grad, hooks[, state])."""
         with_state = node.name == torch_names.PARAMETER_STATE
         if len(node.args) != 3 + with_state:
-            raise self._checks.error("malformed-pickle", f"{node.name} with {len(node.args)} arguments")
+            raise self.checks.error("malformed-pickle", f"{node.name} with {len(node.args)} arguments")
         tensor, requires_grad, hooks = node.args[:3]
         if not isinstance(requires_grad, bool) or (
             isinstance(hooks, DictNode) and (hooks.items or hooks.state)
@@ -244,19 +256,19 @@ class Decoder:
     def _quantized(self, node: Opaque) -> Node:
         """`_rebuild_qtensor`: (storage, offset, size, stride, quantizer, requires_grad, hooks)."""
         if len(node.args) != 7:
-            raise self._checks.error(
+            raise self.checks.error(
                 "malformed-pickle", f"{node.name} with {len(node.args)} arguments, 7 are needed"
             )
         storage, first, size, stride, *rest = node.args
         if self._base(storage).dtype.kind == "packed":
             return node
-        tensor = self._strided(storage, first, size, stride, None)
+        tensor = self.strided(storage, first, size, stride, None)
         return Opaque(kind="torch.quantized", args=(tensor, *rest))
 
     def _subclass(self, node: Opaque) -> Node:
         """`_rebuild_from_type_v2`: (function, class, arguments, state)."""
         if len(node.args) != 4:
-            raise self._checks.error(
+            raise self.checks.error(
                 "malformed-pickle", f"{node.name} with {len(node.args)} arguments, 4 are needed"
             )
         function, class_, args, state = node.args
@@ -273,7 +285,7 @@ class Decoder:
     def _sequence(self, node: Opaque) -> Node:
         """`set`, `frozenset`, `torch.Size` of one sequence, or of nothing."""
         if len(node.args) > 1 or (node.args and not isinstance(node.args[0], ListNode)):
-            raise self._checks.error("malformed-pickle", f"{node.name} of {short(node.args)}")
+            raise self.checks.error("malformed-pickle", f"{node.name} of {short(node.args)}")
         parts = node.args[0].items if node.args and isinstance(node.args[0], ListNode) else ()
         return ListNode(items=parts, kind=node.name.removeprefix("builtins."))
 

@@ -523,17 +523,6 @@ def test_the_allow_list_is_torchs() -> None:
     assert WEIGHTS_ONLY - set(_get_allowed_globals()) == set()
 
 
-def test_what_is_not_read_yet_says_so(tmp_path: Path) -> None:
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
-    torch.save({"w": torch.ones(2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    assert FORMAT.sniff(tmp_path / "script.pt")
-    assert not FORMAT.sniff(tmp_path / "legacy.pt")
-    for name in ("script.pt", "legacy.pt"):
-        with pytest.raises(CkptError) as caught:
-            FORMAT.read(tmp_path / name)
-        assert caught.value.problems[0].code == "unsupported-feature"
-
-
 def test_other_zips_are_not_ours(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
         archive.writestr("metadata.json", "{}")
