@@ -154,6 +154,7 @@ def check_sources(extents: Iterable[Extent], *, jobs: int | None = None) -> None
 
     Raises: checksum-mismatch, truncated-tensor; all that are found, together.
     """
+    extents = {extent.checked.id: extent.checked for extent in extents}.values()
     workers = _workers(jobs, None)
     window_nbytes, _ = _sizes(workers)
 

@@ -69,7 +69,7 @@ def plan_steps(placements: Sequence[Placement]) -> dict[str, Step]:
     steps = {}
     for placement in placements:
         before = []
-        for extent in placement.tensor.extents:
+        for extent in (part.checked for part in placement.tensor.extents):
             if extent.checksum is not None and extent.id not in seen:
                 seen.add(extent.id)
                 before.append(extent)

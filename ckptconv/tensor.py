@@ -110,6 +110,13 @@ class Extent:
     big_endian: bool = False
     checksum: Checksum | None = None
     """Covers exactly the extent, in file byte order."""
+    within: Extent | None = None
+    """The run that this one is a part of, where a checksum is recorded of that alone."""
+
+    @property
+    def checked(self) -> Extent:
+        """The run to stream for the checksum that covers this one."""
+        return self if self.within is None else self.within
 
     @property
     def id(self) -> Hashable:

@@ -27,6 +27,7 @@ __all__ = [
     "is_framework_only",
     "keras_candidates",
     "kind_of_class",
+    "kind_of_class_name",
     "kinds",
     "layout_ops",
     "roles",
@@ -261,6 +262,12 @@ def kind_of_class(framework: str, cls: type, layer: object = None) -> str | None
         if fitting:
             return fitting[0].name
     return None
+
+
+def kind_of_class_name(framework: str, name: str) -> str | None:
+    """The kind of a class by its name in a file (`keras.Dense`); None where that is none, or several."""
+    found = [kind.name for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
+    return found[0] if len(found) == 1 else None
 
 
 def _are_equal(layer: object, names: tuple[str, ...]) -> bool:

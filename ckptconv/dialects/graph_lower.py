@@ -156,7 +156,7 @@ def _settled(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     """The document with one opinion of each counter."""
     micro = any(node.to == ("progress", "micro_steps") for node in _lifted(root))
     if micro:
-        checkpoint = _with_micro_steps(checkpoint)
+        checkpoint = with_micro_steps(checkpoint)
     read = {
         str(node.to[1]): node.encoding["was"]
         for node in _lifted(root)
@@ -190,7 +190,7 @@ def agreed(own: Fact, progress: Fact, was: object) -> Fact:
     )
 
 
-def _with_micro_steps(checkpoint: Checkpoint) -> Checkpoint:
+def with_micro_steps(checkpoint: Checkpoint) -> Checkpoint:
     """The count of batches that fits the count of updates, where gradients are accumulated.
 
     Raises: residue-stale where a changed step cannot be written without the number of batches per update.

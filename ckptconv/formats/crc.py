@@ -24,6 +24,8 @@ _DELTA = 0xA282EAD8
 _U32 = 0xFFFFFFFF
 _GENERATOR = 0x82F63B78
 """Castagnoli's polynomial without x^32, the coefficient of x^0 in the highest bit, as in every checksum."""
+_ZIP_GENERATOR = 0xEDB88320
+"""The polynomial of CRC-32 in the same form."""
 
 
 def extend(crc: int, data: bytes | bytearray | memoryview | Bytes) -> int:
@@ -60,12 +62,21 @@ def crc32c_combine(crc1: int, crc2: int, len2: int) -> int:
 
 def crc32c_joined(crcs: Sequence[int], nbytes: Sequence[int]) -> int:
     """The checksum of pieces one after the other, from the checksum and the number of bytes of each."""
+    return _joined(crcs, nbytes, _GENERATOR)
+
+
+def crc32_joined(crcs: Sequence[int], nbytes: Sequence[int]) -> int:
+    """The same of the checksum of zip archives."""
+    return _joined(crcs, nbytes, _ZIP_GENERATOR)
+
+
+def _joined(crcs: Sequence[int], nbytes: Sequence[int], generator: int) -> int:
     behind = np.zeros(len(nbytes), np.uint64)
     behind[:-1] = np.cumsum(np.array(nbytes[:0:-1], np.uint64))[::-1]
     terms = np.array(crcs, np.uint32)
     for k in range(int(behind.max(initial=0)).bit_length()):
         moved = (behind >> np.uint64(k) & np.uint64(1)).astype(bool)
-        terms[moved] = _product(_matrix(k), terms[moved])
+        terms[moved] = _product(_matrix(k, generator), terms[moved])
     return int(np.bitwise_xor.reduce(terms))
 
 
@@ -73,15 +84,19 @@ _Words = npt.NDArray[np.uint32]
 
 
 @cache
-def _matrix(k: int) -> _Words:
+def _matrix(k: int, generator: int) -> _Words:
     """Multiplies by x^(8 * 2^k): for each byte of a checksum, lowest first, the products of 256 values."""
-    column = 1 << 23 if k == 0 else int(_product(_matrix(k - 1), _matrix(k - 1)[3, 128:129])[0])
+    column = (
+        1 << 23
+        if k == 0
+        else int(_product(_matrix(k - 1, generator), _matrix(k - 1, generator)[3, 128:129])[0])
+    )
     matrix = np.zeros((4, 256), np.uint32)
     for bit in reversed(range(32)):
         byte, power = bit >> 3, 1 << (bit & 7)
         for low in range(power, 256, 2 * power):
             matrix[byte, low : low + power] ^= np.uint32(column)
-        column = column >> 1 ^ (_GENERATOR if column & 1 else 0)
+        column = column >> 1 ^ (generator if column & 1 else 0)
     return matrix
 
 

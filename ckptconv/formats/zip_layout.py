@@ -49,7 +49,7 @@ def plan_archive(prefix: str, records: Iterable[NewRecord], alignment: int) -> t
     """Where each record goes when they are written in this order."""
     planned, at = [], 0
     for record in records:
-        name = f"{prefix}/{record.name}".encode()
+        name = f"{prefix}/{record.name}".removeprefix("/").encode()
         wide = _wide(record.nbytes, at, packed=0)
         begin = at + z.LOCAL.size + len(name) + len(wide) + 4
         padding = -begin % alignment

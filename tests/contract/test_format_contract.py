@@ -18,13 +18,14 @@ from ckptconv.errors import CkptError
 from ckptconv.formats.base import FORMATS, Format, Layout
 from ckptconv.ops import Permute, Slice
 from ckptconv.publish import below
-from ckptconv.rawtree import DictNode, Node, RawTree, walk
+from ckptconv.rawtree import DictNode, Node, RawTree, dict_of, walk
 from ckptconv.tensor import Extent, FileSource, StoredTensor, TensorRef, TensorSpec, as_bytes
 
 for _module in pkgutil.iter_modules(ckptconv.formats.__path__):
     importlib.import_module(f"ckptconv.formats.{_module.name}")
 
 Items = dict[str, TensorRef]
+NO_HDF5 = frozenset({"complex32"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +43,12 @@ class Case:
     """Whether it has a place for the embedded note."""
     ties: bool = True
     """Whether it can say that two names share their memory."""
+    separator: str = "."
+    """What joins the parts of a path: a name with slashes is a path in HDF5."""
+
+
+def _in_hdf5(row: dtypes.DType) -> bool:
+    return row.kind in ("float", "int", "uint", "bool", "complex") and row.name not in NO_HDF5
 
 
 CASES = {
@@ -52,6 +59,15 @@ CASES = {
         section="extras",
         beside=(("manifest", '{"schema": "ckptconv/checkpoint", "schema_version": "1.0.0", "files": []}'),),
         note=False,  # the manifest says all that a note would
+    ),
+    "weights-h5": Case(holds=_in_hdf5, suffix=".weights.h5", ties=False, separator="/"),
+    "keras": Case(
+        holds=_in_hdf5,
+        suffix=".keras",
+        section="weights",
+        beside=(("metadata", dict_of({"keras_version": "3.15.1"})), ("config", dict_of({}))),
+        ties=False,
+        separator="/",
     ),
     "tensorflow": Case(holds=lambda row: row.tensorflow is not None, ties=False),
 }
@@ -106,7 +122,9 @@ def write(format_: Format, items: Items, directory: Path, note: str | None = Non
 
 def tensors(raw: RawTree) -> dict[str, TensorRef]:
     return {
-        ".".join(map(str, path)): leaf for path, leaf in walk(dict_in(raw)) if isinstance(leaf, TensorRef)
+        CASES[raw.format].separator.join(map(str, path)): leaf
+        for path, leaf in walk(dict_in(raw))
+        if isinstance(leaf, TensorRef)
     }
 
 

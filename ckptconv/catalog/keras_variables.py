@@ -1,0 +1,127 @@
+"""Which variables a Keras 3 layer makes, and in which order: the numbers below `vars` in its files.
+
+A file numbers an object's variables in the order in which it made them; the order is that of the layer's
+`build`, and arguments of the layer say which exist. A layer of layers has paths to those inside it.
+
+Source: keras 3.15.1 `keras/src/layers`; measured 3.3.3 to 3.15.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from ckptconv.catalog.layers import declared, kind_of_class_name
+
+FRAMEWORK = "keras3"
+
+
+@dataclass(frozen=True, slots=True)
+class FileVariable:
+    """One variable of a layer."""
+
+    edge: str
+    """Its key in the layer catalog."""
+    flag: str | None = None
+    """Argument of the layer without which it does not exist."""
+    part: str = ""
+    """Object inside the layer that owns it (`cell`)."""
+    trained: bool = True
+
+
+def _v(edge: str, flag: str | None = None, part: str = "", *, trained: bool = True) -> FileVariable:
+    return FileVariable(edge, flag, part, trained)
+
+
+_BIAS = _v("bias", "use_bias")
+_AFFINE = (_v("gamma", "scale"), _v("beta", "center"))
+_CELL = (_v("kernel", None, "cell"), _v("recurrent_kernel", None, "cell"), _v("bias", "use_bias", "cell"))
+_ATTENTION = tuple(
+    variable
+    for part in ("query_dense", "key_dense", "value_dense", "output_dense")
+    for variable in (_v("kernel", None, part), _v("bias", "use_bias", part))
+)
+
+_PLAIN = (_v("_kernel"), _BIAS)
+_OTHER_WAY = (_v("kernel"), _BIAS)
+_SEPARABLE = (_v("depthwise_kernel"), _v("pointwise_kernel"), _BIAS)
+
+VARIABLES: Mapping[str, tuple[FileVariable, ...]] = {
+    "Dense": _PLAIN,
+    "Conv1D": _PLAIN,
+    "Conv2D": _PLAIN,
+    "Conv3D": _PLAIN,
+    "EinsumDense": (_v("_kernel"), _v("bias", "bias_axes")),
+    "Conv1DTranspose": _OTHER_WAY,
+    "Conv2DTranspose": _OTHER_WAY,
+    "Conv3DTranspose": _OTHER_WAY,
+    "DepthwiseConv1D": _OTHER_WAY,
+    "DepthwiseConv2D": _OTHER_WAY,
+    "SeparableConv1D": _SEPARABLE,
+    "SeparableConv2D": _SEPARABLE,
+    "Embedding": (_v("_embeddings"),),
+    "BatchNormalization": (
+        *_AFFINE,
+        _v("moving_mean", trained=False),
+        _v("moving_variance", trained=False),
+    ),
+    "LayerNormalization": _AFFINE,
+    "GroupNormalization": _AFFINE,
+    "RMSNormalization": (_v("scale"),),
+    "PReLU": (_v("alpha"),),
+    "LSTM": _CELL,
+    "GRU": _CELL,
+    "SimpleRNN": _CELL,
+    "MultiHeadAttention": _ATTENTION,
+}
+"""Class -> its variables. A flag that is absent in a layer's config or null counts as off."""
+
+
+def variables_of(class_name: str, config: Mapping[str, object]) -> tuple[FileVariable, ...] | None:
+    """The variables that a layer has with these arguments; None where the class is not known."""
+    known = VARIABLES.get(class_name)
+    if known is None:
+        return None
+    return tuple(variable for variable in known if variable.flag is None or bool(config.get(variable.flag)))
+
+
+def by_count(class_name: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[FileVariable, ...] | None:
+    """The variables that a layer with these shapes must have; None where several arguments would do."""
+    known = VARIABLES.get(class_name, ())
+    flags = sorted({variable.flag for variable in known if variable.flag is not None})
+    found = set()
+    for values in product((False, True), repeat=len(flags)):
+        fit = variables_of(class_name, dict(zip(flags, values, strict=True))) or ()
+        ranks = len(fit) == len(shapes) and all(
+            layout(class_name, variable, shape) is not None or kind(class_name) is None
+            for variable, shape in zip(fit, shapes, strict=True)
+        )
+        if ranks:
+            found.add(fit)
+    return found.pop() if len(found) == 1 else None
+
+
+def kind(class_name: str) -> str | None:
+    """The catalog's kind of a class of Keras."""
+    return kind_of_class_name(FRAMEWORK, f"keras.{class_name}")
+
+
+def layout(
+    class_name: str, variable: FileVariable, shape: tuple[int, ...]
+) -> tuple[str, str, tuple[str, ...]] | None:
+    """Kind, role and axes of a variable; None where the catalog does not know them."""
+    named = kind(class_name)
+    found = None if named is None else declared(FRAMEWORK, named, variable.edge, shape)
+    return None if named is None or found is None else (named, *found)
+
+
+def snake_case(class_name: str) -> str:
+    """The name of a class in a file: `conv2d_transpose` for `Conv2DTranspose`."""
+    name = re.sub(r"\W+", "", class_name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+CLASS_OF: Mapping[str, str] = {snake_case(name): name for name in VARIABLES}
