@@ -1,8 +1,8 @@
 """Keras 3's own files, `.keras` and `.weights.h5`: the model, its optimizer, and back.
 
 `.keras` holds all that a run needs: names and kinds of layers (*declared*), class and arguments of the
-optimizer (recorded, and rewritten with the values of the run that is written), counter, learning rate, slots. A
-`.weights.h5` has no config: what its groups' names tell is taken, the rest is not guessed.
+optimizer (recorded, and rewritten with the values of the run that is written), counter, learning rate, slots.
+A `.weights.h5` has no config: what its groups' names tell is taken, the rest is not guessed.
 What the files lack: epochs, data position. See `keras_file_model`, `keras_file_optimizer`.
 
 Covered: keras 3.0 to 3.15. Files of tf_keras are recognised by their version and refused.

@@ -1,8 +1,9 @@
 """The groups, datasets and attributes of an HDF5 file as a tree.
 
 A group is a dictionary of its links, in the order in which their data were written, else by name; its
-attributes are the dictionary's `state`, those of its datasets `args[0]`, by the dataset's name. A dataset is a tensor. Texts are texts, arrays of
-texts lists; any other attribute is `Opaque(kind="hdf5.array", name=<numpy dtype>, args=(shape, bytes))`.
+attributes are the dictionary's `state`, those of its datasets `args[0]`, by the dataset's name. A dataset
+is a tensor. Texts are texts, arrays of texts lists; any other attribute is `Opaque(kind="hdf5.array",
+name=<numpy dtype>, args=(shape, bytes))`.
 
 Dtypes that HDF5 has no type for are opaque elements with an attribute `dtype` that names them, as Keras
 writes bfloat16; that attribute is the tensor's dtype and does not appear as an attribute.

@@ -268,7 +268,8 @@ def test_sniffing_knows_its_own_and_no_other(format_: Format, tmp_path: Path) ->
 def test_opening_reads_no_tensor_byte(
     format_: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the end of the file, where a zip's directory is searched for."""
+    """But for the end of the file, where a zip's directory is searched for, and what lies behind a header of
+    HDF5, which the library reads in pieces of 512 bytes."""
     path = write(format_, mixed() | {"huge": random_tensor("uint8", (1 << 20,))}, tmp_path)
     extents = [e for t in tensors(format_.read(path)).values() for e in t.extents if e.nbytes]
     assert all(isinstance(extent.source, FileSource) for extent in extents)
@@ -288,7 +289,7 @@ def test_opening_reads_no_tensor_byte(
         for name, low, high in reads:
             if name == extent.source.path:
                 touched += max(0, min(high, extent.offset + extent.nbytes) - max(low, extent.offset))
-    assert touched <= (1 << 16) + 22
+    assert touched <= (1 << 16) + 22 + 8 * 512
 
 
 def test_tensor_bytes_do_not_matter_for_opening(format_: Format, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of Keras 3, `.keras` and `.weights.h5`, against Keras itself: read, written again, and crossed with torch."""
+"""Keras 3 files, `.keras` and `.weights.h5`, against Keras itself: read, written, and crossed with torch."""
 
 from __future__ import annotations
 
