@@ -40,6 +40,9 @@ from ckptconv.tensor import TensorRef
 
 _BUILD = "model.optimizer.build(model.trainable_variables)"
 
+_METRICS = "metrics"
+"""Group of a compiled tf_keras model; Keras 3 has none."""
+
 
 class KerasFile:
     """The dialect `keras3` of one of the two formats."""
@@ -60,6 +63,8 @@ class KerasFile:
         if self.format == "keras":
             version = text(below(raw.root, "metadata", "keras_version"))
             return Detection(score=100, evidence=f"saved by Keras {version}") if version[:2] == "3." else None
+        if _METRICS in raw.root:
+            return None  # only tf_keras saves its metrics, and its optimizer's variables are in another order
         if any(len(path) > 1 and path[-2] == VARS for path, _ in walk(raw.root)):
             return Detection(score=60, evidence="groups 'vars' of numbered variables")
         return None

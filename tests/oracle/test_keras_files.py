@@ -328,3 +328,17 @@ def test_a_flipped_bit_of_the_weights_stops_the_conversion(tmp_path: Path) -> No
     with pytest.raises(CkptError) as caught:
         ckptconv.convert(path, tmp_path / "b.keras")
     assert {problem.code for problem in caught.value.problems} == {"checksum-mismatch"}
+
+
+def test_a_compiled_model_of_tf_keras_is_not_taken_for_keras_3(tmp_path: Path) -> None:
+    """Its optimizer has no learning rate among its variables: as Keras 3 they would all be shifted by one."""
+    tf_keras = pytest.importorskip("tf_keras")
+    model = tf_keras.Sequential([tf_keras.layers.Input((3,)), tf_keras.layers.Dense(2)])
+    model.compile(tf_keras.optimizers.Adam(0.01), "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    for name in ("net.weights.h5", "net.keras"):
+        path = tmp_path / name
+        model.save_weights(path) if name.endswith(".h5") else model.save(path)
+        with pytest.raises(CkptError) as caught:
+            ckptconv.open(path)
+        assert [problem.code for problem in caught.value.problems] == ["unknown-dialect"]
