@@ -14,6 +14,7 @@ from ckptconv import facts
 from ckptconv.document import (
     PROGRESS_FIELDS,
     SCHEMA_VERSION,
+    Candidate,
     Checkpoint,
     Fact,
     Known,
@@ -22,6 +23,7 @@ from ckptconv.document import (
     Progress,
     Provenance,
     Schedule,
+    Unknown,
     value_of,
 )
 from ckptconv.errors import Problem, SchemaError
@@ -116,6 +118,69 @@ def read_note(text: str, location: str = KEY) -> Note:
         ties=dict(obj["ties"]),
         provenance=provenance_from_json(obj["provenance"]),
     )
+
+
+def settled(native: Progress, note: Note) -> tuple[Progress, tuple[str, ...]]:
+    """A file's own progress completed from its note, or what makes the note stale.
+
+    What the file records wins. A note that contradicts it anywhere is of an earlier state of the run (the
+    file was saved again by code that carried the note along): nothing is taken from it, and its values are
+    candidates of what the file leaves unknown.
+    """
+    stale = contradictions(native, note)
+    facts: dict[str, Fact] = {}
+    for name in PROGRESS_FIELDS:
+        own, noted = getattr(native, name), getattr(note.progress, name)
+        if not isinstance(noted, Known) or isinstance(own, Known):
+            continue
+        if not stale:
+            facts[name] = noted
+        elif isinstance(own, Unknown):
+            old = Candidate(value=noted.value, source=SOURCE, condition="the run has not moved on since")
+            facts[name] = replace(own, candidates=(*own.candidates, old))
+    return replace(native, **facts), tuple(problem.message for problem in stale)
+
+
+def contradictions(native: Progress, note: Note) -> list[Problem]:
+    """Where a file's own progress rules out what its note says."""
+    problems = []
+    for name in PROGRESS_FIELDS:
+        own, noted = getattr(native, name), getattr(note.progress, name)
+        if not isinstance(noted, Known):
+            continue
+        if isinstance(own, Known):
+            said = [own.value]
+        else:
+            candidates = own.candidates if isinstance(own, Unknown) else ()
+            said = [candidate.value for candidate in candidates if candidate.source != SOURCE]
+        if said and noted.value not in said:
+            there = " or ".join(str(value) for value in said)
+            problems.append(
+                Problem(
+                    code="progress-conflict",
+                    loc=("progress", name),
+                    message=f"the embedded note says {name} {noted.value}, the file itself {there}: the file "
+                    "was saved again after the note was written, so nothing is taken from the note",
+                    hint="Convert it, which writes a new note, or leave the note's key out when saving.",
+                )
+            )
+    return problems
+
+
+def current_note(checkpoint: Checkpoint, own: str | None, *, untold: bool) -> str | None:
+    """The note to write into a file whose own note is `own`.
+
+    The file's own is brought up to date where progress was edited; one that a conversion brings is written as
+    it is; and a new one where the document has what the file cannot tell (`untold`).
+    """
+    text = checkpoint.extensions.get(EXTENSION)
+    if not isinstance(text, str):
+        return write_note(checkpoint) if untold else None
+    if text != own:
+        return text
+    stated, now = read_note(text).progress, checkpoint.progress
+    same = all(value_of(getattr(now, f)) in (None, value_of(getattr(stated, f))) for f in PROGRESS_FIELDS)
+    return text if same else edit_note(text, checkpoint)
 
 
 def edit_note(text: str, checkpoint: Checkpoint) -> str:

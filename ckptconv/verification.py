@@ -16,6 +16,7 @@ from ckptconv.formats.base import Format, Layout
 from ckptconv.formats.bundle_write import NOTE_KEY
 from ckptconv.formats.string_tensor import EncodedTensor
 from ckptconv.manifest import to_json
+from ckptconv.note import EXTENSION, contradictions, read_note
 from ckptconv.publish import below
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, RawTree, children
 from ckptconv.rawtree import Path as TreePath
@@ -136,8 +137,14 @@ def validate(path: PathLike, *, require: Sequence[str] = ()) -> list[Problem]:
     if problems:
         return problems
     checkpoint = open(path)
-    problems = validate_manifest(to_json(checkpoint))
+    problems = [*validate_manifest(to_json(checkpoint)), *_stale_note(checkpoint)]
     return problems + [problem for name in require if (problem := _requirement(checkpoint, name)) is not None]
+
+
+def _stale_note(checkpoint: Checkpoint) -> list[Problem]:
+    """Where the file itself rules out what its embedded note says."""
+    text = checkpoint.extensions.get(EXTENSION)
+    return contradictions(checkpoint.progress, read_note(text)) if isinstance(text, str) else []
 
 
 def _container(format_: Format, path: Path) -> list[Problem]:

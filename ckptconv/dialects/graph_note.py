@@ -1,7 +1,7 @@
 """The embedded note of a bundle: what it adds to the document, and what is written back.
 
 The note tells of the run that was converted, under that run's names and in its framework's terms. What the
-bundle holds itself wins; two different counts are a conflict. Of hyperparameters the note adds those that
+bundle holds itself wins. Of hyperparameters the note adds those that
 mean the same here: all of one framework, across frameworks the decay only where it acts alike.
 """
 
@@ -12,18 +12,13 @@ from dataclasses import replace
 from ckptconv.catalog.optimizers import as_algorithm, row, with_form
 from ckptconv.dialects.residue import untold
 from ckptconv.document import (
-    PROGRESS_FIELDS,
     Checkpoint,
-    Fact,
     Known,
     Optimizer,
-    Progress,
     Residue,
     Schedule,
-    value_of,
 )
-from ckptconv.errors import MappingError, Problem
-from ckptconv.note import EXTENSION, Note, edit_note, read_note, write_note
+from ckptconv.note import EXTENSION, Note, current_note, read_note, settled
 
 ATTRIBUTE = "note"
 """Attribute of the residue that holds the note that the file came with."""
@@ -37,46 +32,28 @@ _OF_ITS_OWN = frozenset(
 def with_note(checkpoint: Checkpoint, text: str | None) -> Checkpoint:
     """The document completed from its file's note.
 
-    Raises: progress-conflict, and those of `read_note`.
+    Raises: those of `read_note`.
     """
     if text is None or checkpoint.residue is None:
         return checkpoint
-    note = read_note(text)
-    progress = _progress(checkpoint.progress, note.progress)
-    optimizers = tuple(_completed(one, checkpoint, note) for one in checkpoint.optimizers)
-    residue = checkpoint.residue
-    return replace(
+    note, residue = read_note(text), checkpoint.residue
+    progress, stale = settled(checkpoint.progress, note)
+    result = replace(
         checkpoint,
         progress=progress,
-        optimizers=tuple(_with_base(one, checkpoint, note) for one in optimizers),
-        schedules=tuple(_described(one, checkpoint, note) for one in checkpoint.schedules),
+        oddities=(*checkpoint.oddities, *stale),
         residue=replace(residue, attributes={**residue.attributes, ATTRIBUTE: text}),
-        provenance=replace(checkpoint.provenance, history=note.provenance.history),
         extensions={**checkpoint.extensions, EXTENSION: text},
     )
-
-
-def _progress(native: Progress, noted: Progress) -> Progress:
-    problems = []
-    fields: dict[str, Fact] = {}
-    for name in PROGRESS_FIELDS:
-        mine, theirs = getattr(native, name), getattr(noted, name)
-        if not isinstance(theirs, Known):
-            continue
-        if not isinstance(mine, Known):
-            fields[name] = theirs
-        elif mine.value != theirs.value:
-            problems.append(
-                Problem(
-                    code="progress-conflict",
-                    loc=("progress", name),
-                    message=f"'{mine.source}' says {mine.value}, the embedded note says {theirs.value}",
-                    hint="The file was changed after it was converted: convert the original again.",
-                )
-            )
-    if problems:
-        raise MappingError(*problems)
-    return replace(native, **fields)
+    if stale:
+        return result
+    optimizers = tuple(_completed(one, checkpoint, note) for one in checkpoint.optimizers)
+    return replace(
+        result,
+        optimizers=tuple(_with_base(one, checkpoint, note) for one in optimizers),
+        schedules=tuple(_described(one, checkpoint, note) for one in checkpoint.schedules),
+        provenance=replace(checkpoint.provenance, history=note.provenance.history),
+    )
 
 
 def _completed(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer:
@@ -144,15 +121,7 @@ def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Op
 
 
 def note_of(checkpoint: Checkpoint, residue: Residue | None) -> str | None:
-    """The note to write: a new one as it is, the file's own brought up to date where progress was edited."""
-    text = checkpoint.extensions.get(EXTENSION)
-    if not isinstance(text, str):
-        needed = residue is not None and untold(checkpoint, residue.root)
-        return write_note(checkpoint) if needed else None
-    if residue is None or residue.attributes.get(ATTRIBUTE) != text:
-        return text
-    stated, now = read_note(text).progress, checkpoint.progress
-    same = all(
-        value_of(getattr(now, name)) in (None, value_of(getattr(stated, name))) for name in PROGRESS_FIELDS
-    )
-    return text if same else edit_note(text, checkpoint)
+    """The note to write into a file with this residue."""
+    own = residue.attributes.get(ATTRIBUTE) if residue is not None else None
+    needed = residue is not None and bool(untold(checkpoint, residue.root))
+    return current_note(checkpoint, own if isinstance(own, str) else None, untold=needed)

@@ -14,12 +14,11 @@ from dataclasses import replace
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.catalog.schedule_rates import NotExpressibleError
 from ckptconv.catalog.schedule_source import named_rates, placed
-from ckptconv.dialects.torch_note import EXTENSION
 from ckptconv.dialects.torch_scheduler import moved, rate_at
 from ckptconv.dialects.torch_values import Encoding, dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.errors import CkptError, LossError, MappingError, Problem
-from ckptconv.note import KEY
+from ckptconv.note import EXTENSION, KEY
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Path
 
 _STEP: Mapping[str, str] = {"as": "tensor", "dtype": "float32"}

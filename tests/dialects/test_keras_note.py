@@ -9,8 +9,7 @@ import pytest
 
 from ckptconv.detect import load_registries, read_raw
 from ckptconv.dialects.base import DIALECTS
-from ckptconv.document import Checkpoint, Known, value_of
-from ckptconv.errors import CkptError
+from ckptconv.document import Checkpoint, Known, Unknown, value_of
 from ckptconv.note import read_note, write_note
 from ckptconv.rawtree import RawTree
 
@@ -65,7 +64,18 @@ def test_an_edited_step_is_edited_in_the_note() -> None:
     assert value_of(lift(back).progress.step) == 9
 
 
-def test_file_and_note_that_disagree_are_a_conflict() -> None:
-    with pytest.raises(CkptError) as caught:
-        lift(noted(step=6))
-    assert [(p.code, p.loc) for p in caught.value.problems] == [("progress-conflict", ("progress", "step"))]
+def test_nothing_is_taken_from_a_note_that_the_file_contradicts() -> None:
+    checkpoint = lift(noted(step=6))
+    assert checkpoint.progress.step == Known(value=5, source="optimizer/_iterations")
+    epochs = checkpoint.progress.epochs
+    assert isinstance(epochs, Unknown)
+    assert [(c.value, c.source) for c in epochs.candidates] == [(2, "embedded note")]
+    assert "beta_1" not in checkpoint.optimizers[0].groups[0].hyperparameters
+    assert len(checkpoint.oddities) == 1 + len(lift(noted()).oddities)
+
+
+def test_a_note_that_the_file_contradicts_is_mended_when_it_is_written() -> None:
+    back = DIALECTS[DIALECT].lower(lift(noted(step=6)))
+    assert back.note is not None
+    progress = read_note(back.note).progress
+    assert (value_of(progress.step), value_of(progress.epochs)) == (5, None)

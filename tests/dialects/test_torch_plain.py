@@ -11,6 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from ckptconv.conversion import validate  # noqa: E402
 from ckptconv.dialects.torch_plain import Plain  # noqa: E402
 from ckptconv.dialects.torch_scheduler import rate_at  # noqa: E402
 from ckptconv.dialects.torch_state_dict import StateDict  # noqa: E402
@@ -394,6 +395,19 @@ def test_the_note_tells_what_the_dictionary_cannot() -> None:
     saved_later = lifted({**trained(torch.optim.SGD), "epoch": 6, "ckptconv": note})
     assert isinstance(saved_later.progress.epochs, Unknown)
     assert any("note" in odd for odd in saved_later.oddities)
+    step = saved_later.progress.step
+    assert isinstance(step, Unknown)
+    assert [(c.value, c.source) for c in step.candidates][-1:] == [(9, "embedded note")]
+
+
+def test_a_note_older_than_its_file_is_a_problem_of_the_file(tmp_path: Path) -> None:
+    checkpoint = lifted({**trained(torch.optim.SGD), "epoch": 1})
+    note = write_note(replace(checkpoint, progress=replace(checkpoint.progress, epochs=Known(value=2))))
+    for epoch in (1, 6):
+        torch.save({**trained(torch.optim.SGD), "epoch": epoch, "ckptconv": note}, tmp_path / f"{epoch}.pt")
+    assert validate(tmp_path / "1.pt") == []
+    problems = [(p.code, p.loc) for p in validate(tmp_path / "6.pt")]
+    assert problems == [("progress-conflict", ("progress", "epochs"))]
 
 
 def test_an_edited_step_is_edited_in_the_note() -> None:
