@@ -17,9 +17,10 @@ Json = Any
 _HINT = "The file is damaged or was not written by a well-behaved program: copy it again."
 
 
-def parse(text: str | bytes, name: str) -> Json:
+def parse(text: str | bytes, name: str, *, constants: bool = False) -> Json:
     """The value of a JSON text.
 
+    `constants`: `NaN` and `Infinity` are read too, for files that other programs write so.
     Raises: corrupt-file, duplicate-key, limit-exceeded (nesting, digits), all located at `name`.
     """
 
@@ -40,7 +41,8 @@ def parse(text: str | bytes, name: str) -> Json:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        constant = float if constants else no_constant
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
         if "\\ud" in text or "\\uD" in text:
             # Only an escape can bring in half a character; most texts have none.
             json.dumps(value, ensure_ascii=False).encode("utf-8")

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ckptconv import engine
 from ckptconv.detect import PathLike, detect_format, open, reachable
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Unknown
@@ -23,7 +25,7 @@ from ckptconv.rawtree import Path as TreePath
 from ckptconv.skeleton import is_skeleton_file
 from ckptconv.strictjson import parse
 from ckptconv.supply import settable_fields
-from ckptconv.tensor import Extent, StoredTensor, TensorRef
+from ckptconv.tensor import Extent, FileSource, StoredTensor, TensorRef, as_bytes
 from ckptconv.validation import validate_manifest
 
 
@@ -44,7 +46,7 @@ def checker(
         if again.note != raw.note:
             raise _failed((NOTE_KEY,), "the embedded note is another text")
         keys = {
-            (os.path.basename(below(layout.kind, staged, file.name)), placement.offset): placement.key
+            (os.path.abspath(below(layout.kind, staged, file.name)), placement.offset): placement.key
             for file in layout.files
             for placement in file.placements
         }
@@ -52,10 +54,13 @@ def checker(
         for extent in _extents(again.root):
             if not extent.nbytes:
                 continue
-            key = keys.get((extent.source.name, extent.offset))
+            source = extent.source
+            if not isinstance(source, FileSource):
+                continue  # an array within a pickle: _differences compares it
+            key = keys.get((os.path.abspath(source.path), extent.offset))
             if key is None:
                 raise _failed(
-                    (extent.source.name,), f"bytes at {extent.offset} belong to no tensor that was written"
+                    (source.name,), f"bytes at {extent.offset} belong to no tensor that was written"
                 )
             found[key] = StoredTensor.raw(extent)
         # The note is no part of the tree; its text was compared above.
@@ -79,6 +84,8 @@ def _differences(written: Node, read: Node, path: TreePath) -> Iterator[tuple[Tr
     if isinstance(written, TensorRef) and isinstance(read, TensorRef):
         if written.spec != read.spec:
             yield path, f"{_named(written)} became {_named(read)}"
+        elif not _is_in_file(read) and not np.array_equal(as_bytes(written.read()), as_bytes(read.read())):
+            yield path, "its values are others"
     elif isinstance(written, (str, bytes)) and isinstance(read, TensorRef):
         # A bundle holds a text as a string tensor; its bytes are compared with the others.
         if read.dtype.name != "string":
@@ -95,6 +102,10 @@ def _differences(written: Node, read: Node, path: TreePath) -> Iterator[tuple[Tr
                 yield from _differences(ours[step], theirs[step], (*path, step))
     elif type(written) is not type(read) or repr(written) != repr(read):
         yield path, f"{written!r} became {read!r}"
+
+
+def _is_in_file(tensor: TensorRef) -> bool:
+    return any(isinstance(extent.source, FileSource) for extent in tensor.extents)
 
 
 def _named(tensor: TensorRef) -> str:

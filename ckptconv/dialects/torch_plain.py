@@ -46,6 +46,7 @@ from ckptconv.document import (
     Schedule,
 )
 from ckptconv.errors import CkptError, FormatError, MappingError, Problem
+from ckptconv.formats.torch_folder import DIRECTORY
 from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
 from ckptconv.tensor import TensorRef
 
@@ -71,7 +72,7 @@ class Plain:
 
     def detect(self, raw: RawTree) -> Detection | None:
         """By entries that are a model or an optimizer; a last resort where there are only tensors."""
-        if not isinstance(raw.root, DictNode):
+        if not isinstance(raw.root, DictNode) or raw.root.kind == DIRECTORY:
             return None
         survey = _survey(raw.root)
         keys = [dotted(path) or "the whole file" for path in (*survey.models, *survey.optimizers)]

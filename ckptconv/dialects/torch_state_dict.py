@@ -18,6 +18,7 @@ from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
 from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
 from ckptconv.errors import FormatError, LossError, Problem
+from ckptconv.formats.torch_folder import DIRECTORY
 from ckptconv.note import EXTENSION
 from ckptconv.rawtree import DictNode, Node, RawTree
 
@@ -38,7 +39,7 @@ class StateDict:
         """By a dictionary that has only named tensors."""
         if is_module_state(raw.root):
             return Detection(score=80, evidence="an OrderedDict with the _metadata of Module.state_dict()")
-        if is_state_dict(raw.root):
+        if is_state_dict(raw.root) and raw.attributes.get("container") != DIRECTORY:
             return Detection(score=55, evidence="a dictionary of named tensors")
         return None
 

@@ -25,10 +25,11 @@ from ckptconv.formats.crc import crc32_joined
 from ckptconv.formats.hdf5_file import failure
 from ckptconv.formats.hdf5_read import read_tree
 from ckptconv.formats.hdf5_write import NewFile, lay_out
+from ckptconv.formats.json_tree import node_of, value_of
 from ckptconv.formats.zip_container import LOCAL_SIGNATURE, Archive, read_archive
 from ckptconv.formats.zip_layout import NewRecord, PlannedRecord, archive_frame, plan_archive
-from ckptconv.rawtree import DictNode, ListNode, Node, RawTree
-from ckptconv.strictjson import Json, parse
+from ckptconv.rawtree import DictNode, Node, RawTree
+from ckptconv.strictjson import parse
 from ckptconv.tensor import FileSource, StoredTensor, TensorRef
 
 METADATA, CONFIG, WEIGHTS, FILES = "metadata", "config", "weights", "files"
@@ -100,7 +101,10 @@ class KerasArchive:
             raise failure(
                 "unsupported-feature", name, f"the tree has '{strange[0]}', no archive does", strange[0]
             )
-        texts = {key: json.dumps(_value(root.get(key), name, key)).encode() for key in (METADATA, CONFIG)}
+        texts = {
+            key: json.dumps(value_of(root.get(key), f"{name}!{_RECORDS[key]}")).encode()
+            for key in (METADATA, CONFIG)
+        }
         new = lay_out(weights, raw.note, name)
         files = dict(_files(root, name))
         records = [
@@ -141,27 +145,7 @@ def _finish(
 
 def _json(archive: Archive, key: str, name: str) -> Node:
     record = archive.records[_RECORDS[key]]
-    return _node(parse(archive.data(record), f"{name}!{record.name}"))
-
-
-def _node(value: Json) -> Node:
-    """A JSON value as a tree; the parser has bounded its nesting."""
-    if isinstance(value, dict):
-        return DictNode(items=tuple((key, _node(part)) for key, part in value.items()))
-    if isinstance(value, list):
-        return ListNode(items=tuple(_node(part) for part in value))
-    leaf: bool | int | float | str | None = value
-    return leaf
-
-
-def _value(node: Node, name: str, key: str) -> Json:
-    if isinstance(node, DictNode):
-        return {str(inner): _value(part, name, key) for inner, part in node.items}
-    if isinstance(node, ListNode):
-        return [_value(part, name, key) for part in node.items]
-    if node is None or isinstance(node, (bool, int, float, str)):
-        return node
-    raise failure("unsupported-feature", name, f"'{key}' holds {type(node).__name__}, which is not JSON", key)
+    return node_of(parse(archive.data(record), f"{name}!{record.name}"))
 
 
 def _files(root: DictNode, name: str) -> Iterator[tuple[str, TensorRef]]:

@@ -1,13 +1,13 @@
 """PyTorch's formats: the zip that `torch.save` has written since 1.6, and the three beside it that are read.
 
-What stands in the file is told by its bytes: `torch_legacy` (torch before 1.6), `torch_tar` (0.1.9 and
-before), `torch_script` (`torch.jit.save`), else this one. Only the zip is written. Byte layout: a zip
-(`zip_container`) whose records all stand under one prefix, the archive's name: `data.pkl` (the object,
-`pickle_reader`), `data/<key>` (the raw bytes of one storage each), `byteorder` (`little` or `big`; absent
-means little), `.format_version`, `.storage_alignment`, `version` (1 to 10), `.data/serialization_id`. In the
-pickle a storage is a persistent id `('storage', class, key, location, numel)` and a tensor a call on it;
-offset and strides count elements. Written are torch 2.13's records in its order, pickle protocol 2,
-little-endian.
+A folder that is one checkpoint is `torch_folder`. What stands in a file is told by its bytes: `torch_legacy`
+(torch before 1.6), `torch_tar` (0.1.9 and before), `torch_script` (`torch.jit.save`), else this one. Of files
+only the zip is written. Byte layout: a zip (`zip_container`) whose records all stand under one prefix, the
+archive's name: `data.pkl` (the object, `pickle_reader`), `data/<key>` (the raw bytes of one storage each),
+`byteorder` (`little` or `big`; absent means little), `.format_version`, `.storage_alignment`, `version` (1 to
+10), `.data/serialization_id`. In the pickle a storage is a persistent id `('storage', class, key, location,
+numel)` and a tensor a call on it; offset and strides count elements. Written are torch 2.13's records in its
+order, pickle protocol 2, little-endian.
 
 The tree of the object:
 
@@ -57,6 +57,7 @@ from ckptconv.formats.pickle_reader import unpickle
 from ckptconv.formats.pickle_writer import pickle_tree
 from ckptconv.formats.torch_decode import Decoder
 from ckptconv.formats.torch_encode import Encoder, Storage
+from ckptconv.formats.torch_folder import DIRECTORY, layout_folder, producer_of, read_folder
 from ckptconv.formats.torch_legacy import is_legacy, read_legacy
 from ckptconv.formats.torch_script import flattened
 from ckptconv.formats.torch_tar import is_tar, read_tar
@@ -95,17 +96,19 @@ class PyTorchFormat:
     """`torch.save` files of every age, and TorchScript archives."""
 
     name = "pytorch"
-    summary = "PyTorch checkpoint: torch.save of any version, TorchScript (written as the zip of 1.6 on)"
+    summary = "PyTorch checkpoint: torch.save of any version, TorchScript, folders of HF Trainer and others"
     suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
     shards = False
 
     def sniff(self, path: Path) -> bool:
-        """Whether it is a zip with `<prefix>/data.pkl`, or one of the formats before the zip.
+        """Whether it is a zip with `<prefix>/data.pkl`, an older format, or a known producer's folder.
 
         A zip is judged by its first record, which that is in torch's; where it is another one the directory
         tells, and where that is lost the first record again.
         """
+        if path.is_dir():
+            return producer_of(path) is not None
         if not path.is_file():
             return False
         source = FileSource(path)
@@ -123,10 +126,12 @@ class PyTorchFormat:
             return first.endswith((b"/data.pkl", b"/version", b"/data/0"))
 
     def read(self, path: Path) -> RawTree:
-        """The object that was saved; reads directory, headers and pickle, no storage.
+        """The object that was saved, or a folder's files; reads directories, headers, pickles, no storage.
 
         Raises: see `zip_container.read_archive`, `pickle_reader.unpickle`, `torch_decode.Decoder`.
         """
+        if path.is_dir():
+            return read_folder(path)
         return read_source(FileSource(path), str(path))
 
     def layout(self, raw: RawTree, path: Path) -> Layout:
@@ -134,6 +139,8 @@ class PyTorchFormat:
 
         Raises: unknown-dtype, opaque-globals, limit-exceeded, unsupported-feature, reference-broken.
         """
+        if raw.attributes.get("container") == DIRECTORY:
+            return layout_folder(raw, path)
         encoder = Encoder(raw.root)
         pickled, names = pickle_tree(raw.root, encoder.encode)
         _refuse_opaque(names, raw)
