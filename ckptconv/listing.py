@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator
 
 from ckptconv.catalog.directions import directions
-from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
+from ckptconv.catalog.optimizer_rows import COLUMNS, algorithms, row
 from ckptconv.detect import load_registries
 from ckptconv.dialects.base import DIALECTS
 from ckptconv.facts import value_to_json
@@ -118,7 +118,7 @@ def optimizers() -> list[dict[str, object]]:
     return [
         {
             "algorithm": name,
-            "classes": {f: found.class_name for f in FRAMEWORKS if (found := row(name, f)) is not None},
+            "classes": {f: found.class_name for f in COLUMNS if (found := row(name, f)) is not None},
         }
         for name in algorithms()
     ]

@@ -287,7 +287,7 @@ def _slots(
                     if producers.get(name) in origin.slots.get(slot_row.slot, {}):
                         _no_factors(name, slot_row.slot, target, account)
                     if places and name in places:
-                        made[name] = FilledTensor(spec=places[name].spec, value=slot_row.init)
+                        made[name] = _begun(slot_row, name, places[name], target, source, pairs, account)
                     continue
                 have = (
                     None
@@ -296,7 +296,8 @@ def _slots(
                 )
                 place = places.get(name) if places else None
                 if have is None and places is None and slot_row.shape == "scalar" and name in counted:
-                    made[name] = FilledTensor(spec=_NUMBER, value=slot_row.init)
+                    number = FilledTensor(spec=_NUMBER)
+                    made[name] = _begun(slot_row, name, number, target, source, pairs, account)
                     continue
                 if have is None and places is None:
                     continue  # a target that creates state per parameter has none for this one either
@@ -315,7 +316,7 @@ def _slots(
                             )
                         )
                         continue
-                    made[name] = FilledTensor(spec=place.spec, value=slot_row.init)
+                    made[name] = _begun(slot_row, name, place, target, source, pairs, account)
                     account.ledger.append(
                         Entry(
                             item=("slot", origin.name, slot_row.slot, producers.get(name, name)),
@@ -353,6 +354,33 @@ def _slots(
             detail = "the target's rule does not read it"
             account.ledger.append(Entry(item=("slot", origin.name, slot), fate="left", detail=detail))
     return result
+
+
+def _begun(
+    slot: SlotConversion,
+    name: str,
+    place: TensorRef,
+    target: Optimizer,
+    source: Checkpoint,
+    pairs: Mapping[str, Pair],
+    account: Account,
+) -> TensorRef:
+    """A slot as before the first update."""
+    loc = ("optimizers", target.name, slot.slot, name)
+    if slot.init == "param":
+        pair = pairs[name]
+        return through(source.params[pair.source].tensor, pair.ops, place.spec, loc, account)[0]
+    if not isinstance(slot.init, str):
+        return FilledTensor(spec=place.spec, value=slot.init)
+    account.problems.append(
+        Problem(
+            code="hyperparameter-missing",
+            loc=loc,
+            message=f"the {slot.slot} of '{name}' begins at {slot.init}, which neither side records",
+            hint=f"Pass --set {slot.init}=VALUE.",
+        )
+    )
+    return place
 
 
 def _no_factors(name: str, slot: str, target: Optimizer, account: Account) -> None:

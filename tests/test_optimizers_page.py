@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckptconv.catalog.directions import directions
 from ckptconv.catalog.loading import load, names
-from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
+from ckptconv.catalog.optimizer_rows import COLUMNS, algorithms, row
 from ckptconv.catalog.transitions import transitions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +24,7 @@ NAMES = {
     "keras3": "Keras 3",
     "tf_keras": "tf_keras",
     "tf_keras_legacy": "tf_keras legacy",
+    "tf1": "TensorFlow 1",
 }
 
 
@@ -38,7 +39,7 @@ def lines() -> Iterator[str]:
     yield f"| algorithm | {' | '.join(NAMES.values())} |"
     yield "|---|" + "---|" * len(NAMES)
     for name in algorithms():
-        cells = (row(name, framework) for framework in FRAMEWORKS)
+        cells = (row(name, framework) for framework in COLUMNS)
         yield f"| {name} | {' | '.join(f'`{c.class_name}`' if c else '' for c in cells)} |"
     yield ""
     yield "## Directions"
@@ -101,7 +102,7 @@ def helpers() -> Iterator[tuple[str, str, str, str]]:
                 if target in forms(name, step.point, step.after):
                     yield name, target, f"{step.point}: {step.before} there, {step.after} here", call
     for name in algorithms():
-        for target in FRAMEWORKS:
+        for target in COLUMNS:
             found = row(name, target)
             if found is not None:
                 yield from (
@@ -112,7 +113,7 @@ def helpers() -> Iterator[tuple[str, str, str, str]]:
 
 def forms(family: str, point: str, form: str) -> set[str]:
     """Frameworks whose class of the family has a form."""
-    found = ((f, row(family, f)) for f in FRAMEWORKS)
+    found = ((f, row(family, f)) for f in COLUMNS)
     return {f for f, known in found if known is not None and known.base_form.get(point) == form}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ckptconv.catalog.conversion import nearest_form
 from ckptconv.catalog.findings import worst
-from ckptconv.catalog.optimizer_rows import FRAMEWORKS, Row, algorithms, row
+from ckptconv.catalog.optimizer_rows import COLUMNS, Row, algorithms, row
 from ckptconv.catalog.transitions import between
 from ckptconv.document import Value
 from ckptconv.report import Verdict
@@ -36,8 +36,8 @@ class Direction:
 def directions() -> Iterator[Direction]:
     """Every ordered pair of frameworks that both have an algorithm, in the order of the tables."""
     for algorithm in algorithms():
-        for source in FRAMEWORKS:
-            for target in FRAMEWORKS:
+        for source in COLUMNS:
+            for target in COLUMNS:
                 ours, theirs = row(algorithm, source), row(algorithm, target)
                 if ours is not None and theirs is not None and source != target:
                     yield from _of(ours, theirs)

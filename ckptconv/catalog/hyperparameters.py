@@ -16,9 +16,8 @@ from ckptconv.document import Fact, Group, Known, Optimizer, Value, value_of
 Refuse = Callable[..., None]
 """`(code, message, hint, *loc, helper=)`: a problem, unless the caller allowed its code."""
 
-_FOLDED = frozenset({"base_learning_rate", "learning_rate_decay", "dampening", "weight_decay"})
+_FOLDED = frozenset({"base_learning_rate", "learning_rate_decay", "dampening", "weight_decay", "epsilon"})
 """Hyperparameters that a rule of their own carries over to a class that has none."""
-
 
 _LARGEST = 1 << 53
 """Whole numbers up to here are doubles."""

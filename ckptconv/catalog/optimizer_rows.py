@@ -16,7 +16,9 @@ from ckptconv.catalog.transitions import transitions
 from ckptconv.document import Value
 
 FRAMEWORKS = ("torch", "keras3", "tf_keras", "tf_keras_legacy")
-"""Columns of which each has every direction to and from every other stated in the tables of directions."""
+"""Columns whose files tell the class, or come near it."""
+Init = float | str
+"""A number, the name of the hyperparameter that it is, or `param`: the parameter's own value."""
 COLUMNS = (*FRAMEWORKS, "tf1")
 """All columns; `tf1` is `tf.compat.v1.train`, whose files name no class and hold no hyperparameter."""
 
@@ -70,7 +72,7 @@ class Row:
     """Canonical slot -> hyperparameter without which it does not exist."""
     slot_readers: Mapping[str, str]
     """Canonical slot -> hyperparameter without which the rule does not read it, though it may be there."""
-    slot_inits: Mapping[str, float]
+    slot_inits: Mapping[str, Init]
     """Canonical slot -> its value before the first update."""
     hyperparameters: Mapping[str, HyperRow]
     neutral: Mapping[str, Value]
@@ -157,10 +159,10 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
         raise ValueError(f"{record.where}: the algorithm is not named as its file")
     record.text("update"), record.text("source")
     family = record.text("family")
-    inits = {}
+    inits: dict[str, Init] = {}
     for slot, entry in record.records("slots"):
         entry.text("definition")
-        inits[slot] = entry.number("init")
+        inits[slot] = _init(entry)
         entry.close()
     known, neutral, settled = set(), {}, set()
     for hyperparameter, entry in record.records("hyperparameters"):
@@ -177,7 +179,8 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
         if framework not in COLUMNS:
             raise ValueError(f"{entry.where}: unknown framework")
         row = replace(_row(entry, name, family, framework, inits, neutral), settled=frozenset(settled))
-        if not set(row.hyperparameters) <= known or not {*row.slots, *row.scalars} <= set(inits):
+        named = {init for init in row.slot_inits.values() if isinstance(init, str)} - {"param"}
+        if not {*row.hyperparameters, *named} <= known or not {*row.slots, *row.scalars} <= set(inits):
             raise ValueError(f"{entry.where}: a slot or hyperparameter is not defined")
         rows[framework] = row
     record.close()
@@ -189,10 +192,10 @@ def _row(
     algorithm: str,
     family: str,
     framework: str,
-    inits: Mapping[str, float],
+    inits: Mapping[str, Init],
     neutral: Mapping[str, Value],
 ) -> Row:
-    slots, variables, conditions, readers, shapes = {}, {}, {}, {}, {}
+    slots, variables, conditions, readers, shapes, own_inits = {}, {}, {}, {}, {}, {}
     for slot, entry in record.records("slots"):
         slots[slot] = entry.text("key")
         variable, condition = entry.optional_text("variable"), entry.optional_text("when")
@@ -204,6 +207,8 @@ def _row(
             readers[slot] = entry.text("read_when")
         if entry.has("shape"):
             shapes[slot] = entry.text("shape")
+        if entry.has("init"):
+            own_inits[slot] = _init(entry)
         entry.close()
     hyperparameters = {}
     for name, entry in record.records("hyperparameters"):
@@ -229,7 +234,7 @@ def _row(
         slot_variables=variables,
         slot_conditions=conditions,
         slot_readers=readers,
-        slot_inits={slot: inits[slot] for slot in slots},
+        slot_inits={slot: inits[slot] for slot in slots} | own_inits,
         hyperparameters=hyperparameters,
         neutral={**neutral, **record.scalar_map("neutral")},
         base_form=record.text_map("form"),
@@ -237,7 +242,7 @@ def _row(
         form_when=_changes(record, "form_when"),
         slot_shapes=shapes,
         scalars=(scalars := record.text_map("scalars")),
-        scalar_inits={name: inits[name] for name in scalars},
+        scalar_inits={name: float(inits[name]) for name in scalars},
         lists=frozenset(record.texts("lists")),
         interleaved=record.flag("interleaved", False),
         other_keys=frozenset(record.texts("other_keys")),
@@ -250,6 +255,10 @@ def _row(
     )
     record.close()
     return row
+
+
+def _init(record: Record) -> Init:
+    return record.text("init") if isinstance(record.scalar("init"), str) else record.number("init")
 
 
 def _changes(record: Record, key: str) -> Mapping[str, Mapping[str, str]]:

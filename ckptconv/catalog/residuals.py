@@ -92,6 +92,10 @@ def _squared(s: Floats, values: Mapping[str, float]) -> Floats:
     return np.asarray(values["epsilon"] / np.sqrt(s + values["epsilon"] ** 2))
 
 
+def _none_left(s: Floats, values: Mapping[str, float]) -> Floats:
+    return np.asarray(values["epsilon"] / np.sqrt(s))
+
+
 def _out_of_root(v: Floats, values: Mapping[str, float]) -> Floats:
     v = v * values["rho"]
     return np.asarray(np.abs(np.sqrt(v + values["epsilon"]) / (np.sqrt(v) + values["fitted"]) - 1))
@@ -109,6 +113,7 @@ FORMULAS: Mapping[str, Formula] = {
     "norm: in_max -> after_max": Formula(slot="second_moment", needs=("epsilon", "beta_2"), error=_over_norm),
     "norm: after_max -> in_max": Formula(slot="second_moment", needs=("epsilon", "beta_2"), error=_over_norm),
     "accumulated: outside -> inside": Formula(slot="accumulator", needs=("epsilon",), error=_squared),
+    "accumulated: outside -> absent": Formula(slot="accumulator", needs=("epsilon",), error=_none_left),
     "root: inside -> outside": Formula(
         slot="second_moment", minus="average_gradient", needs=("epsilon", "rho", "fitted"), error=_out_of_root
     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptconv.catalog.findings import Findings
 from ckptconv.catalog.hyperparameters import Settings
-from ckptconv.catalog.optimizer_rows import Row
+from ckptconv.catalog.optimizer_rows import Init, Row
 from ckptconv.catalog.transitions import Transition, numbers
 from ckptconv.document import Fact, Known, Optimizer, value_of
 from ckptconv.tensor import MissingTensor, Op, TensorRef
@@ -22,8 +22,9 @@ class SlotConversion:
     """Canonical name, the same on both sides."""
     created: bool = False
     """True: nothing of the source goes in, every element is `init`."""
-    init: float = 0.0
-    """Value of a parameter's slot where the source has none for it."""
+    init: Init = 0.0
+    """Value of a parameter's slot where the source has none for it: a number, `param` for the parameter's own
+    value, or the name of the hyperparameter that neither side tells."""
     shape: str = "param"
     """How its shape follows from the parameter's (`optimizer_rows.shape_of_slot`)."""
     ops: tuple[tuple[Op, ...], ...] = ()
@@ -64,7 +65,10 @@ def convert_slots(
             )
     result = []
     for slot in held:
-        init, shape = theirs.slot_inits[slot], theirs.slot_shapes.get(slot, "param")
+        # A run begins a slot as its own rule does; where it has none of them, the target's begins.
+        beginner = ours if slot in source.slots and slot in ours.slots else theirs
+        init = _init(beginner.slot_inits[slot], settings)
+        shape = theirs.slot_shapes.get(slot, "param")
         if slot in source.slots:
             result.append(_slot(slot, init, shape, settings, steps, findings))
             continue
@@ -75,6 +79,12 @@ def convert_slots(
         _created(slot, source, ours, theirs, settings, findings)
         result.append(SlotConversion(slot=slot, created=True, init=init, shape=shape, ops=((),) * count))
     return tuple(result), left
+
+
+def _init(told: Init, settings: Settings) -> Init:
+    """The number, where the name of a hyperparameter stands for it and one side tells it."""
+    have = numbers(settings.target(0), settings.source[0])
+    return have.get(told, told) if isinstance(told, str) else told
 
 
 def _is_idle(slot: str, ours: Row, settings: Settings) -> bool:
@@ -115,7 +125,7 @@ def _created(
 
 def _slot(
     slot: str,
-    init: float,
+    init: Init,
     shape: str,
     settings: Settings,
     steps: tuple[Transition, ...],

@@ -21,7 +21,7 @@ from ckptconv.dialects.graph_note import with_note
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.tf1_layers import readings
 from ckptconv.dialects.tf1_lower import lower
-from ckptconv.dialects.tf1_names import SLOTS, Names, sort_out
+from ckptconv.dialects.tf1_names import Names, slots_of, sort_out
 from ckptconv.document import (
     Checkpoint,
     Fact,
@@ -176,7 +176,7 @@ class _Lifting:
     def _optimizer(self, scope: str, run: int | None) -> Optimizer:
         """The optimizer whose slots are called by its name."""
         by_number = self.names.slots[scope]
-        algorithm, meanings = SLOTS.get(scope, SLOTS["Adam"])
+        algorithm, meanings = slots_of(scope, 1 + max(by_number))
         name = "optimizer" if len(self.names.slots) == 1 else scope
         slots: dict[str, dict[str, TensorRef]] = {}
         for number, slot in enumerate(meanings):
@@ -186,9 +186,9 @@ class _Lifting:
                     slots.setdefault(slot, {})[owner] = self.tensors[key]
                     self.lifter.take((key,), ("slot", name, slot, owner))
         if any(number >= len(meanings) for number in by_number):
+            kept = "those of the first are its state, the others" if meanings else "nothing tells whose; they"
             self.oddities.append(
-                f"variables have slots of more than one '{scope}': those of the first are its state, "
-                "the others stay as extra arrays"
+                f"variables have slots of more than one '{scope}': {kept} stay as extra arrays"
             )
         held = {owner for owners in slots.values() for owner in owners}
         step: Fact = Unknown(reason="the class keeps no step, and there is no global_step")

@@ -1,16 +1,18 @@
 """What the variables of a name-based TensorFlow checkpoint are, from their names alone.
 
 A key is the variable's op name without `:0`. Beside a variable `V` stand, of the same shape:
-- `V/Adam` (m) and `V/Adam_1` (v), `V/Momentum`, `V/RMSProp`, `V/Adagrad`, ...: slots, in the order in which
-  the optimizer makes them, `_N` from the second on; a scope in which they were made stands before `V`;
+- `V/Adam` (m) and `V/Adam_1` (v), `V/Momentum`, `V/Adagrad`, `V/Adadelta` (`accum`, `accum_update`), `V/Ftrl`
+  (`accum`, `linear`), `V/RMSProp` (`rms`, `mg` if centered, `momentum`): slots, in the order in which the
+  optimizer makes them, `_N` from the second on; a scope in which they were made stands before `V`;
 - `V/ExponentialMovingAverage`: an average that follows it;
 - `V/biased`, `V/local_step`: the state of a batch normalization's zero-debiased average.
 Beside the model stand `beta1_power` and `beta2_power` (of a second Adam `_1`) and `global_step`.
 
 An optimizer that was given another name has slots of that name: with beta powers in the file, a pair `V/N`
-and `V/N_1` is Adam's; others stay extra arrays.
+and `V/N_1` is Adam's; others stay extra arrays, as do the slots of AdagradDA and ProximalAdagrad.
+GradientDescent has none.
 
-Source: tensorflow v2.21 `python/training/{slot_creator,optimizer,adam,momentum,moving_averages}.py`.
+Source: tensorflow v2.21 `python/training/{slot_creator,optimizer,moving_averages}.py` and the classes' files.
 """
 
 from __future__ import annotations
@@ -19,16 +21,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ckptconv.catalog.optimizers import Row, algorithms, row
 from ckptconv.tensor import TensorRef
 
-SLOTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "Adam": ("adam", ("first_moment", "second_moment")),
-    "Momentum": ("sgd", ("momentum",)),
+CLASSES: Mapping[str, Row] = {
+    str(found.scope): found for name in algorithms() if (found := row(name, "tf1")) is not None
 }
-"""Default name of a class -> its algorithm, and what its slots are in the order of their numbers."""
+"""Default name of a class -> its row, whose slots stand in the order in which the class makes them."""
 
-_OTHERS = frozenset({"Adagrad", "Adadelta", "RMSProp", "Ftrl", "AdagradDA", "ProximalAdagrad"})
-"""Default names of classes that the catalog has no column for."""
+_OTHERS = frozenset({"AdagradDA", "ProximalAdagrad"})
+"""Default names of classes that the catalog has no column for: their slots stay extra arrays."""
 _AVERAGE = "ExponentialMovingAverage"
 _DEBIASING = frozenset({"biased", "local_step"})
 _NUMBERED = re.compile(r"(.*?)(?:_([1-9]\d{0,8}))?")
@@ -62,6 +64,20 @@ def numbered(name: str) -> tuple[str, int]:
     return found[1], int(found[2] or 0)
 
 
+def slots_of(scope: str, count: int) -> tuple[str, tuple[str, ...]]:
+    """Algorithm of a class, and what its slots are by their numbers, where a variable has `count` of them.
+
+    A class that was given another name is Adam. No slots: of several optimizers of a class that makes two or
+    three, nothing tells which are whose.
+    """
+    known = CLASSES.get(scope, CLASSES["Adam"])
+    every = tuple(known.slots)
+    plain = tuple(slot for slot in every if slot not in known.slot_conditions)
+    if count > len(every) > len(plain):
+        return known.algorithm, ()
+    return known.algorithm, plain if count <= len(plain) else every
+
+
 def natural(name: str) -> tuple[tuple[str, int], ...]:
     """Sorts the counters of names as numbers."""
     return tuple(numbered(part) for part in name.split("/"))
@@ -82,7 +98,7 @@ def sort_out(tensors: Mapping[str, TensorRef]) -> Names:
         elif name == _AVERAGE:
             names.averages.append(key)
             taken.add(key)
-        elif name in SLOTS or name in adam_like:
+        elif name in CLASSES or name in adam_like:
             names.slots.setdefault(name, {}).setdefault(number, {})[owner] = key
             taken.add(key)
         elif tensors[key].shape == tensors[owner].shape:
@@ -102,7 +118,7 @@ def _owner(key: str, tensors: Mapping[str, TensorRef]) -> str | None:
     """The variable that a key stands beside: its own name less the last part, and less leading scopes."""
     base, _, last = key.rpartition("/")
     name, _ = numbered(last)
-    known = name in SLOTS or name in _OTHERS or name == _AVERAGE
+    known = name in CLASSES or name in _OTHERS or name == _AVERAGE
     while base:
         if base in tensors and (tensors[base].shape == tensors[key].shape or name in _DEBIASING):
             return base
@@ -117,7 +133,7 @@ def _adam_like(beside: Mapping[str, str], tensors: Mapping[str, TensorRef]) -> f
     numbers: dict[str, dict[str, set[int]]] = {}
     for key, owner in beside.items():
         name, number = numbered(key.rpartition("/")[2])
-        free = name not in SLOTS and name not in _OTHERS and name != _AVERAGE and owner not in beside
+        free = name not in CLASSES and name not in _OTHERS and name != _AVERAGE and owner not in beside
         if free and tensors[key].shape == tensors[owner].shape:
             numbers.setdefault(name, {}).setdefault(owner, set()).add(number)
     return frozenset(name for name, by in numbers.items() if all(found == {0, 1} for found in by.values()))
