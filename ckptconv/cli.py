@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +47,7 @@ from ckptconv.options import (
     Readable,
     ReportFile,
     Require,
+    Select,
     Set,
     ShardSize,
     Source,
@@ -108,6 +109,7 @@ def inspect(
     raw: Raw = False,
     digest: Digest = False,
     from_: From = None,
+    select: Select = None,
 ) -> None:
     """Show what a checkpoint is: progress, optimizers, schedules, parameters.
 
@@ -120,11 +122,11 @@ def inspect(
     with outcome(as_json=as_json):
         format_, dialect = parse_container("--from", from_)
         if raw:
-            _inspect_raw(path, format_, dialect, as_json=as_json, digest=digest)
+            _inspect_raw(path, format_, dialect, select or (), as_json=as_json, digest=digest)
             return
         from ckptconv.detect import open
 
-        checkpoint = open(path, format=format_, dialect=dialect)
+        checkpoint = open(path, format=format_, dialect=dialect, select=select or ())
         if as_json:
             from ckptconv import schema
 
@@ -136,13 +138,29 @@ def inspect(
 
 
 def _inspect_raw(
-    path: Path, format_: str | None, dialect: str | None, *, as_json: bool, digest: bool
+    path: Path,
+    format_: str | None,
+    dialect: str | None,
+    select: Sequence[str],
+    *,
+    as_json: bool,
+    digest: bool,
 ) -> None:
     from ckptconv import listing
-    from ckptconv.detect import detect_dialect, read_raw
+    from ckptconv.detect import choose, detect_dialect, read_raw
     from ckptconv.rendering import raw_view
 
-    raw = read_raw(path, format_)
+    choice = choose(path, select)
+    if choice.names:
+        raise CkptError.of(
+            "usage",
+            f"there is no checkpoint '{choice.names[0]}' in '{path.name}'",
+            "--raw lists a whole file: name one, or pass --select with: "
+            + ", ".join(choice.candidates)
+            + ".",
+            loc=("--select", choice.names[0]),
+        )
+    raw = read_raw(choice.path, format_)
     try:
         name = detect_dialect(raw, dialect)[0].name
     except CkptError as error:
@@ -170,6 +188,7 @@ def convert(
     dtype: DType = None,
     allow: Allow = None,
     shard_size: ShardSize = None,
+    select: Select = None,
     keep: Keep = False,
     report: ReportFile = None,
     jobs: Jobs = None,
@@ -211,6 +230,7 @@ def convert(
                 dtype=dtype,
                 allow=allow or (),
                 shard_size=shard_size,
+                select=select or (),
                 keep=keep,
                 jobs=jobs,
                 dry_run=dry_run,
@@ -294,6 +314,7 @@ def plan(
     dtype: DType = None,
     allow: Allow = None,
     shard_size: ShardSize = None,
+    select: Select = None,
     keep: Keep = False,
     report: ReportFile = None,
     force: Force = False,
@@ -317,6 +338,7 @@ def plan(
         dtype=dtype,
         allow=allow,
         shard_size=shard_size,
+        select=select,
         keep=keep,
         report=report,
         dry_run=True,
@@ -330,6 +352,7 @@ def plan(
 def validate(
     path: Readable,
     require: Require = None,
+    select: Select = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a checkpoint: schema, digests, cross-references, and what the container itself records.
@@ -341,7 +364,7 @@ def validate(
     with outcome(as_json=as_json):
         from ckptconv.conversion import validate as check
 
-        problems = check(path, require=split_names(require))
+        problems = check(path, require=split_names(require), select=select or ())
         if problems:
             stop(problems, as_json=as_json)
         if as_json:

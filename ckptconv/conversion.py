@@ -13,9 +13,11 @@ from ckptconv.account import Transfer
 from ckptconv.catalog.residuals import measure
 from ckptconv.detect import (
     PathLike,
+    choose,
     detect_dialect,
     detect_format,
     open,
+    open_chosen,
     parse_target,
     read_raw,
 )
@@ -26,6 +28,7 @@ from ckptconv.goal import Goal, document_of, goal_of
 from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
 from ckptconv.rawtree import RawTree
 from ckptconv.report import OptimizerVerdict, Report
+from ckptconv.selection import selected
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
 
@@ -50,6 +53,7 @@ def convert(
     dtype: str | None = None,
     allow: Sequence[str] = (),
     shard_size: int | str | None = None,
+    select: Sequence[str] = (),
     keep: bool = False,
     jobs: int | None = None,
     executor: Executor | None = None,
@@ -63,6 +67,7 @@ def convert(
     The target appears whole and verified, or not at all; the source is only read. With `dry_run` nothing is
     written and what would stop the conversion is in `Report.problems`. `shard_size` (bytes, `500MB`, `2GiB`)
     is the most that one file of a target with shards holds; a tensor that is larger has a file of its own.
+    `select` names one of several checkpoints in a folder, and parts of one (`ema`, `optimizer:0`).
 
     Raises: every code of the conversion, all that were found at once.
     """
@@ -71,10 +76,12 @@ def convert(
     values = supply.settings(set_ or {})
     from_format, from_dialect = parse_target(from_)
     if isinstance(source, Checkpoint):
-        checkpoint, source_name = source, source.provenance.source or "<document>"
+        checkpoint, source_name = selected(source, select), source.provenance.source or "<document>"
+        chosen = ""
     else:
-        checkpoint = open(source, format=from_format, dialect=from_dialect)
-        source_name = Path(source).name
+        choice = choose(source, select)
+        checkpoint = open_chosen(choice, format=from_format, dialect=from_dialect)
+        source_name, chosen = choice.path.name, choice.why
     if source_spec is not None:
         checkpoint = supply.apply_spec(checkpoint, document_of(source_spec))
     checkpoint = supply.set_fields(checkpoint, values)
@@ -85,6 +92,7 @@ def convert(
         shard_nbytes=shard_nbytes(shard_size, goal.format),
     )
     planned = _planned(checkpoint, goal, wishes, source_name)
+    planned = replace(planned, report=replace(planned.report, chosen=chosen))
     if dry_run:
         return replace(planned.report, dry_run=True, seconds=time.monotonic() - started)
     writing = _Writing(jobs=jobs, executor=executor, verify=verify, force=force, progress=progress)
@@ -216,13 +224,13 @@ def _sized(verdicts: Sequence[OptimizerVerdict], planned: Transfer) -> list[Opti
     return result
 
 
-def validate(path: PathLike, *, require: Sequence[str] = ()) -> list[Problem]:
+def validate(path: PathLike, *, require: Sequence[str] = (), select: Sequence[str] = ()) -> list[Problem]:
     """Everything that is wrong with a checkpoint or document: schema, references, digests, checksums.
 
     `require` names progress fields or hyperparameters that must be known.
     Raises: usage for a field that does not exist; missing-file.
     """
-    return verification.validate(path, require=require)
+    return verification.validate(path, require=require, select=select)
 
 
 def hyperparameter(checkpoint: Checkpoint, name: str) -> Value:

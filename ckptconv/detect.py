@@ -11,17 +11,20 @@ import importlib
 import os
 import pkgutil
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from ckptconv import dialects, formats
+from ckptconv import candidates, dialects, formats
+from ckptconv.candidates import Choice
 from ckptconv.dialects.base import DIALECTS, Detection, Dialect
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, FormatError
 from ckptconv.formats.base import FORMATS, Format
 from ckptconv.rawtree import RawTree
+from ckptconv.selection import selected
 from ckptconv.skeleton import is_skeleton_file, read_skeleton
 
 PathLike = str | os.PathLike[str]
@@ -188,14 +191,32 @@ def detect_dialect(raw: RawTree, name: str | None = None) -> tuple[Dialect, Dete
     return dialect, detection
 
 
-def open(path: PathLike, *, format: str | None = None, dialect: str | None = None) -> Checkpoint:
+def open(
+    path: PathLike, *, format: str | None = None, dialect: str | None = None, select: Sequence[str] = ()
+) -> Checkpoint:
     """The document of a checkpoint in any format, or of a skeleton file. Tensors are lazy.
 
+    `select` names a candidate of a folder that holds several, and parts of the document.
     I/O: reads headers, indexes and counters only.
-    Raises: missing-file, unknown-format, unknown-dialect, and what format and dialect find wrong.
+    Raises: missing-file, unknown-format, unknown-dialect, checkpoint-ambiguous, usage for a name in `select`
+    that means nothing, and what format and dialect find wrong.
     """
-    if format is None and is_skeleton_file(reachable(path)):
-        return read_skeleton(Path(path))
-    raw = read_raw(path, format)
-    chosen, _ = detect_dialect(raw, dialect)
-    return chosen.lift(raw)
+    return open_chosen(choose(path, select), format=format, dialect=dialect)
+
+
+def choose(path: PathLike, select: Sequence[str] = ()) -> Choice:
+    """The checkpoint that a path means: itself, or one of the folder's. Raises: see `candidates.choose`."""
+    load_registries()
+    return candidates.choose(reachable(path), select)
+
+
+def open_chosen(choice: Choice, *, format: str | None = None, dialect: str | None = None) -> Checkpoint:
+    """The document of what was chosen."""
+    if format is None and is_skeleton_file(choice.path):
+        checkpoint = read_skeleton(choice.path)
+    else:
+        raw = read_raw(choice.path, format)
+        chosen, _ = detect_dialect(raw, dialect)
+        checkpoint = chosen.lift(raw)
+    checkpoint = selected(checkpoint, choice.names, choice.candidates)
+    return replace(checkpoint, oddities=(choice.why, *checkpoint.oddities)) if choice.why else checkpoint

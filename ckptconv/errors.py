@@ -23,6 +23,7 @@ Code = Literal[
     "duplicate-key",  # the same key twice in one container
     "unsafe-path",  # a name that leaves the checkpoint's directory
     "limit-exceeded",  # a length, count or depth beyond what the file can hold
+    "checkpoint-ambiguous",  # a folder with several checkpoints, and nothing tells which is meant
     "source-changed",  # the source was modified while it was read
     # meaning
     "unknown-dialect",  # the container is readable, its convention is not known

@@ -124,6 +124,14 @@ Allow = Annotated[
         help="Accept one loss by the code that an error named, e.g. --allow precision-loss. May be repeated.",
     ),
 ]
+Select = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Take this one of several checkpoints in a folder, or this part of one, e.g. --select best or "
+        "--select checkpoint-500. May be repeated.",
+    ),
+]
 ShardSize = Annotated[
     str | None,
     typer.Option(

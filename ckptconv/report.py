@@ -80,6 +80,8 @@ class Report:
 
     source: str
     target: str
+    chosen: str = ""
+    """How the source was chosen of a folder that holds several; empty where it was named."""
     source_dialect: str = ""
     target_dialect: str = ""
     dry_run: bool = False

@@ -49,6 +49,7 @@ def report_to_json(report: Report) -> dict[str, Json]:
         "schema": "ckptconv/report",
         "schema_version": REPORT_VERSION,
         "source": report.source,
+        "chosen": report.chosen,
         "target": report.target,
         "source_dialect": report.source_dialect,
         "target_dialect": report.target_dialect,

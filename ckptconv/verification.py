@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ckptconv import engine
-from ckptconv.detect import PathLike, detect_format, open, reachable
+from ckptconv.detect import PathLike, choose, detect_format, open_chosen
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Fact, Known, Unknown
 from ckptconv.errors import CkptError, FormatError, Problem, TargetError
 from ckptconv.formats import neutral
@@ -132,14 +132,15 @@ def _encoded(node: Node) -> Iterator[EncodedTensor]:
     return (tensor for tensor in _tensors(node) if isinstance(tensor, EncodedTensor))
 
 
-def validate(path: PathLike, *, require: Sequence[str] = ()) -> list[Problem]:
+def validate(path: PathLike, *, require: Sequence[str] = (), select: Sequence[str] = ()) -> list[Problem]:
     """Everything that is wrong with a checkpoint or document, and every required fact that it does not tell.
 
     I/O: streams every tensor that has a recorded checksum or digest.
     Raises: usage for a field that does not exist; missing-file, unknown-format.
     """
     _check_fields(require)
-    where = reachable(path)
+    choice = choose(path, select)
+    where = choice.path
     if is_skeleton_file(where):
         problems = validate_manifest(parse(where.read_bytes(), where.name))
     else:
@@ -147,7 +148,7 @@ def validate(path: PathLike, *, require: Sequence[str] = ()) -> list[Problem]:
         problems = neutral.check_directory(where) if format_.name == "neutral" else _container(format_, where)
     if problems:
         return problems
-    checkpoint = open(path)
+    checkpoint = open_chosen(choice)
     problems = [*validate_manifest(to_json(checkpoint)), *_stale_note(checkpoint)]
     return problems + [problem for name in require if (problem := _requirement(checkpoint, name)) is not None]
 

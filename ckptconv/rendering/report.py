@@ -49,6 +49,8 @@ def _dialect(name: str) -> str:
 
 def _outcome(report: Report) -> list[tuple[str, str | Text]]:
     rows: list[tuple[str, str | Text]] = []
+    if report.chosen:
+        rows.append(("chosen", clean(report.chosen)))
     if report.dry_run:
         rows.append(("nothing written", "this is the plan"))
     else:
