@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ckptconv import errors
@@ -12,6 +12,10 @@ from ckptconv.errors import Problem
 from ckptconv.report import Entry
 
 _CODE: errors.Code = "schedule-unsupported"
+
+FROZEN = "the learning rate is frozen"
+IN_CODE = "the target's code says the schedule, its file only counts for one"
+ANEW = "the template's goes on from its own state, with the source's learning rate"
 
 ALIKE = 1e-6
 """Relative difference within which two rates are the same."""
@@ -26,8 +30,10 @@ class ScheduleAccount:
         template: Checkpoint,
         optimizers: tuple[Optimizer, ...],
         allow: Collection[str],
+        conventions: Mapping[str, str],
     ) -> None:
         self.source, self.template, self.allow = source, template, allow
+        self.conventions = conventions
         self.optimizers = {optimizer.name: optimizer for optimizer in optimizers}
         self.ledger: list[Entry] = []
         self.problems: list[Problem] = []
@@ -35,11 +41,12 @@ class ScheduleAccount:
         self.codes: dict[str, str] = {}
         self.taken: set[str] = set()
 
-    def refuse(self, schedule: Schedule, side: str, why: str) -> None:
+    def refuse(self, schedule: Schedule, side: str, why: str, fate: str = FROZEN) -> None:
+        """A schedule that cannot go on. `fate`: what becomes of it where the caller allows that."""
         if _CODE not in self.allow:
             self.problems.append(_refused(schedule, side, why))
-        elif side == "source":
-            self.ledger.append(_frozen(schedule))
+        else:
+            self.ledger.append(_left(schedule, side, fate))
 
     def take(self, origin: Schedule, target: Schedule, remark: str) -> None:
         self.taken.add(origin.name)
@@ -85,10 +92,13 @@ class ScheduleAccount:
             return 1.0
         return float(new) / float(own)
 
-    def set_base(self, driven: Optimizer, base: Known) -> None:
+    def set_rates(self, driven: Optimizer, rates: Mapping[str, float], origin: Schedule) -> None:
+        """Rates that a schedule goes by, in every group."""
+        told = {
+            name: Known(value=value, status="derived", source=origin.name) for name, value in rates.items()
+        }
         groups = tuple(
-            replace(group, hyperparameters={**group.hyperparameters, "base_learning_rate": base})
-            for group in driven.groups
+            replace(group, hyperparameters={**group.hyperparameters, **told}) for group in driven.groups
         )
         self.optimizers[driven.name] = replace(driven, groups=groups)
 
@@ -104,10 +114,10 @@ def _refused(schedule: Schedule, side: str, why: str) -> Problem:
     )
 
 
-def _frozen(schedule: Schedule) -> Entry:
+def _left(schedule: Schedule, side: str, fate: str) -> Entry:
     return Entry(
-        item=("position", schedule.name),
-        fate="noted",
-        detail=f"{schedule.family} at {value_of(schedule.position)}; the learning rate is frozen",
+        item=("position" if side == "source" else "template", schedule.name),
+        fate="noted" if side == "source" else "supplied",
+        detail=f"{schedule.family} at {value_of(schedule.position)}; {fate}",
         allowed_by=_CODE,
     )

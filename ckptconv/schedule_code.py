@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptconv.catalog.schedule_forms import facts_of, held, scaled
-from ckptconv.catalog.schedule_keras import Code, keras_code, plateau_code
-from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, curve_of, is_known, rate
-from ckptconv.catalog.schedule_source import UNIT, driven_by
+from ckptconv.catalog.schedule_keras import HELPERS, Code, keras_code
+from ckptconv.catalog.schedule_plateau import plateau_code
+from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, curve_of, is_known, rate
+from ckptconv.catalog.schedule_settings import STEPS_PER_EPOCH, UNIT
+from ckptconv.catalog.schedule_source import driven_by
 from ckptconv.catalog.texts import number
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, value_of
 from ckptconv.errors import Problem
@@ -39,16 +41,20 @@ def in_code(
         account.take(origin, target, f"the counter that it follows is {step}")
         account.requires.append("# learning_rate: the schedule that the source's code has")
         return replace(target, position=origin.position, unit=origin.unit)
+    if origin.unit == "epoch" and STEPS_PER_EPOCH not in account.conventions:
+        account.problems.append(_no_epoch(origin, step))
+        account.taken.add(origin.name)
+        return target
     step = _counts_updates(account, origin, target, step)
     curve, base, code = _code(account, origin, driven, step)
     if _goes_by(account.template, target, curve, base, step):
         account.requires += [f"# learning_rate: {code.remark}"] if code.remark else []
     else:
-        _say(account, code)
+        _say(account, code, driven)
         current = value_of(account.group(driven).hyperparameters.get("learning_rate"))
         account.codes[f"learning_rate={number(current)}"] = "learning_rate=learning_rate"
     account.take(origin, target, code.remark)
-    account.set_base(driven, Known(value=base, status="derived", source=origin.name))
+    account.set_rates(driven, {"base_learning_rate": base, **account.named(origin)}, origin)
     return replace(
         target,
         family=curve.family,
@@ -77,40 +83,47 @@ def left(account: ScheduleAccount, schedule: Schedule) -> None:
 
 
 def _code(
-    account: ScheduleAccount, origin: Schedule, driven: Optimizer, index: int
+    account: ScheduleAccount, origin: Schedule, driven: Optimizer, index: int, *, by_epoch: bool = False
 ) -> tuple[Curve, float, Code]:
-    """A Keras schedule with the source's rates: curve and base as the target has them, and its text."""
+    """A Keras schedule with the source's rates: curve and base as the target has them, and its text.
+
+    `by_epoch`: whether its index is the epoch, too, instead of the optimizer's counter.
+    """
     scale, base = account.scale(origin, account.group(driven)), value_of(account.base(origin))
     if not isinstance(base, (int, float)):
         raise NotExpressibleError("its base rate is not recorded")
     curve, root = scaled(curve_of(origin), scale), float(base) * scale
+    if origin.unit == "epoch" and not by_epoch:
+        ticks = int(account.conventions[STEPS_PER_EPOCH])
+        curve = replace(curve, parameters={**curve.parameters, TICK: ticks})
     named = {name: value * scale for name, value in account.named(origin).items()}
-    return curve, root, keras_code(curve, root, index, _package(driven), named)
+    return curve, root, keras_code(curve, root, index, named)
 
 
-def _say(account: ScheduleAccount, code: Code) -> None:
+def _say(account: ScheduleAccount, code: Code, driven: Optimizer) -> None:
     """The lines that make `learning_rate`."""
     if code.remark:
         account.requires.append(f"# learning_rate: {code.remark}")
-    if "ckptconv.keras." in code.expression:
+    if code.call.name in HELPERS:
         account.requires.append("import ckptconv.keras")
-    account.requires.append(f"learning_rate = {code.expression}")
+    account.requires.append(f"learning_rate = {code.call.text(_package(driven))}")
 
 
 def _counts_updates(account: ScheduleAccount, origin: Schedule, target: Schedule, step: object) -> int:
     """The target's counter. Raises: NotExpressibleError unless the source's position is that."""
-    position = value_of(origin.position)
+    if target.unit not in ("update", "unknown") or origin.unit == "micro-step":
+        raise NotExpressibleError(
+            f"it counts {origin.unit}s, the target's {target.unit}s, and how many of these make an update is "
+            "not recorded"
+        )
     if origin.unit == "unknown":
         account.problems.append(_no_unit(origin))
-    elif origin.unit != "update" or target.unit not in ("update", "unknown"):
+    ticks = int(account.conventions[STEPS_PER_EPOCH]) if origin.unit == "epoch" else 1
+    position = value_of(origin.position)
+    if not isinstance(step, int) or position != step // ticks:
+        each = f", with {ticks} of them in an epoch" if ticks > 1 else ""
         raise NotExpressibleError(
-            f"it counts {origin.unit}s, the target's follows the optimizer's counter, and how many "
-            "updates are in one is not recorded; a template with a variable for the learning rate has "
-            "room for a callback"
-        )
-    if not isinstance(step, int) or position != step:
-        raise NotExpressibleError(
-            f"it stands at {position}, the optimizer's step is {step}; the target has one for both"
+            f"it stands at {position}, the optimizer's step is {step}{each}; the target counts both"
         )
     return step
 
@@ -119,11 +132,13 @@ def _in_callback(account: ScheduleAccount, schedule: Schedule, driven: Optimizer
     """A schedule that counts epochs: a callback of the target's code sets the variable."""
     index = value_of(schedule.position)
     if schedule.family == "plateau":
-        account.requires += ["import ckptconv.keras", *plateau_code(curve_of(schedule), _package(driven))]
+        rate = value_of(account.group(driven).hyperparameters.get("learning_rate"))
+        code = plateau_code(curve_of(schedule), rate, _package(driven))
+        account.requires += ["import ckptconv.keras", *code]
     elif not isinstance(index, int) or not is_known(curve_of(schedule)):
         raise NotExpressibleError("where it stands, or its family, is not known")
     else:
-        _say(account, _code(account, schedule, driven, index)[2])
+        _say(account, _code(account, schedule, driven, index, by_epoch=True)[2], driven)
         account.requires.append(
             f"callback = {_package(driven)}.callbacks.LearningRateScheduler("
             f"lambda epoch, _: float(learning_rate(epoch)))  # model.fit(initial_epoch={index})"
@@ -156,6 +171,18 @@ def _goes_by(template: Checkpoint, target: Schedule, curve: Curve, base: float, 
         if due is None or due_there is None or abs(due - due_there) > ALIKE * abs(base):
             return False
     return True
+
+
+def _no_epoch(schedule: Schedule, step: object) -> Problem:
+    position = value_of(schedule.position)
+    return Problem(
+        code="progress-unknown",
+        loc=("schedules", schedule.name, STEPS_PER_EPOCH),
+        message=f"the schedule counts epochs and stands at {position}, the target's follows the optimizer's "
+        f"counter, which is {step}: how many updates an epoch has is not recorded",
+        hint=f"Pass --set {STEPS_PER_EPOCH}=N, or use a template whose optimizer has a variable for the "
+        "learning rate: a callback goes on with that.",
+    )
 
 
 def _no_unit(schedule: Schedule) -> Problem:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.schedule_forms import as_family, check_ends, into, lambda_code
-from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, curve_of, is_known, rate
-from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES, UNIT, driven_by, named_rates, placed
+from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, curve_of, is_known, rate
+from ckptconv.catalog.schedule_settings import PLATEAU, UNIT
+from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES, driven_by, named_rates, placed
 from ckptconv.catalog.schedules import family
-from ckptconv.document import Known, Optimizer, Schedule, value_of
+from ckptconv.document import Fact, Known, Optimizer, Schedule, value_of
+from ckptconv.errors import Problem
 from ckptconv.report import Entry
 from ckptconv.schedule_account import ALIKE, ScheduleAccount
 
@@ -24,8 +25,13 @@ def in_file(
     index = value_of(origin.position)
     theirs = driven_by(origin, account.source)
     native = theirs is None or theirs.framework == "torch"
+    if not isinstance(index, int) and origin.unit == "epoch":
+        account.problems.append(_no_position(origin))
+        account.taken.add(origin.name)
+        return target
     if not isinstance(index, int):
         raise NotExpressibleError("where it stands is not known")
+    origin, index = _by_its_ticks(origin, index)
     if origin.unit == "micro-step":
         raise NotExpressibleError("it counts backward passes; how many make an update is not recorded")
     if "unknown" not in (origin.unit, target.unit) and origin.unit != target.unit:
@@ -45,13 +51,13 @@ def in_file(
     return placed(made, account.optimizers.get(target.optimizer))
 
 
-def beside(
-    account: ScheduleAccount, target: Schedule, driven: Optimizer | None, conventions: Mapping[str, str]
-) -> Schedule:
+def beside(account: ScheduleAccount, target: Schedule, driven: Optimizer | None) -> Schedule:
     """A schedule of the template alone, where the source's recorded rate is the one that it gives."""
     if driven is None:
         raise NotExpressibleError("it drives no optimizer of the target")
-    unit = conventions.get(UNIT)
+    if target.family == "plateau":
+        return _plateau(account, target)
+    unit = account.conventions.get(UNIT)
     curve = curve_of(target)
     if unit not in ("update", "epoch") or not is_known(curve):
         raise NotExpressibleError(
@@ -85,15 +91,67 @@ def beside(
     return placed(made, account.optimizers[target.optimizer])
 
 
+def _by_its_ticks(origin: Schedule, index: int) -> tuple[Schedule, int]:
+    """The schedule in its own ticks, where it counts updates and moves only every so many of them."""
+    ticks = value_of(origin.parameters.get(TICK))
+    if not isinstance(ticks, int):
+        return origin, index
+    position = Known(value=index // ticks, status="derived", formula=f"{index} updates, {ticks} in a tick")
+    parameters = {name: fact for name, fact in origin.parameters.items() if name != TICK}
+    return replace(origin, position=position, unit="epoch", parameters=parameters), index // ticks
+
+
+def _plateau(account: ScheduleAccount, target: Schedule) -> Schedule:
+    """The template's plateau with the state that the caller tells: the source's file holds none of it."""
+    epochs = account.source.progress.epochs
+    told = {name: account.conventions[key] for key, name in PLATEAU.items() if key in account.conventions}
+    if value_of(target.parameters.get("cooldown")) == 0:
+        told.setdefault("cooling", "0")
+    lacking = [f"--set {key}=..." for key, name in PLATEAU.items() if name not in told]
+    if not isinstance(value_of(epochs), int):
+        lacking.append("--set epochs=...")
+    if lacking:
+        raise NotExpressibleError(
+            "what it has seen is in no file of the source's framework. Describe the live callback as source "
+            f"spec (ckptconv.keras.describe(model, callback=callback)), or pass {' '.join(lacking)}"
+        )
+    facts: dict[str, Fact] = {
+        name: Known(value=float(text) if name == "best" else int(text), status="supplied", source="--set")
+        for name, text in told.items()
+    }
+    account.ledger.append(
+        Entry(
+            item=("template", target.name),
+            fate="supplied",
+            target=target.name,
+            detail=f"plateau of the template, its state by --set, at {value_of(epochs)} epochs",
+        )
+    )
+    position = Known(value=value_of(epochs), status="derived", source="progress: epochs")
+    return replace(target, position=position, unit="epoch", parameters={**target.parameters, **facts})
+
+
+def _no_position(schedule: Schedule) -> Problem:
+    return Problem(
+        code="progress-unknown",
+        loc=("progress", "epochs"),
+        message=f"the schedule ({schedule.family}) counts epochs, and how many the run has finished is not "
+        "recorded",
+        hint="Pass --set epochs=N.",
+    )
+
+
 def _converted(
     account: ScheduleAccount, origin: Schedule, target: Schedule, driven: Optimizer | None, index: int
 ) -> Schedule:
-    base = value_of(account.base(origin))
-    if not isinstance(base, (int, float)):
-        raise NotExpressibleError("its base rate is not recorded")
-    curve = curve_of(origin)
+    curve, base = curve_of(origin), value_of(account.base(origin))
     if not is_known(curve):
         raise NotExpressibleError("the source does not tell its family")
+    if curve.family == target.family == "plateau":
+        parameters = into(target, _for_groups(curve, target), origin)
+        return replace(target, position=origin.position, unit=origin.unit, parameters=parameters)
+    if not isinstance(base, (int, float)):
+        raise NotExpressibleError("its base rate is not recorded")
     if target.family == "lambda":
         code, made, root = lambda_code(curve, float(base)), curve, float(base)
         if "bisect." in code:
@@ -101,7 +159,8 @@ def _converted(
         account.requires.append(f"torch.optim.lr_scheduler.LambdaLR(optimizer, {code})")
         parameters = dict(target.parameters)
     else:
-        made, root = as_family(curve, float(base), target.family)
+        parts = [part.family for part in curve_of(target).parts]
+        made, root = as_family(curve, float(base), target.family, parts)
         if remark := check_ends(made, index):
             account.requires.append(f"# {target.name}: {remark}")
         parameters = into(target, made, origin)
@@ -110,13 +169,25 @@ def _converted(
     return replace(target, position=origin.position, unit=origin.unit, parameters=parameters)
 
 
+def _for_groups(curve: Curve, target: Schedule) -> Curve:
+    """The plateau with the lowest rate of its one group for every group of the target."""
+    lowest = curve.parameters.get("minimum.0")
+    kept = {name: v for name, v in curve.parameters.items() if "minimum" not in name}
+    minima = {name: lowest for name in target.parameters if "minimum" in name}
+    return replace(curve, parameters={**kept, **minima})
+
+
 def _set_rates(
     account: ScheduleAccount, driven: Optimizer, curve: Curve, base: float, index: int, origin: Schedule
 ) -> None:
     """Base rate and rate of the next update in each group of a torch optimizer."""
     groups = []
+    told = {
+        name: Known(value=value, status="derived", source=origin.name)
+        for name, value in account.named(origin).items()
+    }
     for group in driven.groups:
-        facts = dict(group.hyperparameters)
+        facts = {**group.hyperparameters, **told}
         due = rate(curve, base, index, named_rates(facts))
         if due is None:
             raise NotExpressibleError(f"its rate at {index} has no closed form")

@@ -18,7 +18,7 @@ from ckptconv.catalog.schedule_source import partner, with_rates
 from ckptconv.document import Checkpoint, Optimizer, Schedule
 from ckptconv.errors import Problem
 from ckptconv.report import Entry
-from ckptconv.schedule_account import ScheduleAccount
+from ckptconv.schedule_account import ANEW, IN_CODE, ScheduleAccount
 from ckptconv.schedule_code import in_code, left
 from ckptconv.schedule_file import beside, in_file
 
@@ -52,8 +52,8 @@ def place_schedules(
     `source`: as `with_rates` gives it. `optimizers`: the target's, with the source's state.
     """
     targets = template.optimizers if optimizers is None else optimizers
-    account = ScheduleAccount(source, template, targets, allow)
-    schedules = tuple(_placed(account, target, conventions) for target in template.schedules)
+    account = ScheduleAccount(source, template, targets, allow, conventions)
+    schedules = tuple(_placed(account, target) for target in template.schedules)
     for schedule in source.schedules:
         if schedule.name not in account.taken:
             left(account, schedule)
@@ -67,18 +67,20 @@ def place_schedules(
     )
 
 
-def _placed(account: ScheduleAccount, target: Schedule, conventions: Mapping[str, str]) -> Schedule:
+def _placed(account: ScheduleAccount, target: Schedule) -> Schedule:
     """One schedule of the template; as it is where nothing can take its place."""
     origin = partner(target, account.source.schedules, account.template.schedules)
     driven = account.optimizers.get(target.optimizer)
+    in_the_code = driven is not None and driven.framework != "torch"
     try:
-        if driven is not None and driven.framework != "torch":
+        if driven is not None and in_the_code:
             return in_code(account, origin, target, driven)
         if origin is not None:
             return in_file(account, origin, target, driven)
-        return beside(account, target, driven, conventions)
+        return beside(account, target, driven)
     except NotExpressibleError as error:
-        account.refuse(origin or target, "source" if origin else "template", str(error))
+        fate = IN_CODE if in_the_code else ANEW
+        account.refuse(origin or target, "source" if origin else "template", str(error), fate)
         if origin is not None:
             account.taken.add(origin.name)
         return target

@@ -8,9 +8,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ckptconv.catalog import completion
+from ckptconv.catalog import completion, schedule_settings
 from ckptconv.catalog.optimizer_rows import algorithms
-from ckptconv.catalog.schedule_source import UNIT as SCHEDULE_UNIT
+from ckptconv.catalog.schedule_settings import UNIT as SCHEDULE_UNIT
 from ckptconv.document import (
     PROGRESS_FIELDS,
     Checkpoint,
@@ -31,8 +31,6 @@ BY_SPEC = "source-spec"
 
 CONVENTIONS = {"epoch_convention": "epochs", "step_convention": "step"}
 """Setting -> the progress field whose bare counter it explains."""
-
-_UNITS = ("update", "epoch", "micro-step")
 
 COUNT, LAST = "count", "last"
 """A bare counter's two readings: how many are finished, or the 0-based number of the last finished one."""
@@ -74,14 +72,15 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
 
 def settable_fields() -> tuple[str, ...]:
     """Names that `--set` accepts."""
-    return (*PROGRESS_FIELDS, *CONVENTIONS, SCHEDULE_UNIT, "optimizer", *completion.hyperparameter_names())
+    ours = (*PROGRESS_FIELDS, *CONVENTIONS, *schedule_settings.NAMES)
+    return (*ours, "optimizer", *completion.hyperparameter_names())
 
 
 def _kind(name: str) -> str:
     if name in CONVENTIONS:
         return f"'{COUNT}' or '{LAST}'"
-    if name == SCHEDULE_UNIT:
-        return " or ".join(f"'{unit}'" for unit in _UNITS)
+    if name in schedule_settings.NAMES:
+        return schedule_settings.kind(name)
     whole = name in PROGRESS_FIELDS and name not in _FRACTIONAL
     return "a whole number from 0 on" if whole else "a number"
 
@@ -90,8 +89,8 @@ def _example(name: str) -> str:
     """A value that the field can have."""
     if name in CONVENTIONS:
         return COUNT
-    if name == SCHEDULE_UNIT:
-        return _UNITS[0]
+    if name in schedule_settings.NAMES:
+        return schedule_settings.example(name)
     return "9" if name in PROGRESS_FIELDS else "0.001"
 
 
@@ -102,10 +101,8 @@ def _parsed(name: str, text: str) -> Value:
         if text not in (COUNT, LAST):
             raise ValueError(text)
         return text
-    if name == SCHEDULE_UNIT:
-        if text not in _UNITS:
-            raise ValueError(text)
-        return text
+    if name in schedule_settings.NAMES:
+        return schedule_settings.parsed(name, text)
     if name in PROGRESS_FIELDS and name not in _FRACTIONAL:
         if not (text.isascii() and text.isdigit()):
             raise ValueError(text)
@@ -134,6 +131,9 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
             continue
         if name == SCHEDULE_UNIT:
             checkpoint = _counting(checkpoint, str(value), who)
+            continue
+        if name in schedule_settings.NAMES:
+            checkpoint = _supplied(checkpoint, name, who)
             continue
         fact = Known(value=value, status="supplied", source=who)
         if name in PROGRESS_FIELDS:
@@ -175,7 +175,7 @@ def _counting(checkpoint: Checkpoint, unit: str, who: str) -> Checkpoint:
     if not checkpoint.schedules:
         return checkpoint
     schedules = tuple(
-        replace(s, unit=unit) if s.unit == "unknown" else s  # type: ignore[arg-type]  # one of `_UNITS`
+        replace(s, unit=unit) if s.unit == "unknown" else s  # type: ignore[arg-type]  # one of the units
         for s in checkpoint.schedules
     )
     return _supplied(replace(checkpoint, schedules=schedules), "unit of schedules", who)
@@ -184,9 +184,9 @@ def _counting(checkpoint: Checkpoint, unit: str, who: str) -> Checkpoint:
 def conventions(values: Mapping[str, Value]) -> dict[str, str]:
     """Progress field -> how the target's bare counter of it is meant, as far as the caller says.
 
-    Beside them `schedule_unit`: what the target's schedules count.
+    Beside them what the caller says of schedules.
     """
-    units = {SCHEDULE_UNIT: str(values[SCHEDULE_UNIT])} if SCHEDULE_UNIT in values else {}
+    units = {name: str(values[name]) for name in schedule_settings.NAMES if name in values}
     return {**units, **{field: str(values[name]) for name, field in CONVENTIONS.items() if name in values}}
 
 
@@ -269,7 +269,7 @@ def apply_spec(checkpoint: Checkpoint, spec: Checkpoint) -> Checkpoint:
             ),
         )
     schedules = tuple(_scheduled(schedule, spec) for schedule in completed.schedules)
-    completed = replace(completed, schedules=schedules)
+    completed = replace(completed, schedules=schedules or _beside(completed, spec))
     return _supplied(completed, "layout, order and hyperparameters not recorded", BY_SPEC)
 
 
@@ -286,6 +286,14 @@ def _scheduled(schedule: Schedule, spec: Checkpoint) -> Schedule:
         if isinstance(fact, Known)
     }
     return replace(schedule, family=theirs[0].family, parameters={**supplied, **schedule.parameters})
+
+
+def _beside(checkpoint: Checkpoint, spec: Checkpoint) -> tuple[Schedule, ...]:
+    """The plateau of a callback, which no file of its framework holds."""
+    if len(checkpoint.optimizers) != 1:
+        return ()
+    plateaus = [schedule for schedule in spec.schedules if schedule.family == "plateau"]
+    return tuple(replace(schedule, optimizer=checkpoint.optimizers[0].name) for schedule in plateaus)
 
 
 def _differences(checkpoint: Checkpoint, spec: Checkpoint) -> list[Problem]:

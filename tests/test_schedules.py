@@ -13,7 +13,8 @@ from ckptconv import supply
 from ckptconv.catalog import schedules
 from ckptconv.catalog.schedule_config import from_keras_config
 from ckptconv.catalog.schedule_forms import as_family, check_ends, held, lambda_code
-from ckptconv.catalog.schedule_keras import keras_code, plateau_code
+from ckptconv.catalog.schedule_keras import keras_code
+from ckptconv.catalog.schedule_plateau import plateau_code
 from ckptconv.catalog.schedule_rates import TABLED, Curve, NotExpressibleError, curve_of, flat, rate, state_at
 from ckptconv.catalog.schedule_source import with_rates
 from ckptconv.document import Checkpoint, Group, Known, Optimizer, Progress, Schedule, Unknown, value_of
@@ -94,7 +95,7 @@ def test_what_has_no_closed_form_has_none(curve: Curve) -> None:
     """Damaged and hostile parameters too: no exception, no endless loop."""
     assert rate(curve, 0.1, 1 << 40) is None
     with pytest.raises(NotExpressibleError):
-        keras_code(curve, 0.1, 1 << 40, "keras")
+        keras_code(curve, 0.1, 1 << 40)
 
 
 @pytest.mark.parametrize(
@@ -124,14 +125,14 @@ def test_what_has_no_closed_form_has_none(curve: Curve) -> None:
     ],
 )
 def test_constructors_of_keras(curve: Curve, code: str) -> None:
-    assert keras_code(curve, 0.1, 7, "tf_keras").expression == f"tf_keras.optimizers.schedules.{code}"
+    assert keras_code(curve, 0.1, 7).call.text("tf_keras") == f"tf_keras.optimizers.schedules.{code}"
 
 
 def test_a_cosine_beyond_its_minimum_has_no_constructor() -> None:
-    assert "60" in keras_code(COSINE, 0.1, 60, "keras").remark
-    assert keras_code(held(COSINE), 0.1, 61, "keras").remark == ""
+    assert "60" in keras_code(COSINE, 0.1, 60).remark
+    assert keras_code(held(COSINE), 0.1, 61).remark == ""
     with pytest.raises(NotExpressibleError):
-        keras_code(COSINE, 0.1, 61, "keras")
+        keras_code(COSINE, 0.1, 61)
     assert check_ends(COSINE, 61) == ""
     with pytest.raises(NotExpressibleError):
         check_ends(held(COSINE), 61)
@@ -230,9 +231,9 @@ def test_functions_for_a_lambda() -> None:
 
 def test_a_plateau_needs_all_its_parameters() -> None:
     with pytest.raises(NotExpressibleError):
-        plateau_code(Curve(family="plateau", parameters={"threshold_mode": "abs"}), "keras")
+        plateau_code(Curve(family="plateau", parameters={"threshold_mode": "abs"}), 0.1, "keras")
     with pytest.raises(NotExpressibleError):
-        plateau_code(Curve(family="plateau", parameters={"threshold_mode": "rel"}), "keras")
+        plateau_code(Curve(family="plateau", parameters={"threshold_mode": "rel"}), 0.1, "keras")
 
 
 def test_parts_of_a_sequence_stand_where_torch_has_them() -> None:

@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Protocol
 
 from ckptconv import supply
+from ckptconv.adapters.keras_callback import Plateau, curve_of_callback
+from ckptconv.adapters.keras_table import table_of
 from ckptconv.adapters.live import (
     DESCRIBED,
     Spill,
@@ -27,7 +29,8 @@ from ckptconv.adapters.live import (
 )
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_config import from_keras_config
-from ckptconv.catalog.schedule_source import described_as
+from ckptconv.catalog.schedule_source import beside_it, described_as
+from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.conversion import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw
 from ckptconv.dialects.graph_bundle import graph_of
@@ -76,25 +79,58 @@ class _Root(Protocol):
     def read(self, save_path: str) -> _Status: ...
 
 
-def describe(model: Model, optimizer: KerasOptimizer | None = None) -> Checkpoint:
-    """A skeleton of built live objects: names, layer kinds and axes, class and hyperparameters.
+def describe(
+    model: Model,
+    optimizer: KerasOptimizer | None = None,
+    *,
+    callback: Plateau | None = None,
+    remaining: int | None = None,
+) -> Checkpoint:
+    """A skeleton of built live objects: names, layer kinds and axes, class, hyperparameters, schedule.
 
     It serves as `template` or `source_spec`; `ckptconv.write_skeleton` makes a JSON file of it.
+    `callback`: the `ReduceLROnPlateau` of the run, whose state is in no file. `remaining`: for a schedule of
+    a class of one's own, how many of its next rates to note.
     I/O: a temporary TensorFlow checkpoint, removed again.
-    Raises: template-unbuilt; usage where the model is compiled with another optimizer.
+    Raises: template-unbuilt; usage where the model is compiled with another optimizer; usage,
+    unsupported-feature for a callback or a schedule that tells nothing.
     """
-    return skeleton_of(_captured(model, optimizer, Spill()))
+    captured = _captured(model, optimizer, Spill())
+    return skeleton_of(_scheduled(captured, _optimizer_of(model, optimizer), callback, remaining))
 
 
 def capture(
-    model: Model, optimizer: KerasOptimizer | None = None, *, progress: Mapping[str, Value] | None = None
+    model: Model,
+    optimizer: KerasOptimizer | None = None,
+    *,
+    progress: Mapping[str, Value] | None = None,
+    callback: Plateau | None = None,
+    remaining: int | None = None,
 ) -> Checkpoint:
     """The state of live objects as a document; `progress` gives the counters that they do not hold.
 
+    `callback`, `remaining`: as for `describe`.
     I/O: a temporary TensorFlow checkpoint that lives as long as the document's tensors.
     Raises: as `describe`; usage for an unknown progress field; target-unwritable.
     """
-    return with_progress(_captured(model, optimizer, Spill()), progress)
+    captured = _captured(model, optimizer, Spill())
+    scheduled = _scheduled(captured, _optimizer_of(model, optimizer), callback, remaining)
+    return with_progress(scheduled, progress)
+
+
+def _scheduled(
+    checkpoint: Checkpoint,
+    optimizer: KerasOptimizer | None,
+    callback: Plateau | None,
+    remaining: int | None,
+) -> Checkpoint:
+    """The document with what a callback keeps, and with a table of rates that nothing else tells."""
+    if callback is not None:
+        checkpoint = beside_it(checkpoint, curve_of_callback(callback), DESCRIBED)
+    if remaining is None or optimizer is None or [s.family for s in checkpoint.schedules] != [UNKNOWN]:
+        return checkpoint
+    told = table_of(_inner(optimizer), remaining)
+    return described_as(checkpoint, told.curve, told.base, DESCRIBED)
 
 
 def restore(
@@ -167,7 +203,9 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
     config = inner.get_config()
     checkpoint = of_class(checkpoint, type(inner), package, config)
     follows = from_keras_config(config.get("learning_rate"))
-    return checkpoint if follows is None else described_as(checkpoint, follows.curve, follows.base, DESCRIBED)
+    if follows is None:
+        return checkpoint
+    return described_as(checkpoint, follows.curve, follows.base, DESCRIBED, follows.named)
 
 
 def _optimizer_of(model: Model, optimizer: KerasOptimizer | None) -> KerasOptimizer | None:

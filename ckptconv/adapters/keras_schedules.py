@@ -3,8 +3,9 @@
     learning_rate = ckptconv.keras.sequential([warm_up, cosine], milestones=[100])
     optimizer = keras.optimizers.Adam(learning_rate)
 
-They are `LearningRateSchedule`s of Keras 3 or tf_keras, computed in TensorFlow and saved with
-`get_config()`; the report of a conversion prints the lines. `package` is `"keras"` or `"tf_keras"`.
+They are `LearningRateSchedule`s of Keras 3 or tf_keras, computed in TensorFlow in Keras' float type and saved
+with `get_config()`; the report of a conversion prints the lines, which also register the classes that
+`load_model` asks for. `package` is `"keras"` or `"tf_keras"`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ckptconv.errors import CkptError, missing_extra
+
+if TYPE_CHECKING:
+    from tensorflow import Tensor
 
 Rates = Callable[[object], object]
 """A schedule: index -> learning rate, both tensors."""
@@ -68,19 +72,29 @@ def one_cycle(
 
     Raises: missing-dependency.
     """
-    rates = []
-    for index in range(length):
-        begin, place = 0.0, 0
-        while place + 1 < len(phases) and index > phases[place][0]:
-            begin, place = phases[place][0], place + 1
-        end, first, last = phases[place]
-        share = (index - begin) / (end - begin)
-        moved = share if anneal == "linear" else (1 - math.cos(math.pi * share)) / 2.0
-        rates.append(first + (last - first) * moved)
-    return table(rates, package=package)
+    made: Rates = _classes(package)["OneCycle"](
+        length=length, phases=[list(phase) for phase in phases], anneal=anneal
+    )
+    return made
 
 
-def resumed(callback: _Callback, **state: float) -> _Callback:
+def epochs(schedule: Rates, steps_per_epoch: int, package: str = "keras") -> Rates:
+    """A schedule that counts epochs: the rate moves after every `steps_per_epoch` updates.
+
+    Raises: usage for a number below 1; missing-dependency.
+    """
+    if steps_per_epoch < 1:
+        raise CkptError.of(
+            "usage",
+            f"steps_per_epoch is {steps_per_epoch}",
+            "Give the number of updates in an epoch.",
+            loc=("steps_per_epoch",),
+        )
+    made: Rates = _classes(package)["Epochs"](schedule=schedule, steps_per_epoch=steps_per_epoch)
+    return made
+
+
+def resumed(callback: _Callback, **state: object) -> _Callback:
     """A Keras callback that has this state when training begins, instead of starting anew.
 
     callback = resumed(keras.callbacks.ReduceLROnPlateau(patience=4), best=0.31, wait=2)
@@ -107,43 +121,67 @@ def _classes(package: str) -> Mapping[str, Callable[..., Rates]]:
         raise missing_extra(package, "tensorflow", "ckptconv.keras") from error
     schedules = keras.optimizers.schedules
 
-    def part_of(config: object) -> object:
+    def made_of(config: object) -> object:
+        if isinstance(config, (list, tuple)):
+            return [made_of(part) for part in config]
         return schedules.deserialize(config) if isinstance(config, dict) else config
+
+    def told(value: object) -> object:
+        if isinstance(value, list):
+            return [told(part) for part in value]
+        return schedules.serialize(value) if isinstance(value, schedules.LearningRateSchedule) else value
+
+    def real(value: object) -> Tensor:
+        """As the type that Keras computes rates in, which a plain cast of a float would round to float32."""
+        dtype = keras.backend.floatx()
+        return tf.cast(value, dtype) if tf.is_tensor(value) else tf.constant(value, dtype)
 
     class Base(schedules.LearningRateSchedule):  # type: ignore[misc, name-defined]  # a class of a live module
         def __init__(self, **config: object) -> None:
             super().__init__()
             for name, value in config.items():
-                setattr(self, name, [part_of(v) for v in value] if isinstance(value, list) else value)
+                setattr(self, name, made_of(value))
             self._names = tuple(config)
 
         def get_config(self) -> dict[str, object]:
-            return {name: getattr(self, name) for name in self._names} | (
-                {"parts": [schedules.serialize(part) for part in self.parts]}
-                if "parts" in self._names
-                else {}
-            )
+            return {name: told(getattr(self, name)) for name in self._names}
 
     class Sequential(Base):
         def __call__(self, step: object) -> object:
             index = tf.cast(step, tf.int64)
-            rate = tf.cast(self.parts[0](index), tf.float32)
+            rate = real(self.parts[0](index))
             for begin, part in zip(self.milestones, self.parts[1:], strict=True):
                 local = tf.maximum(index - begin, 0)
-                rate = tf.where(index >= begin, tf.cast(part(local), tf.float32), rate)
+                rate = tf.where(index >= begin, real(part(local)), rate)
             return rate
 
     class Chained(Base):
         def __call__(self, step: object) -> object:
-            rate = tf.constant(self.base, tf.float32)
+            rate = real(self.base)
             for part in self.parts:
-                rate = rate * tf.cast(part(step), tf.float32)
+                rate = rate * real(part(step))
             return rate
 
     class Table(Base):
         def __call__(self, step: object) -> object:
             place = tf.clip_by_value(tf.cast(step, tf.int64) - self.start, 0, len(self.rates) - 1)
-            return tf.gather(tf.constant(self.rates, tf.float32), place)
+            return tf.gather(real(self.rates), place)
+
+    class OneCycle(Base):
+        def __call__(self, step: object) -> object:
+            index = tf.minimum(tf.cast(step, tf.float64), self.length - 1)
+            begin, rate = 0.0, None
+            for end, first, last in self.phases:
+                share = (index - begin) / (end - begin)
+                moved = share if self.anneal == "linear" else (1 - tf.cos(math.pi * share)) / 2
+                here = first + (last - first) * moved
+                rate = here if rate is None else tf.where(index > begin, here, rate)
+                begin = end
+            return real(rate)
+
+    class Epochs(Base):
+        def __call__(self, step: object) -> object:
+            return self.schedule(tf.cast(step, tf.int64) // self.steps_per_epoch)
 
     register = getattr(keras, "saving", keras.utils).register_keras_serializable("ckptconv")
-    return {cls.__name__: register(cls) for cls in (Sequential, Chained, Table)}
+    return {cls.__name__: register(cls) for cls in (Sequential, Chained, Table, OneCycle, Epochs)}

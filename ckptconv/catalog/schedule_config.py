@@ -1,15 +1,17 @@
-"""What a live Keras optimizer's configuration says of its schedule, as a curve.
+"""What a Keras optimizer's configuration says of its schedule, as a curve.
 
-Source: `get_config` of keras 3.15.1 its schedules; tf_keras 2.21.
+Keras' own classes, and those of `ckptconv.keras`, which are registered as `ckptconv>Name`. Source:
+`get_config` of keras 3.15.1 its schedules; tf_keras 2.21.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from ckptconv.catalog.schedule_forms import rebased
 from ckptconv.catalog.schedule_keras import whole
-from ckptconv.catalog.schedule_rates import Curve
+from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError
 from ckptconv.document import Value
 
 
@@ -19,6 +21,8 @@ class Declared:
 
     curve: Curve
     base: float
+    named: Mapping[str, float] = field(default_factory=dict)
+    """Rates that the curve names, beside its base."""
 
 
 def from_keras_config(config: object) -> Declared | None:
@@ -28,14 +32,20 @@ def from_keras_config(config: object) -> Declared | None:
     """
     if not isinstance(config, Mapping):
         return None
-    inner, read = config.get("config"), _READERS.get(str(config.get("class_name")))
+    registered = str(config.get("registered_name"))
+    name = registered if registered.startswith(_OURS) else str(config.get("class_name"))
+    inner, read = config.get("config"), _READERS.get(name)
     if read is None or not isinstance(inner, Mapping):
         return None
     try:
         return read({str(name): value for name, value in inner.items()})
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, NotExpressibleError):
         return None
 
+
+_OURS = "ckptconv>"
+_DEEPEST = 8
+"""A schedule of schedules of schedules: more of them nobody trains with."""
 
 _Config = dict[str, Value]
 
@@ -130,6 +140,73 @@ def _read_inverse_time(c: _Config) -> Declared:
     )
 
 
+def _parts(config: _Config) -> list[Declared]:
+    parts: object = config["parts"]
+    if not isinstance(parts, (list, tuple)) or not parts:
+        raise TypeError("parts")
+    read = [from_keras_config(part) for part in parts]
+    found = [
+        one for one in read if one is not None and not one.curve.parts and TICK not in one.curve.parameters
+    ]
+    if len(found) != len(parts) or any(one.named for one in found):
+        raise ValueError("parts")
+    return found
+
+
+def _read_sequential(c: _Config) -> Declared:
+    parts = _parts(c)
+    milestones = tuple(int(end) for end in _floats(c, "milestones"))
+    if len(milestones) != len(parts) - 1:
+        raise ValueError("milestones")
+    failed: Exception | None = None
+    for base in dict.fromkeys(part.base for part in parts):
+        try:
+            curves = tuple(rebased(part.curve, part.base, base) for part in parts)
+        except NotExpressibleError as error:
+            failed = error
+            continue
+        curve = Curve(family="sequential", parameters={"milestones": milestones}, parts=curves)
+        return Declared(curve=curve, base=base)
+    raise failed or ValueError("parts")
+
+
+def _read_chained(c: _Config) -> Declared:
+    curves = tuple(rebased(part.curve, part.base, 1.0) for part in _parts(c))
+    return Declared(curve=Curve(family="chained", parts=curves), base=_float(c, "base"))
+
+
+def _read_table(c: _Config) -> Declared:
+    rates, start = _floats(c, "rates"), int(_float(c, "start", 0))
+    base = max(rates, key=abs)
+    curve = Curve(family="lambda", parameters={"factors": tuple(r / base for r in rates), "start": start})
+    return Declared(curve=curve, base=base)
+
+
+def _read_one_cycle(c: _Config) -> Declared:
+    phases: object = c["phases"]
+    if not isinstance(phases, (list, tuple)) or not phases:
+        raise TypeError("phases")
+    rows = [[float(number) for number in phase] for phase in phases]
+    rates = {"initial_lr": rows[0][1], "max_lr": rows[0][2], "min_lr": rows[-1][2]}
+    parameters: dict[str, Value] = {"length": whole(_float(c, "length")), "anneal": str(c["anneal"])}
+    for place, (end, first, last) in enumerate(rows):
+        parameters[f"phase.{place}.end"] = end
+        for which, rate in (("from", first), ("to", last)):
+            parameters[f"phase.{place}.{which}"] = next(n for n, value in rates.items() if value == rate)
+    curve = Curve(family="one-cycle", parameters={**parameters, "cycle_momentum": False})
+    return Declared(curve=curve, base=rates.pop("initial_lr"), named=rates)
+
+
+def _read_epochs(c: _Config) -> Declared:
+    inner = from_keras_config(c["schedule"])
+    if inner is None or TICK in inner.curve.parameters:
+        raise ValueError("schedule")
+    ticks = int(_float(c, "steps_per_epoch"))
+    if ticks < 1:
+        raise ValueError(ticks)
+    return replace(inner, curve=replace(inner.curve, parameters={**inner.curve.parameters, TICK: ticks}))
+
+
 _READERS: Mapping[str, Callable[[_Config], Declared]] = {
     "ExponentialDecay": _read_exponential,
     "PiecewiseConstantDecay": _read_piecewise,
@@ -137,4 +214,9 @@ _READERS: Mapping[str, Callable[[_Config], Declared]] = {
     "CosineDecay": _read_cosine,
     "CosineDecayRestarts": _read_restarts,
     "InverseTimeDecay": _read_inverse_time,
+    f"{_OURS}Sequential": _read_sequential,
+    f"{_OURS}Chained": _read_chained,
+    f"{_OURS}Table": _read_table,
+    f"{_OURS}OneCycle": _read_one_cycle,
+    f"{_OURS}Epochs": _read_epochs,
 }

@@ -4,32 +4,36 @@ piecewise      -> multi-step   where the rates are a geometric series; milestone
 polynomial     -> linear       power 1, its ends as factors of the higher one
 polynomial     -> polynomial   end 0 and no cycle: torch's class has neither
 exponential    -> exponential  factor ** (1 / interval), as torch's counts single ticks
+sequential     -> sequential   part by part, the parts of the template's classes and all of one base rate
+chained        -> chained      part by part, the parts factors of the rate 1
 anything known -> lambda       torch's file holds no function; the code has to say it
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, flat
 from ckptconv.catalog.schedule_source import is_state
-from ckptconv.document import Fact, Known, Schedule, value_of
+from ckptconv.document import Fact, Known, Schedule, Value, value_of
 
 _ALIKE = 1e-6
 """Relative difference within which rates that came through float32 are one series."""
 
 
-def as_family(curve: Curve, base: float, family: str) -> tuple[Curve, float]:
+def as_family(curve: Curve, base: float, family: str, parts: Sequence[str] = ()) -> tuple[Curve, float]:
     """The curve in the terms of a torch class of that family, and the base rate to go with it.
 
-    Raises: NotExpressibleError.
+    `parts`: the families of the class's parts. Raises: NotExpressibleError.
     """
     change = _CHANGES.get((curve.family, family))
     if change is None and curve.family != family:
         raise NotExpressibleError(f"the source's schedule is '{curve.family}', the template's '{family}'")
+    if curve.parts:
+        return _part_by_part(curve, base, parts), base
     try:
         made = change(curve, base) if change is not None else (curve, base)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
@@ -37,6 +41,51 @@ def as_family(curve: Curve, base: float, family: str) -> tuple[Curve, float]:
     if made is None:
         raise NotExpressibleError(f"this '{curve.family}' is not one of the rates that '{family}' can have")
     return made
+
+
+def _part_by_part(curve: Curve, base: float, families: Sequence[str]) -> Curve:
+    """The curve whose parts are of these families. Raises: NotExpressibleError."""
+    mine = [part.family for part in curve.parts]
+    if len(mine) != len(families):
+        raise NotExpressibleError(f"its parts are {mine}, the template's {list(families)}")
+    own = 1.0 if curve.family == "chained" else base
+    parts = []
+    for part, family in zip(curve.parts, families, strict=True):
+        if curve.family == "chained" and (family == "lambda" or part.parameters.get("minimum")):
+            raise NotExpressibleError(f"torch's '{family}' sets the rate: in a chain it is no factor")
+        made, root = as_family(part, own, family)
+        parts.append(rebased(made, root, own))
+    return replace(curve, parts=tuple(parts))
+
+
+def rebased(curve: Curve, base: float, to: float) -> Curve:
+    """The curve that has over another base rate the rates that this one has over its own.
+
+    Raises: NotExpressibleError where the family's rates have no factor of their own.
+    """
+    if math.isclose(base, to, rel_tol=_ALIKE):
+        return curve
+    if curve.family == "polynomial" and (line := _line(curve, base)) is not None:
+        curve, base = line
+    names = _FACTORS.get(curve.family)
+    if names is None or to == 0:
+        raise NotExpressibleError(f"a '{curve.family}' begins at {base}, the whole at {to}")
+    changed = {name: _times(curve.parameters[name], base / to) for name in names}
+    return replace(curve, parameters={**curve.parameters, **changed})
+
+
+_FACTORS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("start_factor", "end_factor"),
+    "piecewise": ("factors",),
+    "lambda": ("factors",),
+}
+"""Parameters by which a family multiplies its base rate everywhere."""
+
+
+def _times(value: Value, by: float) -> Value:
+    if isinstance(value, tuple):
+        return tuple(float(part) * by for part in value if isinstance(part, (int, float)))
+    return float(value) * by if isinstance(value, (int, float)) else value
 
 
 _Made = tuple[Curve, float] | None
@@ -50,7 +99,8 @@ def _geometric(v: Curve, base: float) -> _Made:
     if not all(b.is_integer() for b in boundaries):
         return None
     milestones = tuple(int(b) + 1 for b in boundaries)
-    return Curve(family="multi-step", parameters={"milestones": milestones, "factor": ratios[0]}), base
+    steps = Curve(family="multi-step", parameters={"milestones": milestones, "factor": ratios[0]})
+    return steps, base * factors[0]
 
 
 def _until(v: Curve, base: float) -> _Made:
@@ -233,7 +283,13 @@ def _polynomial(v: Curve, base: float) -> str:
     return f"{end!r} + {1 - end!r} * (1 - min(t, {length!r}) / {length!r}) ** {v.number('power')!r}"
 
 
+def _table(v: Curve, _: float) -> str:
+    factors, start = list(v.numbers("factors")), int(v.number("start"))
+    return f"{factors!r}[min(max(t - {start}, 0), {len(factors) - 1})]"
+
+
 _LAMBDAS: Mapping[str, Callable[[Curve, float], str]] = {
+    "lambda": _table,
     "inverse-time": _inverse_time,
     "piecewise": _piecewise,
     "polynomial": _polynomial,

@@ -1,45 +1,110 @@
-"""A curve as the Keras schedule that follows it: the constructor that the target's code must say.
+"""A curve as the Keras schedule that follows it: its constructor as text, and as Keras serializes it.
 
-A TensorFlow checkpoint holds no schedule, only the counter that it follows. Keras computes in float32 and,
-in `PiecewiseConstantDecay`, changes the rate after a boundary where torch changes it at a milestone. Source:
-keras 3.15.1 `keras/src/optimizers/schedules/learning_rate_schedule.py`; tf_keras 2.21, the same rules.
+A TensorFlow checkpoint holds no schedule, only the counter that it follows: the target's code must say it. A
+`.keras` file holds the constructor. Keras computes in float32 and, in `PiecewiseConstantDecay`, changes the
+rate after a boundary where torch changes it at a milestone. Source: keras 3.15.1
+`keras/src/optimizers/schedules/learning_rate_schedule.py`; tf_keras 2.21, the same rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from ckptconv.catalog.schedule_rates import Curve, NotExpressibleError, part_at, rate
+from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, part_at, rate
+from ckptconv.document import Value
+
+HELPERS: Mapping[str, str] = {
+    "Sequential": "sequential",
+    "Chained": "chained",
+    "Table": "table",
+    "OneCycle": "one_cycle",
+    "Epochs": "epochs",
+}
+"""Class that is registered with Keras under `ckptconv>` -> the function of `ckptconv.keras` for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A schedule and its arguments: plain values, and other schedules."""
+
+    name: str
+    """Keras' class, or one of `HELPERS`."""
+    arguments: Mapping[str, object]
+
+    def text(self, package: str) -> str:
+        """The expression of the target's code. `package`: `keras` or `tf_keras`."""
+        inner = [f"{key}={_text(value, package)}" for key, value in self.arguments.items()]
+        if self.name not in HELPERS:
+            return f"{package}.optimizers.schedules.{self.name}({', '.join(inner)})"
+        more = [] if package == "keras" else [f"package={package!r}"]
+        return f"ckptconv.keras.{HELPERS[self.name]}({', '.join([*inner, *more])})"
+
+    def config(self) -> dict[str, object]:
+        """What Keras 3 serializes it to, and makes it of."""
+        ours = self.name in HELPERS
+        return {
+            "module": "ckptconv.keras" if ours else "keras.optimizers.schedules",
+            "class_name": self.name,
+            "config": {key: _serialized(value) for key, value in self.arguments.items()},
+            "registered_name": f"ckptconv>{self.name}" if ours else None,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Code:
     """What the target's code must say."""
 
-    expression: str
-    """The constructor."""
+    call: Call
     remark: str = ""
     """Where it stops being the same."""
 
 
-def keras_code(
-    curve: Curve, base: float, index: int, package: str, named: Mapping[str, float] | None = None
-) -> Code:
+def keras_code(curve: Curve, base: float, index: int, named: Mapping[str, float] | None = None) -> Code:
     """The Keras schedule with the rates of a curve from `index` on. Raises: NotExpressibleError.
 
-    `package`: `keras` or `tf_keras`. `named`: see `schedule_rates.rate`.
+    `named`: see `schedule_rates.rate`.
     """
     write = _WRITERS.get(curve.family)
     if write is None:
         raise NotExpressibleError(f"Keras has no counterpart of '{curve.family}'")
+    if TICK in curve.parameters:
+        return _by_the_tick(curve, base, index, named)
     try:
-        code = write(curve, _Place(base, index, package, named or {}))
+        code = write(curve, _Place(base, index, named or {}))
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
         raise NotExpressibleError(f"the parameters of '{curve.family}' are not complete ({error})") from error
     if rate(curve, base, index, named) is None:
         raise NotExpressibleError(f"the parameters of '{curve.family}' make no rate at {index}")
     return code
+
+
+def _by_the_tick(curve: Curve, base: float, index: int, named: Mapping[str, float] | None) -> Code:
+    """A schedule whose ticks are several updates long."""
+    ticks = int(curve.number(TICK))
+    inner = replace(curve, parameters={n: v for n, v in curve.parameters.items() if n != TICK})
+    stretch = _STRETCHED.get(curve.family)
+    if stretch is not None:
+        return keras_code(replace(inner, parameters=stretch(inner, ticks)), base, index, named)
+    code = keras_code(inner, base, index // ticks, named)
+    remark = f"of the index {ticks} updates long: {code.remark}" if code.remark else ""
+    arguments = {"schedule": code.call, "steps_per_epoch": ticks}
+    return Code(call=Call(name="Epochs", arguments=arguments), remark=remark)
+
+
+_STRETCHED: Mapping[str, Callable[[Curve, int], dict[str, Value]]] = {
+    "step": lambda v, ticks: {**v.parameters, "interval": whole(v.number("interval") * ticks)},
+    "multi-step": lambda v, ticks: {
+        **v.parameters,
+        "milestones": tuple(int(m) * ticks for m in v.numbers("milestones")),
+    },
+    "constant": lambda v, ticks: {**v.parameters, "length": whole(v.number("length") * ticks)},
+    "piecewise": lambda v, ticks: {
+        **v.parameters,
+        "boundaries": tuple(whole((end + 1) * ticks - 1) for end in v.numbers("boundaries")),
+    },
+}
+"""Families that change between ticks only: their parameters in updates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +113,24 @@ class _Place:
 
     base: float
     index: int
-    package: str
-    named: Mapping[str, float]
+    named: Mapping[str, float] = field(default_factory=dict)
 
-    def call(self, name: str, **arguments: object) -> str:
-        """A constructor of the package."""
-        inner = ", ".join(f"{key}={_text(value)}" for key, value in arguments.items())
-        return f"{self.package}.optimizers.schedules.{name}({inner})"
-
-    def helper(self, name: str, *arguments: str) -> str:
-        """A helper of this package."""
-        more = [] if self.package == "keras" else [f"package={self.package!r}"]
-        return f"ckptconv.keras.{name}({', '.join([*arguments, *more])})"
+    def call(self, name: str, **arguments: object) -> Call:
+        return Call(name=name, arguments=arguments)
 
 
-def _text(value: object) -> str:
+def _text(value: object, package: str) -> str:
+    if isinstance(value, Call):
+        return value.text(package)
     if isinstance(value, list):
-        return "[" + ", ".join(map(_text, value)) + "]"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53:
-        return f"{value!r}"
+        return "[" + ", ".join(_text(part, package) for part in value) + "]"
     return repr(value)
+
+
+def _serialized(value: object) -> object:
+    if isinstance(value, Call):
+        return value.config()
+    return [_serialized(part) for part in value] if isinstance(value, list) else value
 
 
 def whole(value: float) -> float:
@@ -77,7 +140,7 @@ def whole(value: float) -> float:
 
 def _step(v: Curve, at: _Place) -> Code:
     return Code(
-        expression=at.call(
+        call=at.call(
             "ExponentialDecay",
             initial_learning_rate=at.base,
             decay_steps=whole(v.number("interval")),
@@ -89,7 +152,7 @@ def _step(v: Curve, at: _Place) -> Code:
 
 def _exponential(v: Curve, at: _Place) -> Code:
     return Code(
-        expression=at.call(
+        call=at.call(
             "ExponentialDecay",
             initial_learning_rate=at.base,
             decay_steps=whole(v.number("interval", 1.0)),
@@ -102,7 +165,7 @@ def _piecewise(boundaries: Sequence[float], values: Sequence[float], at: _Place)
     if not boundaries:
         boundaries, values = [0], [values[0], values[0]]
     ends = [whole(b) for b in boundaries]
-    return Code(expression=at.call("PiecewiseConstantDecay", boundaries=ends, values=list(values)))
+    return Code(call=at.call("PiecewiseConstantDecay", boundaries=ends, values=list(values)))
 
 
 def _multi_step(v: Curve, at: _Place) -> Code:
@@ -123,7 +186,7 @@ def _stretches(v: Curve, at: _Place) -> Code:
 
 def _linear(v: Curve, at: _Place) -> Code:
     return Code(
-        expression=at.call(
+        call=at.call(
             "PolynomialDecay",
             initial_learning_rate=at.base * v.number("start_factor"),
             decay_steps=whole(v.number("length")),
@@ -135,7 +198,7 @@ def _linear(v: Curve, at: _Place) -> Code:
 
 def _polynomial(v: Curve, at: _Place) -> Code:
     return Code(
-        expression=at.call(
+        call=at.call(
             "PolynomialDecay",
             initial_learning_rate=at.base,
             decay_steps=whole(v.number("length")),
@@ -166,7 +229,7 @@ def _alpha(v: Curve, base: float) -> float:
 
 def _cosine(v: Curve, at: _Place) -> Code:
     return Code(
-        expression=at.call(
+        call=at.call(
             "CosineDecay",
             initial_learning_rate=at.base,
             decay_steps=whole(v.number("length")),
@@ -180,7 +243,7 @@ def _restarts(v: Curve, at: _Place) -> Code:
     growth = v.number("growth", 1.0)
     remark = "" if growth == 1 else "Keras may find a restart one update late: its logarithm is float32"
     return Code(
-        expression=at.call(
+        call=at.call(
             "CosineDecayRestarts",
             initial_learning_rate=at.base,
             first_decay_steps=whole(v.number("first")),
@@ -194,7 +257,7 @@ def _restarts(v: Curve, at: _Place) -> Code:
 
 def _inverse_time(v: Curve, at: _Place) -> Code:
     return Code(
-        expression=at.call(
+        call=at.call(
             "InverseTimeDecay",
             initial_learning_rate=at.base,
             decay_steps=whole(v.number("interval")),
@@ -213,7 +276,7 @@ def _warm_up(v: Curve, at: _Place) -> Code | None:
     if line.number("end_factor") != 1 or line.number("length") != milestones[0]:
         return None
     return Code(
-        expression=at.call(
+        call=at.call(
             "CosineDecay",
             initial_learning_rate=at.base * line.number("start_factor"),
             decay_steps=whole(cosine.number("length")),
@@ -232,13 +295,12 @@ def _sequential(v: Curve, at: _Place) -> Code:
     begins = [0, *(int(m) for m in v.numbers("milestones"))]
     now, _ = part_at(v, at.index)
     codes = [
-        keras_code(part, at.base, max(at.index - begin, 0) if place == now else 0, at.package, at.named)
+        keras_code(part, at.base, max(at.index - begin, 0) if place == now else 0, at.named)
         for place, (part, begin) in enumerate(zip(v.parts, begins, strict=True))
     ]
-    parts = ", ".join(code.expression for code in codes)
     remarks = [f"part {place}: {code.remark}" for place, code in enumerate(codes) if code.remark]
     return Code(
-        expression=at.helper("sequential", f"[{parts}]", f"milestones={begins[1:]}"),
+        call=at.call("Sequential", parts=[code.call for code in codes], milestones=begins[1:]),
         remark="; ".join(remarks),
     )
 
@@ -249,10 +311,10 @@ def _chained(v: Curve, at: _Place) -> Code:
             raise NotExpressibleError(
                 "a chained cosine with a minimum adds to the rate instead of multiplying it"
             )
-    codes = [keras_code(part, 1.0, at.index, at.package) for part in v.parts]
-    parts = ", ".join(code.expression for code in codes)
+    codes = [keras_code(part, 1.0, at.index) for part in v.parts]
     remarks = [code.remark for code in codes if code.remark]
-    return Code(expression=at.helper("chained", repr(at.base), f"[{parts}]"), remark="; ".join(remarks))
+    call = at.call("Chained", base=at.base, parts=[code.call for code in codes])
+    return Code(call=call, remark="; ".join(remarks))
 
 
 def _one_cycle(v: Curve, at: _Place) -> Code:
@@ -261,15 +323,14 @@ def _one_cycle(v: Curve, at: _Place) -> Code:
             "cycle_momentum=True moves momentum or beta_1 with the rate, which Keras cannot"
         )
     names = {"initial_lr": at.base, **at.named}
-    phases: list[str] = []
+    phases: list[object] = []
     while f"phase.{len(phases)}.end" in v.parameters:
         name = f"phase.{len(phases)}."
         ends = [names[str(v.parameters[name + which])] for which in ("from", "to")]
-        phases.append(f"({v.number(name + 'end')!r}, {ends[0]!r}, {ends[1]!r})")
-    how = f"anneal={v.parameters['anneal']!r}"
+        phases.append([v.number(name + "end"), *ends])
     length = whole(v.number("length"))
     return Code(
-        expression=at.helper("one_cycle", f"{length}", f"[{', '.join(phases)}]", how),
+        call=at.call("OneCycle", length=length, phases=phases, anneal=str(v.parameters["anneal"])),
         remark=f"torch stops with an error after {length} updates, this one stays at its last rate",
     )
 
@@ -284,10 +345,9 @@ def _table(v: Curve, at: _Place) -> Code:
         raise NotExpressibleError(
             f"it stands at {at.index}, its table has {start}..{start + len(factors) - 1}"
         )
-    rates = ", ".join(repr(at.base * factor) for factor in factors)
     end = start + len(factors) - 1
     return Code(
-        expression=at.helper("table", f"[{rates}]", f"start={start}"),
+        call=at.call("Table", rates=[at.base * factor for factor in factors], start=start),
         remark=f"the table ends with update {end}; its last rate stays",
     )
 
@@ -310,40 +370,3 @@ _WRITERS: Mapping[str, Callable[[Curve, _Place], Code]] = {
     "cyclic": _table,
     "swa": _table,
 }
-
-
-def plateau_code(curve: Curve, package: str, monitor: str = "val_loss") -> tuple[str, ...]:
-    """The lines of the Keras callback that goes on as torch's ReduceLROnPlateau. Raises: NotExpressibleError.
-
-    Keras lets `patience - 1` bad epochs pass where torch lets `patience`, and counts the epoch that ends a
-    cooldown. Its state is in no checkpoint, and is reset when training begins: the lines set it after that.
-    """
-    values = curve.parameters
-    if values.get("threshold_mode") != "abs":
-        raise NotExpressibleError(
-            "threshold_mode='rel' measures against a fraction of the best, Keras a difference"
-        )
-    try:
-        minimum = {value for name, value in values.items() if name.startswith("minimum.")}
-        if len(minimum) != 1:
-            raise NotExpressibleError("its groups have different lowest rates")
-        cooldown, cooling = int(curve.number("cooldown")), int(curve.number("cooling"))
-        arguments = {
-            "monitor": monitor,
-            "factor": curve.number("factor"),
-            "patience": int(curve.number("patience")) + 1,
-            "mode": values["mode"],
-            "min_delta": curve.number("threshold"),
-            "cooldown": cooldown + 1 if cooldown else 0,
-            "min_lr": minimum.pop(),
-        }
-        best, wait = curve.number("best"), int(curve.number("bad"))
-    except (KeyError, TypeError) as error:
-        raise NotExpressibleError(f"the parameters of 'plateau' are not complete ({error})") from error
-    told = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    state = f"best={best!r}" if best not in (float("inf"), float("-inf")) else f"best=float({str(best)!r})"
-    return (
-        f"callback = ckptconv.keras.resumed({package}.callbacks.ReduceLROnPlateau({told}), "
-        f"{state}, wait={wait}, cooldown_counter={cooling + 1 if cooling else 0})",
-        "# monitor is the metric that the source's loop gave to scheduler.step(metric), once per epoch",
-    )

@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.document import Known, Schedule, Value
 
+TICK = "updates_per_tick"
+"""Parameter of a schedule that counts the optimizer's updates and moves only every so many of them."""
+
 _MOST_CYCLES = 10_000
 """A schedule that restarts more often than this before an index is none that anybody trains with."""
 
@@ -77,6 +80,7 @@ def rate(curve: Curve, base: float, index: int, named: Mapping[str, float] | Non
     if formula is None or index < 0:
         return None
     try:
+        index //= int(curve.number(TICK, 1.0))
         value = formula(curve, base, index, {"initial_lr": base, **(named or {})})
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError):
         return None
@@ -181,7 +185,18 @@ def _sequential(v: Curve, base: float, t: int, named: _Named) -> float | None:
     return rate(v.parts[place], base, t - begin, named)
 
 
-FACTORS_ALONE = frozenset({"constant", "linear", "step", "multi-step", "exponential", "polynomial"})
+FACTORS_ALONE = frozenset(
+    {
+        "constant",
+        "linear",
+        "step",
+        "multi-step",
+        "exponential",
+        "polynomial",
+        "piecewise",
+        "inverse-time",
+    }
+)
 """Families that multiply whatever the rate is: several at once multiply each other."""
 
 
@@ -256,10 +271,27 @@ def _state(
         for group, base in enumerate(bases):
             value = None
             if base is not None:
-                value = _seen_by(curve, place, base, seen, named[group])
+                value = _waiting(curve, place, base) if local < 0 else None
+                value = value or _seen_by(curve, place, base, seen, named[group])
             if value is not None:
                 found[f"{place}.last_rate.{group}"] = value
     return found
+
+
+_SETS_THE_RATE = frozenset({"cosine-restarts"})
+"""Families whose class gives its own rate when it is made, instead of changing the one that it finds."""
+
+
+def _waiting(curve: Curve, place: int, base: float) -> float | None:
+    """The rate of a part that has not begun: what it made of the ones before it when it was made."""
+    value: float | None = base
+    for part in curve.parts[: place + 1]:
+        if part.family in _SETS_THE_RATE:
+            value = rate(part, base, 0)
+        elif part.family in FACTORS_ALONE and value is not None:
+            factor = rate(part, 1.0, 0)
+            value = None if factor is None else value * factor
+    return value
 
 
 def _seen_by(curve: Curve, place: int, base: float, index: int, named: _Named) -> float | None:

@@ -11,10 +11,8 @@ from dataclasses import replace
 from typing import Literal, cast
 
 from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, is_known, rate, state_at
+from ckptconv.catalog.schedule_settings import UNIT, UNITS
 from ckptconv.document import Checkpoint, Fact, Known, Optimizer, Progress, Schedule, Unknown, value_of
-
-UNIT = "schedule_unit"
-"""The setting that says what a position counts."""
 
 _STATE = ("position", "calls", "last_rate", "base_rate", "since_restart", "cycle")
 """Parameters that follow from where a torch scheduler stands."""
@@ -34,7 +32,7 @@ def with_rates(source: Checkpoint, template: Checkpoint, conventions: Mapping[st
     schedules = []
     for schedule in source.schedules:
         optimizer = optimizers.get(schedule.optimizer)
-        schedule = _with_unit(schedule, optimizer, source, conventions)
+        schedule = _in_epochs(_with_unit(schedule, optimizer, source, conventions), source.progress)
         if optimizer is None:
             schedules.append(schedule)
             continue
@@ -111,20 +109,28 @@ def _decay_of(optimizer: Optimizer) -> float | None:
     )
 
 
-def described_as(checkpoint: Checkpoint, curve: Curve, base: float, who: str) -> Checkpoint:
-    """The document whose only schedule is this one, as a live object tells; `who` supplies it."""
+def described_as(
+    checkpoint: Checkpoint, curve: Curve, base: float, who: str, named: Mapping[str, float] | None = None
+) -> Checkpoint:
+    """The document whose only schedule is this one, as a live object tells; `who` supplies it.
+
+    `named`: see `schedule_rates.rate`.
+    """
     if len(checkpoint.schedules) != 1:
         return checkpoint
     schedule = checkpoint.schedules[0]
     facts: dict[str, Fact] = {
         name: Known(value=value, status="supplied", source=who) for name, value in flat(curve).items()
     }
-    told = Known(value=base, status="supplied", source=who)
+    told = {
+        name: Known(value=value, status="supplied", source=who)
+        for name, value in {"base_learning_rate": base, **(named or {})}.items()
+    }
     optimizers = tuple(
         replace(
             optimizer,
             groups=tuple(
-                replace(group, hyperparameters={**group.hyperparameters, "base_learning_rate": told})
+                replace(group, hyperparameters={**group.hyperparameters, **told})
                 for group in optimizer.groups
             ),
         )
@@ -139,18 +145,51 @@ def described_as(checkpoint: Checkpoint, curve: Curve, base: float, who: str) ->
     )
 
 
+def beside_it(checkpoint: Checkpoint, curve: Curve, who: str) -> Checkpoint:
+    """The document with the plateau that a callback follows, which is in no file of its framework."""
+    if len(checkpoint.optimizers) != 1 or checkpoint.schedules:
+        return checkpoint
+    schedule = Schedule(
+        name=curve.family,
+        family=curve.family,
+        position=Unknown(reason="a callback does not count its epochs"),
+        unit="epoch",
+        parameters={
+            name: Known(value=value, status="supplied", source=who) for name, value in flat(curve).items()
+        },
+        optimizer=checkpoint.optimizers[0].name,
+    )
+    return replace(checkpoint, schedules=(schedule,))
+
+
 def _with_unit(
     schedule: Schedule, optimizer: Optimizer | None, source: Checkpoint, conventions: Mapping[str, str]
 ) -> Schedule:
     if schedule.unit != "unknown":
         return schedule
     told = conventions.get(UNIT)
-    if told in ("update", "epoch", "micro-step"):
+    if told in UNITS:
         return replace(schedule, unit=cast("Literal['update', 'epoch', 'micro-step']", told))
     position = value_of(schedule.position)
     if position and optimizer is not None and value_of(optimizer.step) == position:
         return replace(schedule, unit="update")
     return with_epochs(schedule, source.progress)
+
+
+def _in_epochs(schedule: Schedule, progress: Progress) -> Schedule:
+    """The schedule that counts epochs and does not say how many, at the run's epoch."""
+    epochs = value_of(progress.epochs)
+    if (
+        schedule.unit != "epoch"
+        or isinstance(schedule.position, Known)
+        or not isinstance(epochs, (int, float))
+    ):
+        return schedule
+    if not float(epochs).is_integer():
+        return schedule
+    return replace(
+        schedule, position=Known(value=int(epochs), status="derived", formula="the run's finished epochs")
+    )
 
 
 def _counted(optimizer: Optimizer, schedule: Schedule) -> Optimizer:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptconv.catalog.optimizers import as_algorithm, row, with_form
+from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES
 from ckptconv.dialects.residue import untold
 from ckptconv.document import (
     Checkpoint,
@@ -50,7 +51,7 @@ def with_note(checkpoint: Checkpoint, text: str | None) -> Checkpoint:
     optimizers = tuple(_completed(one, checkpoint, note) for one in checkpoint.optimizers)
     return replace(
         result,
-        optimizers=tuple(_with_base(one, checkpoint, note) for one in optimizers),
+        optimizers=tuple(_with_rates(one, checkpoint, note) for one in optimizers),
         schedules=tuple(_described(one, checkpoint, note) for one in checkpoint.schedules),
         provenance=replace(checkpoint.provenance, history=note.provenance.history),
     )
@@ -96,17 +97,19 @@ def _described(schedule: Schedule, checkpoint: Checkpoint, note: Note) -> Schedu
     return replace(schedule, family=noted.family, parameters=noted.parameters)
 
 
-def _with_base(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer:
-    """The optimizer with the rate that its schedule begins with, where it has one."""
+def _with_rates(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Optimizer:
+    """The optimizer with the rates that its schedule goes by, where it has one."""
     noted = _counterpart(optimizer, checkpoint, note)
     if noted is None or not checkpoint.schedules or noted.framework != optimizer.framework:
         return optimizer
-    base = noted.groups[0].hyperparameters.get("base_learning_rate")
-    if not isinstance(base, Known):
-        return optimizer
+    theirs = noted.groups[0].hyperparameters
+    rates = {
+        name: fact
+        for name in ("base_learning_rate", *ONE_CYCLE_RATES)
+        if isinstance(fact := theirs.get(name), Known)
+    }
     groups = tuple(
-        replace(group, hyperparameters={"base_learning_rate": base, **group.hyperparameters})
-        for group in optimizer.groups
+        replace(group, hyperparameters={**rates, **group.hyperparameters}) for group in optimizer.groups
     )
     return replace(optimizer, groups=groups)
 

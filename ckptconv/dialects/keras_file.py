@@ -20,6 +20,7 @@ from ckptconv.dialects.graph_lower import agreed, with_micro_steps
 from ckptconv.dialects.graph_note import ATTRIBUTE, note_of, with_note
 from ckptconv.dialects.keras_file_model import VARS, Model, below, model_of, text
 from ckptconv.dialects.keras_file_optimizer import NAME, Lifted, lift_optimizer
+from ckptconv.dialects.keras_file_schedule import with_schedule
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.document import (
     Absent,
@@ -143,7 +144,8 @@ class KerasFile:
         if any(one.slots for one in checkpoint.optimizers) and "slot" not in lifted:
             raise MappingError(_unbuilt())
         settled = _settled(checkpoint, residue.root)
-        root = fill(_with_arguments(residue.root, settled), settled)
+        told = with_schedule(_with_arguments(residue.root, settled), settled, _CONFIG)
+        root = fill(told, settled)
         return RawTree(
             format=residue.format,
             root=root,
@@ -258,6 +260,10 @@ def _settled(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     )
 
 
+_CONFIG = ("config", "compile_config", NAME)
+"""Where the optimizer's config stands."""
+
+
 def _with_arguments(root: Node, checkpoint: Checkpoint) -> Node:
     """The residue whose config takes arguments that are null there and that the run has a value for."""
     if len(checkpoint.optimizers) != 1 or not checkpoint.optimizers[0].groups:
@@ -272,7 +278,7 @@ def _with_arguments(root: Node, checkpoint: Checkpoint) -> Node:
             wanted[entry.argument] = Address(to=("hyperparameter", optimizer.name, 0, name))
 
     def put(path: tuple[str | int, ...], node: Node) -> Node:
-        mine = node is None and path[:3] == ("config", "compile_config", NAME) and path[-2:-1] == ("config",)
+        mine = node is None and path[:3] == _CONFIG and path[-2:-1] == ("config",)
         return wanted.get(str(path[-1])) if mine else node
 
     return transform(root, put)

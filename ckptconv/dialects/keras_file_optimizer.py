@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 
 from ckptconv.catalog.completion import row_of_class
 from ckptconv.catalog.optimizers import Row, algorithms, row
-from ckptconv.catalog.schedule_config import from_keras_config
 from ckptconv.catalog.schedule_rates import flat
 from ckptconv.dialects.keras_file_model import Found, below, flags, numbered, text
+from ckptconv.dialects.keras_file_schedule import declared
 from ckptconv.document import Absent, Fact, Group, Known, Optimizer, Schedule, Unknown, Value, value_of
 from ckptconv.errors import FormatError
-from ckptconv.rawtree import DictNode, ListNode, Node
+from ckptconv.rawtree import DictNode, Node
 from ckptconv.tensor import TensorRef
 
 FRAMEWORK = "keras3"
@@ -178,26 +178,21 @@ def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
     """The schedule of a file without a learning rate, as far as the config tells it."""
     facts["learning_rate"] = Unknown(reason="the optimizer follows a schedule")
     config = known.arguments.get("learning_rate")
-    declared = from_keras_config(_plain(config))
+    told = declared(config)
     parameters: dict[str, Fact] = {}
-    if declared is not None:
+    if told is not None:
         source = "/".join((*known.at, "learning_rate"))
-        facts["base_learning_rate"] = Known(value=declared.base, source=source)
-        parameters = {name: Known(value=v, source=source) for name, v in flat(declared.curve).items()}
+        rates = {"base_learning_rate": told.base, **told.named}
+        facts.update({name: Known(value=rate, source=source) for name, rate in rates.items()})
+        parameters = {name: Known(value=v, source=source) for name, v in flat(told.curve).items()}
     return Schedule(
         name=f"{NAME}.learning_rate",
-        family=declared.curve.family if declared is not None else "unknown",
+        family=told.curve.family if told is not None else "unknown",
         position=step,
         unit="update",
         parameters=parameters,
         optimizer=NAME,
     )
-
-
-def _plain(node: Node) -> object:
-    if isinstance(node, DictNode):
-        return {str(key): _plain(value) for key, value in node.items}
-    return [_plain(value) for value in node.items] if isinstance(node, ListNode) else node
 
 
 def _beside(arguments: Mapping[str, Node]) -> int:

@@ -17,7 +17,7 @@ tf = pytest.importorskip("tensorflow")
 keras = pytest.importorskip("keras")
 pytest.importorskip("tf_keras")
 
-from tests.oracle.test_schedule_parity import (  # noqa: E402
+from tests.oracle.test_schedule_families import (  # noqa: E402
     BASE,
     DONE,
     NEXT,
@@ -26,9 +26,11 @@ from tests.oracle.test_schedule_parity import (  # noqa: E402
     S,
     close,
     code_of,
+    fresh_keras,
     keras_model,
     keras_rates,
     resumed,
+    same,
     saved,
     schedule_of,
     torch_rates,
@@ -45,24 +47,6 @@ ALL = {
     "lambda": lambda o: S.LambdaLR(o, lambda t: 0.95**t),
     "swa": lambda o: torch.optim.swa_utils.SWALR(o, 0.01, 9),
 }
-
-
-def same(a: object, b: object, rel: float = 0.0) -> None:
-    if isinstance(a, dict) and isinstance(b, dict):
-        assert list(a) == list(b)
-        for key, value in a.items():
-            same(value, b[key], rel)
-    elif isinstance(a, (list, tuple)):
-        assert isinstance(b, (list, tuple))
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            same(x, y, rel)
-    elif isinstance(a, float):
-        assert type(a) is type(b)
-        assert b == pytest.approx(a, rel=rel, abs=0.0)
-    else:
-        assert type(a) is type(b)
-        assert a == b
 
 
 def loaded(path: Path) -> dict[str, Any]:
@@ -204,10 +188,6 @@ def test_adam_under_a_cosine_goes_on_there_and_back(tmp_path: Path) -> None:
     assert again[2].last_epoch == scheduler.last_epoch == 34
 
 
-def fresh_keras(path: Path, rate: Any) -> Path:
-    return saved(path, *keras_model("keras", rate))
-
-
 FAR = 61
 
 
@@ -271,7 +251,7 @@ def test_what_a_position_counts(tmp_path: Path) -> None:
     with_position(tmp_path / "run.pt", 2, epoch=1)
     assert ckptconv.open(tmp_path / "run.pt").schedules[0].unit == "epoch"
     arguments = (tmp_path / "run.pt", tmp_path / "ckpt")
-    assert code_of(*arguments, template=template) == ("schedule-unsupported", SCHEDULE)
+    assert code_of(*arguments, template=template) == ("progress-unknown", (*SCHEDULE, "steps_per_epoch"))
     with_position(tmp_path / "run.pt", 5, epoch=1)
     assert ckptconv.open(tmp_path / "run.pt").schedules[0].unit == "unknown"
     with pytest.raises(ckptconv.CkptError) as caught:
@@ -451,49 +431,6 @@ def test_what_torch_cannot_follow_is_refused(schedule: Any, at: int, make: Any, 
     assert code_of(source, tmp_path / "no.pt", template=tmp_path / "fresh.pt", source_spec=spec) == (
         "schedule-unsupported",
         ("schedules", "optimizer.learning_rate"),
-    )
-
-
-METRICS = [1.0, 0.9, 0.89, 0.95, 0.95, 0.9, 0.91, 0.7, 0.71, 0.72, 0.73, 0.74, 0.71] + [0.8] * 40
-
-
-@pytest.mark.parametrize("cooldown", [0, 3])
-@pytest.mark.parametrize("at", [4, 9, 12])
-def test_plateau_goes_on_as_a_callback(cooldown: int, at: int, tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=BASE, eps=1e-7)
-    options = {"patience": 2, "cooldown": cooldown, "factor": 0.5, "threshold": 0.01, "min_lr": 1e-3}
-    scheduler = S.ReduceLROnPlateau(optimizer, threshold_mode="abs", **options)
-    for metric in METRICS[:at]:
-        model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
-        scheduler.step(metric)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
-    report = ckptconv.convert(
-        tmp_path / "run.pt", tmp_path / "ckpt", template=fresh_keras(tmp_path / "fresh", 0.5)
-    )
-    twin, restored = keras_model("keras", 0.5)
-    tf.train.Checkpoint(model=twin, optimizer=restored).read(str(tmp_path / "ckpt")).assert_consumed()
-    twin.compile(restored)
-    space: dict[str, Any] = {"keras": keras, "ckptconv": ckptconv}
-    exec("\n".join(line for line in report.target_requires if "callback" in line or "import" in line), space)
-    callback = space["callback"]
-    callback.set_model(twin)
-    callback.on_train_begin()
-    ours, theirs = [], []
-    for epoch, metric in enumerate(METRICS[at:]):
-        callback.on_epoch_end(epoch, {"val_loss": metric})
-        scheduler.step(metric)
-        ours.append(float(restored.learning_rate))
-        theirs.append(float(optimizer.param_groups[0]["lr"]))
-    close(ours, theirs)
-    assert len(set(theirs)) > 3
-    other = S.ReduceLROnPlateau(optimizer, **options)
-    torch.save({**state, "scheduler": other.state_dict()}, tmp_path / "rel.pt")
-    assert code_of(tmp_path / "rel.pt", tmp_path / "no", template=tmp_path / "fresh") == (
-        "schedule-unsupported",
-        SCHEDULE,
     )
 
 
