@@ -47,6 +47,7 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
         progress = replace(progress, step=replace(step, value=own.pop()) if isinstance(step, Known) else step)
     positions = moved(checkpoint.schedules, edits)
     _refuse_stale(checkpoint, root, edits, positions)
+    optimizers = list(_with_rates(tuple(optimizers), checkpoint.schedules, positions))
     schedules = tuple(
         replace(s, position=Known(value=positions[s.name], status="derived", formula="moves with the step"))
         if s.name in positions
@@ -173,38 +174,67 @@ def _refuse_stale(
                     problems.append(_stale(path, fact.value, f"the position of schedule '{name}'"))
             case ("progress", "micro_steps") if isinstance(checkpoint.progress.micro_steps, Unknown):
                 problems.append(_stale(path, lifted.encoding.get("raw"), "a counter that is not the step"))
-    for schedule in checkpoint.schedules:
-        if schedule.name in positions:
-            problems += _stale_rates(checkpoint.optimizer(schedule.optimizer), schedule, positions)
     if problems:
         raise MappingError(*(problem for error in problems for problem in error.problems))
 
 
-def _stale_rates(optimizer: Optimizer, schedule: Schedule, positions: Mapping[str, int]) -> list[CkptError]:
-    """Groups whose learning rate is not the one at the schedule's new position: torch goes on from it."""
-    problems = []
+def _with_rates(
+    optimizers: tuple[Optimizer, ...], schedules: tuple[Schedule, ...], positions: Mapping[str, int]
+) -> tuple[Optimizer, ...]:
+    """The optimizers whose learning rates follow schedules that moved: torch goes on from what is recorded.
+
+    Raises: residue-stale where the rate is not known at the new position, or was not the schedule's before.
+    """
+    problems: list[CkptError] = []
+    followed = []
+    for optimizer in optimizers:
+        for schedule in schedules:
+            if schedule.name in positions and schedule.optimizer == optimizer.name:
+                optimizer = _with_rate(optimizer, schedule, positions[schedule.name], problems)
+        followed.append(optimizer)
+    if problems:
+        raise MappingError(*(problem for error in problems for problem in error.problems))
+    return tuple(followed)
+
+
+def _with_rate(
+    optimizer: Optimizer, schedule: Schedule, position: int, problems: list[CkptError]
+) -> Optimizer:
+    groups = []
     for number, group in enumerate(optimizer.groups):
         fact = group.hyperparameters.get("learning_rate")
         if not isinstance(fact, Known) or fact.status == "supplied":
+            groups.append(group)
             continue
-        rate, base = fact.value, value_of(group.hyperparameters.get("base_learning_rate"))
-        due = None
-        if isinstance(base, (int, float)):
+        base, stood = value_of(group.hyperparameters.get("base_learning_rate")), value_of(schedule.position)
+        was, due = None, None
+        if isinstance(base, (int, float)) and isinstance(stood, int):
             named = named_rates(group.hyperparameters)
-            due = rate_at(schedule, float(base), positions[schedule.name], named)
-        if due is not None and isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6):
-            continue
-        wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"
-        problems.append(
-            MappingError.of(
-                "residue-stale",
-                f"the step was edited and '{schedule.name}' moves with it to {positions[schedule.name]}: the "
-                f"learning rate {wanted}, the document has {rate}",
-                "Edit learning_rate as well, with the status 'supplied'.",
-                loc=("optimizers", optimizer.name, "groups", number, "hyperparameters", "learning_rate"),
+            was, due = (rate_at(schedule, float(base), tick, named) for tick in (stood, position))
+        if due is not None and _alike(fact.value, due):
+            groups.append(group)
+        elif due is not None and was is not None and _alike(fact.value, was):
+            moved_rate = Known(value=due, status="derived", source=schedule.name, formula=f"at {position}")
+            groups.append(
+                replace(group, hyperparameters={**group.hyperparameters, "learning_rate": moved_rate})
             )
-        )
-    return problems
+        else:
+            groups.append(group)
+            wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"
+            problems.append(
+                MappingError.of(
+                    "residue-stale",
+                    f"the step was edited and '{schedule.name}' moves with it to {position}: the rate "
+                    f"{wanted}, the document has {fact.value}, which was not the schedule's before",
+                    "Edit learning_rate as well, with the status 'supplied'.",
+                    loc=("optimizers", optimizer.name, "groups", number, "hyperparameters", "learning_rate"),
+                )
+            )
+    return replace(optimizer, groups=tuple(groups))
+
+
+def _alike(rate: object, due: float) -> bool:
+    return isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6)
 
 
 def _stale(path: Path, value: object, what: str) -> CkptError:

@@ -105,8 +105,8 @@ class Plain:
             params=trained(params, optimizers),
             optimizers=optimizers,
             schedules=tuple(with_epochs(schedule, progress) for schedule in schedules),
-            rng=_blocks(root, extras, _is_rng),
-            data=_blocks(root, extras, lambda key: key in torch_keys.DATA),
+            rng=blocks(root, extras, is_rng),
+            data=blocks(root, extras, lambda key: key in torch_keys.DATA),
             extras=extras,
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
@@ -209,7 +209,7 @@ def _models(root: DictNode, depth: int, taken: tuple[Path, ...]) -> tuple[Path, 
         and not any(path == other[: len(path)] or other == path[: len(other)] for other in taken)
         and (is_state_dict(node, nested=True) or is_module_state(node))
         and not _words(path) & torch_keys.AVERAGE_WORDS
-        and not any(isinstance(step, str) and _is_rng(step) for step in path)
+        and not any(isinstance(step, str) and is_rng(step) for step in path)
         and not any(step in (*torch_keys.DATA, *torch_keys.SCALER) for step in path)
     ]
     by_key = [path for path, _ in found if path[-1] in torch_keys.MODEL]
@@ -225,7 +225,7 @@ def _loose(root: DictNode) -> DictNode:
         items=tuple(
             (k, v)
             for k, v in root.items
-            if isinstance(k, str) and k not in counters and not _is_rng(k) and tensor_of(v) is not None
+            if isinstance(k, str) and k not in counters and not is_rng(k) and tensor_of(v) is not None
         ),
     )
 
@@ -302,22 +302,24 @@ def _same_owner(a: Path, b: Path) -> bool:
     ) == len(right)
 
 
-def _is_rng(key: str) -> bool:
+def is_rng(key: str) -> bool:
+    """Whether a key names the state of random generators."""
     return "rng" in key.lower() or "random_state" in key.lower()
 
 
-def _blocks(
+def blocks(
     root: DictNode, extras: Mapping[str, TensorRef], chosen: Callable[[str], bool]
 ) -> tuple[Block, ...]:
-    blocks: list[Block] = []
+    """The entries under chosen keys, one block for each of those in a dictionary."""
+    found: list[Block] = []
     for key, node in root.items:
         if not isinstance(key, str) or not chosen(key):
             continue
         inner = [k for k in node.keys if isinstance(k, str)] if isinstance(node, DictNode) else []
         for name in [f"{key}/{k}" for k in inner] or [key]:
             tensors = tuple(t for t in extras if t == name or t.startswith(f"{name}/"))
-            blocks.append(Block(name=name, library=_library(name, tensors, extras), tensors=tensors))
-    return tuple(blocks)
+            found.append(Block(name=name, library=_library(name, tensors, extras), tensors=tensors))
+    return tuple(found)
 
 
 def _library(name: str, tensors: tuple[str, ...], extras: Mapping[str, TensorRef]) -> str:
