@@ -31,11 +31,17 @@ def row_of_class(framework: str, class_name: str) -> Row | None:
 
 
 def as_algorithm(optimizer: Optimizer, algorithm: str) -> Optimizer:
-    """The optimizer, said to be of this algorithm: slots under native names get their canonical ones."""
+    """The optimizer, said to be of this algorithm: slots under native names get their canonical ones.
+
+    So do slots that are numbered, for want of names, in the order of the class's own.
+    """
     known = row(algorithm, optimizer.framework)
     if known is None:
         return replace(optimizer, algorithm=algorithm, algorithm_candidates=())
-    slots = {known.slot_of(slot) or slot: by_param for slot, by_param in optimizer.slots.items()}
+    names = {str(number): slot for number, slot in enumerate(known.slots)}
+    slots = {
+        known.slot_of(slot) or names.get(slot, slot): by_param for slot, by_param in optimizer.slots.items()
+    }
     return with_form(replace(optimizer, algorithm=algorithm, algorithm_candidates=(), slots=slots))
 
 
