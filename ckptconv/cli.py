@@ -82,8 +82,8 @@ app = typer.Typer(
 def main() -> None:
     """The console script."""
     # A document is a tree of small values without cycles, often millions of them, that lives until the end:
-    # walking it again each time it has grown by a quarter takes longer than reading the file.
-    gc.set_threshold(100_000)
+    # walking it again each time it has grown by a quarter takes a fifth of the time and frees nothing.
+    gc.disable()
     prepare_streams()
     end_cleanly_on_signals()
     app()

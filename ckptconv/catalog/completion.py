@@ -17,7 +17,7 @@ def hyperparameter_names() -> tuple[str, ...]:
     for algorithm in algorithms():
         for framework in FRAMEWORKS:
             known = row(algorithm, framework)
-            names.update(dict.fromkeys(known.hyperparameters if known else ()))
+            names.update(dict.fromkeys((*known.hyperparameters, *known.rules) if known else ()))
     return tuple(names)
 
 
@@ -64,16 +64,21 @@ def shared_hyperparameters(optimizer: Optimizer) -> dict[str, Value]:
 
 
 def with_arguments(
-    optimizer: Optimizer, class_name: str, arguments: Mapping[str, object], who: str
+    optimizer: Optimizer,
+    class_name: str,
+    arguments: Mapping[str, object],
+    rules: Mapping[str, float],
+    who: str,
 ) -> Optimizer:
     """The optimizer as a live object declares it: its class, and its constructor's arguments by their names.
 
-    Arguments that are no plain number or flag (a schedule object) are left out; recorded values win.
+    `rules`: numbers of its helpers. Arguments that are no plain number or flag (a schedule object) are left
+    out; recorded values win.
     """
     known = row_of_class(optimizer.framework, class_name)
     if known is None:
         return optimizer
-    facts: dict[str, Known] = {}
+    facts = {name: Known(value=value, status="supplied", source=who) for name, value in rules.items()}
     for name, entry in known.hyperparameters.items():
         value = arguments.get(entry.argument) if entry.argument else None
         if value is None:

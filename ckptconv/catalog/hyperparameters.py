@@ -133,6 +133,9 @@ def _own(
                 "hyperparameters",
                 name,
             )
+    for name, rule in ours.rules.items():
+        if name in told:  # a helper ran: what it stands for is its number
+            told.update(dict.fromkeys(rule.form, replace(told[name], formula=f"that of {name}")))
     for name, value in {**theirs.neutral, **ours.neutral}.items():
         if name not in told and name not in ours.hyperparameters:
             told[name] = Known(value=value, status="derived", formula=f"{ours.class_name} has none")
@@ -200,7 +203,8 @@ def _translate(
     told: dict[str, Fact] = {name: fact for name, fact in own.items() if name in theirs.hyperparameters}
     loc = ("groups", index, "hyperparameters")
     for name, fact in own.items():
-        if name in theirs.hyperparameters or name in (*_FOLDED, *ours.settled) or name in ours.switches:
+        said = (*theirs.hyperparameters, *_FOLDED, *ours.settled, *ours.switches, *ours.rules)
+        if name in said:
             continue
         if fact.value != theirs.neutral.get(name, fact.value):
             refuse(
@@ -213,6 +217,13 @@ def _translate(
             )
     _learning_rate(own, told, theirs, source, loc, refuse)
     dropped = _weight_decay(own, told, group, ours, theirs, loc, refuse)
+    for name, rule in theirs.rules.items():
+        offered = group.hyperparameters.get(name)
+        if isinstance(offered, Known):
+            fact = replace(offered, status="supplied", source="template")
+            told[name] = fact
+            for point in rule.form:
+                told.setdefault(point, fact)
     for name in theirs.hyperparameters:
         offered = group.hyperparameters.get(name)
         if name not in told and isinstance(offered, Known):
@@ -277,7 +288,8 @@ def _weight_decay(
 ) -> float:
     """Carries a decay over where both sides mean the same by it; what was dropped of a coupled one."""
     mine = ours.form({name: fact.value for name, fact in own.items()}).get("weight_decay", "none")
-    other = theirs.base_form.get("weight_decay", "none")
+    offers = {name: value_of(fact) for name, fact in group.hyperparameters.items() if name in theirs.rules}
+    other = theirs.form(offers).get("weight_decay", "none")
     switch = next((n for n, change in theirs.switches.items() if change.get("weight_decay") == mine), None)
     fact = own.get("weight_decay")
     offered = value_of(group.hyperparameters.get("weight_decay"))
@@ -312,7 +324,7 @@ def _weight_decay(
         f"{way}; then allow form-mismatch, and the optimizer itself does not decay.",
         *loc,
         "weight_decay",
-        helper=theirs.helpers.get("weight_decay", "").replace("{weight_decay}", repr(value)),
+        helper=theirs.helper("weight_decay", mine).replace("{weight_decay}", repr(value)),
     )
     if "weight_decay" in theirs.hyperparameters:
         told["weight_decay"] = Known(value=0.0, status="derived", formula=f"the source's decay is {mine}")

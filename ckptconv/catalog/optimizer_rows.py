@@ -45,6 +45,16 @@ class HyperRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A rule that a helper gives a class; the setting of the helper's name tells of it and has its number."""
+
+    call: str
+    """The helper's call, its number in braces under the name of the hyperparameter that it stands for."""
+    form: Mapping[str, str]
+    """The point of the form that it changes, named as the hyperparameter: `epsilon`, `weight_decay`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One algorithm in one framework."""
 
@@ -100,8 +110,10 @@ class Row:
     """Hyperparameter -> the smallest value that the class does not replace by its default."""
     after_restore: tuple[str, ...] = ()
     """Lines that the target's code must run, as what they set is saved nowhere; `{step}` is filled in."""
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    """Name of a helper -> the rule that it gives the class."""
     helpers: Mapping[str, str] = field(default_factory=dict)
-    """Hyperparameter that the class lacks, or means otherwise -> the call that gives it the source's."""
+    """Hyperparameter that the class lacks -> the call that gives it the source's."""
     required_keys: frozenset[str] = frozenset()
     foreign_keys: frozenset[str] = frozenset()
     telling_values: Mapping[str, Value] = field(default_factory=dict)
@@ -117,7 +129,14 @@ class Row:
         for name, change in (*self.switches.items(), *self.form_when.items()):
             if hyperparameters.get(name):
                 form.update(change)
+        for name, rule in self.rules.items():
+            if hyperparameters.get(name) is not None:
+                form.update(rule.form)
         return form
+
+    def helper(self, point: str, form: str) -> str:
+        """The call that gives the class another form at a point; empty where there is none."""
+        return next((rule.call for rule in self.rules.values() if rule.form.get(point) == form), "")
 
     def slots_present(self, hyperparameters: Mapping[str, Value]) -> tuple[str, ...]:
         """Canonical slots that exist under these hyperparameters; one that is not given counts as off."""
@@ -248,6 +267,10 @@ def _row(
         other_keys=frozenset(record.texts("other_keys")),
         smallest=record.number_map("smallest"),
         after_restore=record.texts("after_restore"),
+        rules={
+            name: Rule(call=entry.text("call"), form=entry.text_map("form"))
+            for name, entry in record.records("rules")
+        },
         helpers=record.text_map("helpers"),
         required_keys=frozenset(record.texts("required_keys")),
         foreign_keys=frozenset(record.texts("foreign_keys")),

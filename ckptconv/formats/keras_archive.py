@@ -26,7 +26,7 @@ from ckptconv.formats.hdf5_file import failure
 from ckptconv.formats.hdf5_read import read_tree
 from ckptconv.formats.hdf5_write import NewFile, lay_out
 from ckptconv.formats.json_tree import node_of, value_of
-from ckptconv.formats.zip_container import LOCAL_SIGNATURE, Archive, read_archive
+from ckptconv.formats.zip_container import LOCAL_SIGNATURE, Archive, mentions, read_archive
 from ckptconv.formats.zip_layout import NewRecord, PlannedRecord, archive_frame, plan_archive
 from ckptconv.rawtree import DictNode, Node, RawTree
 from ckptconv.strictjson import parse
@@ -56,7 +56,8 @@ class KerasArchive:
         if not head.startswith(LOCAL_SIGNATURE):
             return False
         try:
-            return {_RECORDS[CONFIG], _RECORDS[WEIGHTS]} <= read_archive(source).records.keys()
+            needed = {_RECORDS[CONFIG], _RECORDS[WEIGHTS]}
+            return mentions(source, needed) and needed <= read_archive(source).records.keys()
         except CkptError:
             return bytes(head[30 : 30 + int.from_bytes(head[26:28], "little")]) == b"metadata.json"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
 from ckptconv.errors import Code, FormatError
 from ckptconv.rawtree import ListNode, Node, Opaque
@@ -41,6 +41,12 @@ class Checks:
 
     def counts(self, value: Node, what: str) -> tuple[int, ...]:
         """A shape, or strides. Raises: malformed-pickle, limit-exceeded."""
+        if type(value) is ListNode and value.kind == "tuple" and len(value.items) <= _MAX_RANK:
+            for item in value.items:
+                if type(item) is not int or not 0 <= item < INT64:
+                    break
+            else:
+                return cast("tuple[int, ...]", value.items)
         if not isinstance(value, ListNode) or value.kind not in ("tuple", "list", "torch.Size"):
             raise self.error("malformed-pickle", f"{what} should be a tuple, it is {short(value)}")
         if len(value.items) > _MAX_RANK:

@@ -1,29 +1,31 @@
 """The state of the opcode machine of `pickle_reader`: stream, stack, marks, memo, and what it makes.
 
-`Made` values are descriptions that later opcodes may still add to; nothing is imported or called.
+`Made` values are descriptions that later opcodes may still add to; what nothing can be added to and needs no
+look at its parts, a global or a tuple of plain values, is a node at once. Nothing is imported or called.
 Source: CPython 3.11 `Lib/pickle.py`, `Lib/_compat_pickle.py`.
 """
 
 from __future__ import annotations
 
 import _compat_pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from ckptconv.errors import Code, FormatError
-from ckptconv.rawtree import Node
+from ckptconv.rawtree import DictNode, ListNode, Node, Opaque
 
 MAX_INT_NBYTES: Final = 1 << 12
+
+_MAPPING: Final = "collections.OrderedDict"
+_EMPTY_MAPPING: Final = DictNode(kind=_MAPPING)
 
 
 @dataclass(slots=True, eq=False)
 class Made:
     """A container or call under construction: later opcodes add to it."""
 
-    kind: Literal[
-        "dict", "list", "tuple", "set", "frozenset", "call", "object", "apply", "global", "persistent"
-    ]
+    kind: Literal["dict", "list", "tuple", "set", "frozenset", "call", "object", "apply", "persistent"]
     name: str = ""
     args: tuple[Value, ...] = ()
     # Lists are made when the first part arrives: most values of a hostile pickle are empty.
@@ -36,6 +38,8 @@ class Made:
     """0: not visited, -1: its parts are being visited, else levels from here down."""
     size: int = 0
     """Nodes from here down, repeated ones counted each time."""
+    sealed: bool = False
+    """Whether it was used as it is, empty, so that nothing may be added any more."""
 
     def extend(self, values: list[Value]) -> None:
         """Add items."""
@@ -58,7 +62,42 @@ class Made:
         self.state = None
 
 
-Value = bool | int | float | str | bytes | Made | None
+Value = Node | Made
+
+PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, Opaque})
+"""Types of which a tuple is a node at once; an `Opaque` on the stack is a global or a decoded id."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtOnce:
+    """What is decoded while the opcodes run, because nothing is ever added to it: a pickle's bulk."""
+
+    persistent: Callable[[ListNode], Node]
+    """What a persistent id of plain values stands for."""
+    calls: Mapping[str, Callable[[Sequence[Node]], Node]]
+    """By the callee's name: the result from arguments that are nodes already."""
+
+
+def tuple_of(values: list[Value]) -> Value:
+    """A tuple of what was on the stack."""
+    for value in values:
+        if type(value) not in PLAIN:
+            return Made("tuple", items=values)
+    return ListNode(items=tuple(cast("list[Node]", values)), kind="tuple")
+
+
+def nodes_of(values: Sequence[Value]) -> list[Node] | None:
+    """Arguments as nodes, where each is one or an empty mapping, which is sealed; else None."""
+    nodes: list[Node] = []
+    for value in values:
+        if type(value) is not Made:
+            nodes.append(cast("Node", value))
+        elif value.name == _MAPPING and not (value.args or value.items or value.pairs or value.state):
+            value.sealed = True
+            nodes.append(_EMPTY_MAPPING)
+        else:
+            return None
+    return nodes
 
 
 def parts_of(value: Made) -> Sequence[Value]:
@@ -87,10 +126,21 @@ def error(code: Code, name: str, message: str) -> FormatError:
 class Machine:
     """Stack, memo, position, and the persistent ids that were met."""
 
-    __slots__ = ("at", "data", "identifiers", "marks", "memo", "name", "op_at", "protocol", "stack")
+    __slots__ = (
+        "at",
+        "at_once",
+        "data",
+        "identifiers",
+        "marks",
+        "memo",
+        "name",
+        "op_at",
+        "protocol",
+        "stack",
+    )
 
-    def __init__(self, data: bytes, start: int, name: str) -> None:
-        self.data, self.at, self.name = data, start, name
+    def __init__(self, data: bytes, start: int, name: str, at_once: AtOnce | None = None) -> None:
+        self.data, self.at, self.name, self.at_once = data, start, name, at_once
         self.op_at = start
         self.protocol = 0
         self.stack: list[Value] = []
@@ -177,22 +227,34 @@ class Machine:
     def container(self) -> Made:
         """The object on top of the stack, which the next opcode adds to."""
         target = self.top()
-        if not isinstance(target, Made) or target.kind in ("tuple", "frozenset", "global", "persistent"):
-            what = target.kind if isinstance(target, Made) else type(target).__name__
+        if not isinstance(target, Made) or target.kind in ("tuple", "frozenset", "persistent"):
+            what = target.kind if isinstance(target, Made | ListNode | Opaque) else type(target).__name__
             raise self.error("malformed-pickle", f"nothing can be added to a {what}")
+        if target.sealed:
+            raise self.error("malformed-pickle", f"a {target.name} is added to after it was used")
         return target
 
-    def global_(self, module: str, name: str) -> Made:
+    def global_(self, module: str, name: str) -> Opaque:
         if self.protocol < 3:
             if (module, name) in _compat_pickle.NAME_MAPPING:
                 module, name = _compat_pickle.NAME_MAPPING[module, name]
             elif module in _compat_pickle.IMPORT_MAPPING:
                 module = _compat_pickle.IMPORT_MAPPING[module]
-        return Made("global", f"{module}{':' if '.' in name else '.'}{name}")
+        return Opaque(kind="global", name=f"{module}{':' if '.' in name else '.'}{name}")
 
-    def call(self, callee: Value, args: Value, kind: Literal["call", "object"]) -> Made:
-        if not isinstance(args, Made) or args.kind != "tuple":
+    def call(self, callee: Value, args: Value, kind: Literal["call", "object"]) -> Value:
+        if not isinstance(args, Made | ListNode) or args.kind != "tuple":
             raise self.error("malformed-pickle", "the arguments of a call are no tuple")
-        if isinstance(callee, Made) and callee.kind == "global":
-            return Made(kind, callee.name, tuple(args.items))
-        return Made("apply", "", (callee, args))
+        if type(callee) is not Opaque or callee.kind != "global":
+            return Made("apply", "", (callee, args))
+        if self.at_once is not None and kind == "call":
+            make = self.at_once.calls.get(callee.name)
+            if make is not None and (nodes := nodes_of(args.items)) is not None:
+                return make(nodes)
+        return Made(kind, callee.name, tuple(args.items))
+
+    def persistent(self, identifier: Value) -> Value:
+        if self.at_once is not None and type(identifier) is ListNode:
+            return self.at_once.persistent(identifier)
+        self.identifiers.append(identifier)
+        return Made("persistent", args=(identifier,))

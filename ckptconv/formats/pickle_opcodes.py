@@ -9,11 +9,14 @@ import struct
 from collections.abc import Callable
 from typing import Final, Literal
 
-from ckptconv.formats.pickle_machine import MAX_INT_NBYTES, Machine, Made, Value
+from ckptconv.formats.pickle_machine import MAX_INT_NBYTES, Machine, Made, Value, tuple_of
+from ckptconv.rawtree import ListNode
 
 _Operation = Callable[[Machine], None]
 _OPERATIONS: list[_Operation | None] = [None] * 256
 _STOP: Final = ord(".")
+_UINT32: Final = struct.Struct("<I")
+NO_ARGUMENTS: Final = ListNode(kind="tuple")
 
 
 def _op(*opcodes: int | str) -> Callable[[_Operation], _Operation]:
@@ -166,20 +169,20 @@ def _dup(m: Machine) -> None:
     m.stack.append(m.top())
 
 
-def _empty(opcode: int | str, kind: Literal["dict", "list", "tuple", "set"]) -> None:
+def _empty(opcode: int | str, kind: Literal["dict", "list", "set"]) -> None:
     _op(opcode)(lambda m: m.stack.append(Made(kind)))
 
 
-def _marked(opcode: int | str, kind: Literal["list", "tuple", "frozenset"]) -> None:
+def _marked(opcode: int | str, kind: Literal["list", "frozenset"]) -> None:
     _op(opcode)(lambda m: m.stack.append(Made(kind, items=m.pop_to_mark())))
 
 
 _empty("}", "dict")
 _empty("]", "list")
-_empty(")", "tuple")
+_op(")")(lambda m: m.stack.append(NO_ARGUMENTS))
 _empty(0x8F, "set")
 _marked("l", "list")
-_marked("t", "tuple")
+_op("t")(lambda m: m.stack.append(tuple_of(m.pop_to_mark())))
 _marked(0x91, "frozenset")
 
 
@@ -188,7 +191,7 @@ def _tuple_of(opcode: int, count: int) -> None:
         low = len(m.stack) - count
         if low < (m.marks[-1] if m.marks else 0):
             raise m.error("malformed-pickle", "the stack is empty")
-        m.stack[low:] = [Made("tuple", items=m.stack[low:])]
+        m.stack[low:] = [tuple_of(m.stack[low:])]
 
     _op(opcode)(operation)
 
@@ -290,7 +293,7 @@ def _obj(m: Machine) -> None:
     values = m.pop_to_mark()
     if not values:
         raise m.error("malformed-pickle", "an object without a class")
-    m.stack.append(m.call(values[0], Made("tuple", items=values[1:]), "object"))
+    m.stack.append(m.call(values[0], tuple_of(values[1:]), "object"))
 
 
 @_op("i")
@@ -308,13 +311,8 @@ def _build(m: Machine) -> None:
     target.state = state
 
 
-def _persistent(m: Machine, identifier: Value) -> None:
-    m.identifiers.append(identifier)
-    m.stack.append(Made("persistent", args=(identifier,)))
-
-
-_op("P")(lambda m: _persistent(m, m.text(m.line())))
-_op("Q")(lambda m: _persistent(m, m.pop()))
+_op("P")(lambda m: m.stack.append(m.persistent(m.text(m.line()))))
+_op("Q")(lambda m: m.stack.append(m.persistent(m.pop())))
 
 
 def _get(m: Machine, key: int) -> None:
@@ -347,20 +345,91 @@ def _elsewhere(m: Machine) -> None:
 def run(machine: Machine) -> Value:
     """The value on the stack at STOP.
 
+    The opcodes that make up nearly all of a checkpoint are executed here, where nothing is wrong with them;
+    the table has every opcode, and whatever is wrong is found there.
+
     Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature.
     """
     data, end = machine.data, len(machine.data)
+    stack, marks, memo = machine.stack, machine.marks, machine.memo
+    push, uint32 = stack.append, _UINT32.unpack_from
+    at = machine.at
+    floor = 0  # of the stack above the last mark
     while True:
-        if machine.at >= end:
+        if at >= end:
+            machine.op_at = at
             raise machine.error("truncated-file", f"the pickle ends at {end} without STOP")
-        machine.op_at = machine.at
-        opcode = data[machine.at]
-        machine.at += 1
+        opcode = data[at]
+        if opcode == 0x72 and len(stack) > floor and at + 5 <= end:  # LONG_BINPUT
+            memo[uint32(data, at + 1)[0]] = stack[-1]
+            at += 5
+            continue
+        if opcode == 0x4B and at + 1 < end:  # BININT1
+            push(data[at + 1])
+            at += 2
+            continue
+        if opcode == 0x68 and at + 1 < end and data[at + 1] in memo:  # BINGET
+            push(memo[data[at + 1]])
+            at += 2
+            continue
+        if opcode == 0x28:  # MARK
+            floor = len(stack)
+            marks.append(floor)
+            at += 1
+            continue
+        if opcode == 0x58 and at + 5 <= end:  # BINUNICODE
+            stop = at + 5 + uint32(data, at + 1)[0]
+            if stop <= end:
+                push(machine.text(data[at + 5 : stop]))
+                at = stop
+                continue
+        if opcode == 0x74 and marks:  # TUPLE
+            stack[floor:] = [tuple_of(stack[floor:])]
+            marks.pop()
+            floor = marks[-1] if marks else 0
+            at += 1
+            continue
+        if opcode == 0x52 and len(stack) > floor + 1:  # REDUCE
+            machine.op_at = at
+            args = stack.pop()
+            stack[-1] = machine.call(stack[-1], args, "call")
+            at += 1
+            continue
+        if opcode == 0x29:  # EMPTY_TUPLE
+            push(NO_ARGUMENTS)
+            at += 1
+            continue
+        if opcode == 0x89:  # NEWFALSE
+            push(False)
+            at += 1
+            continue
+        if opcode == 0x51 and len(stack) > floor:  # BINPERSID
+            machine.op_at = at
+            stack[-1] = machine.persistent(stack[-1])
+            at += 1
+            continue
+        if opcode == 0x85 and len(stack) > floor:  # TUPLE1
+            stack[-1] = tuple_of([stack[-1]])
+            at += 1
+            continue
+        if opcode == 0x86 and len(stack) > floor + 1:  # TUPLE2
+            last = stack.pop()
+            stack[-1] = tuple_of([stack[-1], last])
+            at += 1
+            continue
+        if opcode == 0x71 and len(stack) > floor and at + 1 < end:  # BINPUT
+            memo[data[at + 1]] = stack[-1]
+            at += 2
+            continue
         if opcode == _STOP:
-            if len(machine.stack) != 1 or machine.marks:
-                raise machine.error("malformed-pickle", f"STOP with {len(machine.stack)} values on the stack")
-            return machine.stack[0]
+            machine.op_at, machine.at = at, at + 1
+            if len(stack) != 1 or marks:
+                raise machine.error("malformed-pickle", f"STOP with {len(stack)} values on the stack")
+            return stack[0]
+        machine.op_at, machine.at = at, at + 1
         operation = _OPERATIONS[opcode]
         if operation is None:
             raise machine.error("malformed-pickle", f"there is no opcode 0x{opcode:02x}")
         operation(machine)
+        at = machine.at
+        floor = marks[-1] if marks else 0

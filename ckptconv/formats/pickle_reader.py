@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ckptconv.formats.pickle_machine import Machine, Made, Value, error, parts_of
+from ckptconv.formats.pickle_machine import AtOnce, Machine, Made, Value, error, parts_of
 from ckptconv.formats.pickle_opcodes import run
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque
 
@@ -47,7 +47,7 @@ _GROWTH_FLOOR: Final = 100_000
 """A tree may have this many nodes, or `_GROWTH` times the pickle's bytes."""
 
 Decode = Callable[[Opaque], Node]
-"""Asked once for each `Opaque` whose parts are final; answers what stands in the tree."""
+"""Asked once for each `Opaque` but globals, when its parts are final; answers what stands in the tree."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,21 +60,23 @@ class Unpickled:
     """Offset behind the STOP."""
 
 
-def unpickle(data: bytes, *, decode: Decode, name: str, start: int = 0) -> Unpickled:
-    """Read the pickle at `start`.
+def unpickle(
+    data: bytes, *, decode: Decode, name: str, start: int = 0, at_once: AtOnce | None = None
+) -> Unpickled:
+    """Read the pickle at `start`. What `at_once` knows is not asked of `decode`.
 
     Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature, and what `decode` raises.
     """
-    parsed = parse(data, name=name, start=start)
+    parsed = parse(data, name=name, start=start, at_once=at_once)
     return Unpickled(root=parsed.root(decode), protocol=parsed.protocol, end=parsed.end)
 
 
-def parse(data: bytes, *, name: str, start: int = 0) -> Parsed:
+def parse(data: bytes, *, name: str, start: int = 0, at_once: AtOnce | None = None) -> Parsed:
     """Run the opcodes at `start`; the nodes are made when they are asked for.
 
     Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature.
     """
-    machine = Machine(data, start, name)
+    machine = Machine(data, start, name, at_once)
     made = run(machine)
     machine.memo.clear()  # it would keep every value that becomes a node
     return Parsed(machine, made)
@@ -114,15 +116,15 @@ class _Freezer:
         todo: list[Value] = [root]
         while todo:
             value = todo[-1]
-            if not isinstance(value, Made) or value.depth > 0:
+            if type(value) is not Made or value.depth > 0:
                 todo.pop()
                 continue
             parts = parts_of(value)
             if value.depth == 0:
                 value.depth = -1
-                waiting = [part for part in parts[::-1] if isinstance(part, Made) and not part.depth]
+                waiting = [part for part in parts if type(part) is Made and not part.depth]
                 if waiting:
-                    todo += waiting
+                    todo += waiting[::-1]
                     continue
             todo.pop()
             depth, value.size = self._measure(parts)
@@ -134,10 +136,13 @@ class _Freezer:
         """Levels and nodes from here down."""
         depth, size = 0, 1 + len(parts)
         for part in parts:
-            if isinstance(part, Made):
+            if type(part) is Made:
                 size += part.size
                 if part.depth > depth:
                     depth = part.depth
+            elif type(part) is ListNode:
+                size += len(part.items)
+                depth = depth or 1
         if depth >= MAX_DEPTH:
             raise error("limit-exceeded", self._name, f"nested deeper than {MAX_DEPTH} levels")
         if size > self._limit:
@@ -155,14 +160,14 @@ class _Freezer:
                 name=value.name,
                 args=_nodes_of(value.args),
                 state=_node_of(value.state),
-                items=_nodes_of(value.items),
-                pairs=_pairs_of(value),
+                items=_nodes_of(value.items) if value.items else (),
+                pairs=_pairs_of(value) if value.pairs else (),
             )
         )
 
 
 def _nodes_of(values: Sequence[Value]) -> tuple[Node, ...]:
-    return tuple([_node_of(value) if isinstance(value, Made) else value for value in values])
+    return tuple([_node_of(value) for value in values])
 
 
 def _pairs_of(value: Made) -> tuple[tuple[Node, Node], ...]:
@@ -171,6 +176,6 @@ def _pairs_of(value: Made) -> tuple[tuple[Node, Node], ...]:
 
 def _node_of(value: Value) -> Node:
     """The node of a finished value; the mark of a cycle for one that is still open."""
-    if not isinstance(value, Made):
+    if not isinstance(value, Made):  # also narrows; `type() is` would not
         return value
     return value.node if value.depth > 0 else Opaque(kind="cycle", name=value.name or value.kind)

@@ -234,7 +234,7 @@ def _read_zip(source: ByteSource, location: str) -> RawTree:
         return extents.get(key)
 
     decoder = Decoder(find, name=source.name, file_nbytes=source.nbytes)
-    result = unpickle(pickled, decode=decoder.decode, name=f"{source.name}!data.pkl")
+    result = unpickle(pickled, decode=decoder.decode, name=f"{source.name}!data.pkl", at_once=decoder.at_once)
     if result.end != len(pickled):
         raise _problem(
             "malformed-pickle",

@@ -10,13 +10,15 @@ Source: torch 2.13 `torch/serialization.py` (`_load`), `torch/_utils.py`, `torch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 
 from ckptconv import dtypes
 from ckptconv.dtypes import BY_TORCH, BY_TORCH_STORAGE, DType
 from ckptconv.formats import numpy_pickle, torch_names
 from ckptconv.formats.numpy_pickle import NumpyDecoder
 from ckptconv.formats.pickle_checks import INT64, Checks, short
+from ckptconv.formats.pickle_machine import AtOnce
 from ckptconv.formats.torch_names import ResolveBits
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, dict_of
 from ckptconv.tensor import (
@@ -35,6 +37,15 @@ FindStorage = Callable[[str], Extent | None]
 """The extent of a storage's record, by its key."""
 
 
+_REBUILT: Mapping[str, int] = {
+    "torch._utils._rebuild_tensor": 4,
+    torch_names.TENSOR_V2: 6,
+    torch_names.TENSOR_V3: 7,
+}
+"""What makes a tensor -> its arguments without the flags."""
+
+
+@lru_cache(maxsize=256)
 def dtype_of_storage(class_: str) -> DType | None:
     """The dtype of a storage class by its global; bytes for an untyped one, None for one that is no class."""
     module, _, name = class_.rpartition(".")
@@ -56,10 +67,11 @@ class Decoder:
         self._storages: dict[str, Opaque] = {}
         self.locations: dict[str, None] = {}
         """Devices that the storages were saved from, in order of appearance."""
+        rebuilt = {name: partial(self._tensor, name, count) for name, count in _REBUILT.items()}
+        self.at_once = AtOnce(persistent=self.persistent, calls=rebuilt)
+        """For a file whose storages are known before its pickle is read."""
         self._calls: Mapping[str, Callable[[Opaque], Node]] = {
-            torch_names.TENSOR_V2: self._tensor,
-            "torch._utils._rebuild_tensor": self._tensor,
-            torch_names.TENSOR_V3: self._tensor,
+            **{name: partial(_called_with_args, make) for name, make in rebuilt.items()},
             torch_names.PARAMETER: self._parameter,
             torch_names.PARAMETER_STATE: self._parameter,
             torch_names.QUANTIZED: self._quantized,
@@ -195,25 +207,20 @@ class Decoder:
             )
         return tensor
 
-    def _tensor(self, node: Opaque) -> Node:
-        """`_rebuild_tensor`: (storage, offset, size, stride); v2 adds (requires_grad, hooks), v3 also dtype.
+    def _tensor(self, name: str, fixed: int, args: Sequence[Node]) -> Node:
+        """(storage, offset, size, stride); v2 adds (requires_grad, hooks), v3 also dtype.
 
         The flags (`conj`, `neg`) come last, where there are any.
         """
-        v3 = node.name == torch_names.TENSOR_V3
-        fixed = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}[
-            node.name.rpartition(".")[2]
-        ]
-        if not fixed <= len(node.args) <= fixed + (fixed > 4):
+        if not fixed <= len(args) <= fixed + (fixed > 4):
             raise self.checks.error(
-                "malformed-pickle", f"{node.name} with {len(node.args)} arguments, {fixed} are needed"
+                "malformed-pickle", f"{name} with {len(args)} arguments, {fixed} are needed"
             )
-        dtype = self._dtype(node.args[6]) if v3 else None
-        storage, first, size, stride = node.args[:4]
-        stored = self.strided(storage, first, size, stride, dtype)
+        dtype = self._dtype(args[6]) if fixed == 7 else None
+        stored = self.strided(args[0], args[1], args[2], args[3], dtype)
         tensor: TensorRef = stored
-        requires_grad, hooks = node.args[4:6] if fixed > 4 else (False, None)
-        flags = node.args[fixed] if len(node.args) > fixed else None
+        requires_grad, hooks = args[4:6] if fixed > 4 else (False, None)
+        flags = args[fixed] if len(args) > fixed else None
         extra: list[tuple[Node, Node]] = []
         if flags is not None:
             if not isinstance(flags, DictNode):
@@ -288,6 +295,10 @@ class Decoder:
             raise self.checks.error("malformed-pickle", f"{node.name} of {short(node.args)}")
         parts = node.args[0].items if node.args and isinstance(node.args[0], ListNode) else ()
         return ListNode(items=parts, kind=node.name.removeprefix("builtins."))
+
+
+def _called_with_args(make: Callable[[Sequence[Node]], Node], node: Opaque) -> Node:
+    return make(node.args)
 
 
 def _complex(node: Opaque) -> Node:

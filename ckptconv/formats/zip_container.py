@@ -22,7 +22,7 @@ from __future__ import annotations
 import itertools
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptconv.errors import FormatError
@@ -50,6 +50,7 @@ STORED, DEFLATED = 0, 8
 FLAG_ENCRYPTED = 0x1 | 0x40 | 0x2000
 FLAG_DESCRIPTOR, FLAG_UTF8 = 0x8, 0x800
 
+_PAGE_NBYTES = 4 << 10
 _MAX_RATIO = 100
 _MAX_INFLATED_FLOOR = 64 << 20
 """Inflated bytes that any archive may have, however small it is."""
@@ -108,6 +109,16 @@ def _read(source: ByteSource, offset: int, nbytes: int, what: str) -> bytes:
     return bytes(data)
 
 
+def mentions(source: ByteSource, names: Iterable[str]) -> bool:
+    """Whether all these names stand in the directory, as records or as parts of their names.
+
+    Raises: those of `read_archive` that concern the end of the file.
+    """
+    start, nbytes, _ = _find_directory(source)
+    directory = _read(source, start, nbytes, "the central directory")
+    return all(name.encode() in directory for name in names)
+
+
 def read_archive(source: ByteSource) -> Archive:
     """The records of a zip file; reads the directory and the local headers.
 
@@ -115,19 +126,19 @@ def read_archive(source: ByteSource) -> Archive:
     """
     start, nbytes, count = _find_directory(source)
     directory = _read(source, start, nbytes, "the central directory")
+    headers = _Headers(source, start)
     records: dict[str, Record] = {}
     spans: list[tuple[int, int, str]] = []
     at = inflated = 0
     for _ in range(count):
-        entry, header, at = _entry(source, directory, at)
-        if entry.name in records:
-            raise problem(
-                "duplicate-key", source, entry.name, f"'{entry.name}' stands twice in the directory"
-            )
-        record = _place(source, entry, header, start)
-        records[record.name] = record
-        spans.append((header, record.offset + record.packed_nbytes, record.name))
-        inflated += record.nbytes if record.method == DEFLATED else 0
+        record, header, at = _entry(source, directory, at, headers)
+        name = record.name
+        if name in records:
+            raise problem("duplicate-key", source, name, f"'{name}' stands twice in the directory")
+        records[name] = record
+        spans.append((header, record.offset + record.packed_nbytes, name))
+        if record.method == DEFLATED:
+            inflated += record.nbytes
     if at != nbytes:
         raise problem(
             "corrupt-file", source, "", f"the directory has {nbytes} bytes, its {count} entries {at}"
@@ -192,8 +203,8 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int]:
     return start, nbytes, total
 
 
-def _entry(source: ByteSource, directory: bytes, at: int) -> tuple[Record, int, int]:
-    """The entry at `at` (its `offset` not known yet), its header's offset, where the next entry begins."""
+def _entry(source: ByteSource, directory: bytes, at: int, headers: _Headers) -> tuple[Record, int, int]:
+    """The entry at `at`, its header's offset, and where the next entry begins."""
     if at + CENTRAL.size > len(directory):
         raise problem("corrupt-file", source, "", f"the directory ends inside its entry at {at}")
     (
@@ -205,25 +216,28 @@ def _entry(source: ByteSource, directory: bytes, at: int) -> tuple[Record, int, 
     after = extras + extra_nbytes + comment_nbytes
     if signature != CENTRAL_SIGNATURE or after > len(directory):
         raise problem("corrupt-file", source, "", f"there is no directory entry at {at} of the directory")
-    name = _name(source, directory[names:extras])
+    raw_name = directory[names:extras]
+    name = _name(source, raw_name)
     if flags & FLAG_ENCRYPTED:
         raise problem("unsupported-feature", source, name, f"'{name}' is encrypted")
     if method not in (STORED, DEFLATED):
         raise problem("unsupported-feature", source, name, f"'{name}' is compressed by method {method}")
-    wide = _zip64(source, name, directory[extras : extras + extra_nbytes])
-    try:
-        nbytes = next(wide) if nbytes == U32 else nbytes
-        packed = next(wide) if packed == U32 else packed
-        header = next(wide) if header == U32 else header
-    except StopIteration:
-        raise problem("corrupt-file", source, name, f"'{name}' lacks its zip64 sizes") from None
+    if U32 in (nbytes, packed, header):
+        wide = _zip64(source, name, directory[extras : extras + extra_nbytes])
+        try:
+            nbytes = next(wide) if nbytes == U32 else nbytes
+            packed = next(wide) if packed == U32 else packed
+            header = next(wide) if header == U32 else header
+        except StopIteration:
+            raise problem("corrupt-file", source, name, f"'{name}' lacks its zip64 sizes") from None
     if disk:
         raise problem(
             "unsupported-feature", source, name, f"'{name}' lies in another file of a split archive"
         )
     if method == STORED and packed != nbytes:
         raise problem("corrupt-file", source, name, f"'{name}' is stored with {packed} bytes for {nbytes}")
-    record = Record(name=name, method=method, crc=crc, packed_nbytes=packed, nbytes=nbytes, offset=0)
+    offset = headers.check(header, raw_name, name, method, packed)
+    record = Record(name=name, method=method, crc=crc, packed_nbytes=packed, nbytes=nbytes, offset=offset)
     return record, header, after
 
 
@@ -245,34 +259,46 @@ def _name(source: ByteSource, raw: bytes) -> str:
         name = raw.decode("utf-8")
     except UnicodeDecodeError:
         raise problem("corrupt-file", source, "", f"a record's name is not UTF-8: {raw[:80]!r}") from None
-    parts = name.removesuffix("/").split("/")
-    if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
+    closed = f"/{name.removesuffix('/')}/"
+    if "\\" in name or "\0" in name or "//" in closed or "/./" in closed or "/../" in closed:
         raise problem("unsafe-path", source, name, f"the record name {name!r} is no plain relative path")
     return name
 
 
-def _place(source: ByteSource, entry: Record, header: int, end: int) -> Record:
-    """The record with its data's offset, from the local header."""
-    name = entry.name.encode()
-    raw = _read(source, header, LOCAL.size + len(name), f"the header of '{entry.name}'")
-    signature, _, flags, method, _, _, _, _, _, name_nbytes, extra_nbytes = LOCAL.unpack_from(raw)
-    if signature != LOCAL_SIGNATURE or name_nbytes != len(name) or raw[LOCAL.size :] != name:
-        raise problem("corrupt-file", source, entry.name, f"there is no header of '{entry.name}' at {header}")
-    if method != entry.method or flags & FLAG_ENCRYPTED:
-        raise problem("corrupt-file", source, entry.name, f"header and directory of '{entry.name}' disagree")
-    offset = header + LOCAL.size + name_nbytes + extra_nbytes
-    if offset + entry.packed_nbytes > end:
-        raise problem(
-            "corrupt-file",
-            source,
-            entry.name,
-            f"'{entry.name}' needs bytes {offset}..{offset + entry.packed_nbytes}, the directory is at {end}",
-        )
-    return Record(
-        name=entry.name,
-        method=entry.method,
-        crc=entry.crc,
-        packed_nbytes=entry.packed_nbytes,
-        nbytes=entry.nbytes,
-        offset=offset,
-    )
+class _Headers:
+    """The local headers, read by pages, as the disk is: those of small records stand close together."""
+
+    __slots__ = ("_end", "_source", "_start", "_window")
+
+    def __init__(self, source: ByteSource, end: int) -> None:
+        self._source, self._end = source, end
+        self._start, self._window = 0, b""
+
+    def check(self, header: int, raw_name: bytes, name: str, method: int, packed: int) -> int:
+        """Where the record's data begin. Raises: truncated-file, corrupt-file."""
+        source, needed = self._source, LOCAL.size + len(raw_name)
+        at = header - self._start
+        if at < 0 or at + needed > len(self._window):
+            page = min(_PAGE_NBYTES - header % _PAGE_NBYTES, source.nbytes - header)
+            there = max(page, needed)
+            self._start, at = header, 0
+            self._window = _read(source, header, there, f"the header of '{name}'")
+        window = self._window
+        signature, _, flags, local, _, _, _, _, _, name_nbytes, extra_nbytes = LOCAL.unpack_from(window, at)
+        if (
+            signature != LOCAL_SIGNATURE
+            or name_nbytes != len(raw_name)
+            or window[at + LOCAL.size : at + needed] != raw_name
+        ):
+            raise problem("corrupt-file", source, name, f"there is no header of '{name}' at {header}")
+        if local != method or flags & FLAG_ENCRYPTED:
+            raise problem("corrupt-file", source, name, f"header and directory of '{name}' disagree")
+        offset: int = header + needed + extra_nbytes
+        if offset + packed > self._end:
+            raise problem(
+                "corrupt-file",
+                source,
+                name,
+                f"'{name}' needs bytes {offset}..{offset + packed}, the directory is at {self._end}",
+            )
+        return offset
