@@ -308,6 +308,16 @@ def slot_shapes(framework: str) -> Mapping[str, str]:
     return {found.slots[slot]: kind for found in rows for slot, kind in found.slot_shapes.items()}
 
 
+def slot_kinds(framework: str) -> Mapping[str, frozenset[str]]:
+    """What names a slot's variables -> the kinds of shape that it has in the framework's classes."""
+    kinds: dict[str, set[str]] = {}
+    for table in _tables().values():
+        if framework in table:
+            for slot, variable in table[framework].slot_variables.items():
+                kinds.setdefault(variable, set()).add(table[framework].slot_shapes.get(slot, "param"))
+    return {variable: frozenset(found) for variable, found in kinds.items()}
+
+
 def interleaved(framework: str) -> tuple[tuple[str, ...], ...]:
     """Native slot keys, in their order, of the classes whose slots stand in `_variables` alone."""
     rows = (table[framework] for table in _tables().values() if framework in table)

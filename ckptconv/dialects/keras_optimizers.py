@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_shapes
+from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_kinds, slot_shapes
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.errors import CkptError, MappingError
 
@@ -317,6 +317,7 @@ def _match_by_name(
         scope, name, variable_name = parsed
         scopes[scope] += 1
         named.setdefault((name, variable_name), []).append(slot)
+    kinds = slot_kinds("tf_keras")
     matched: Matches = {}
     order: Literal["named", "declaration-order", "unknown"] = "named"
     for (name, variable_name), slots in named.items():
@@ -324,7 +325,8 @@ def _match_by_name(
         if len(variables) > 1:
             order = "declaration-order"
         same = len(slots) == len(variables) and all(
-            shapes.get(slot) == shapes.get(variable) for slot, variable in zip(slots, variables, strict=True)
+            shapes.get(slot) in {shape_of_slot(kind, shapes[variable]) for kind in kinds.get(name, {"param"})}
+            for slot, variable in zip(slots, variables, strict=True)
         )
         if not same:
             raise _ambiguous(name, variable_name, len(slots), len(variables))
