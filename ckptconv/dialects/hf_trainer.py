@@ -36,8 +36,9 @@ from ckptconv.dialects.torch_modules import Module
 from ckptconv.dialects.torch_note import lift_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
-from ckptconv.dialects.torch_plain import blocks, filled_with, is_rng, provenance, trained
+from ckptconv.dialects.torch_plain import blocks, filled_with, provenance, trained
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
+from ckptconv.dialects.torch_survey import is_rng
 from ckptconv.dialects.torch_values import lift_rest, own_residue
 from ckptconv.document import Checkpoint, Known, Optimizer, Param, Residue, Schedule, value_of
 from ckptconv.errors import FormatError, LossError, MappingError, Problem

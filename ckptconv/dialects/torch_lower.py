@@ -45,11 +45,12 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     if shared is not None and len(own) == 1 and own != {shared}:
         step = progress.step
         progress = replace(progress, step=replace(step, value=own.pop()) if isinstance(step, Known) else step)
-    positions = moved(checkpoint.schedules, edits)
-    _refuse_stale(checkpoint, root, edits, positions)
+    epochs = None if is_carried(checkpoint, root) else _edited_epochs(checkpoint, root)
+    positions = moved(checkpoint.schedules, edits, epochs)
+    _refuse_stale(checkpoint, root, edits, epochs, positions)
     optimizers = list(_with_rates(tuple(optimizers), checkpoint.schedules, positions))
     schedules = tuple(
-        replace(s, position=Known(value=positions[s.name], status="derived", formula="moves with the step"))
+        replace(s, position=Known(value=positions[s.name], status="derived", formula="moves with the run"))
         if s.name in positions
         else s
         for s in checkpoint.schedules
@@ -114,6 +115,16 @@ def steps_at_lift(root: Node) -> dict[str, int]:
     return steps
 
 
+def _edited_epochs(checkpoint: Checkpoint, root: Node) -> tuple[int, int] | None:
+    """The epochs before and after they were edited; None where they were not."""
+    now = value_of(checkpoint.progress.epochs)
+    for _, lifted in places(root):
+        was = lifted.encoding.get("was")
+        if lifted.to == ("progress", "epochs") and isinstance(was, int) and isinstance(now, int):
+            return (was, now) if now != was else None
+    return None
+
+
 def _shared_step(checkpoint: Checkpoint) -> int | None:
     """`progress.step`, where it is the step of every optimizer."""
     value = value_of(checkpoint.progress.step)
@@ -158,10 +169,14 @@ def _with_step(optimizer: Optimizer, step: int | None, *, edited: bool) -> Optim
 
 
 def _refuse_stale(
-    checkpoint: Checkpoint, root: Node, edits: Mapping[str, tuple[int, int]], positions: Mapping[str, int]
+    checkpoint: Checkpoint,
+    root: Node,
+    edits: Mapping[str, tuple[int, int]],
+    epochs: tuple[int, int] | None,
+    positions: Mapping[str, int],
 ) -> None:
-    """Places that moved with a step that was edited, and that no rule can rewrite."""
-    if not edits:
+    """Places that moved with a step or epochs that were edited, and that no rule can rewrite."""
+    if not edits and epochs is None:
         return
     problems: list[CkptError] = []
     for path, lifted in places(root):
@@ -169,10 +184,22 @@ def _refuse_stale(
             case ("position", str(name)) if name not in positions and lifted.encoding.get("plus") is None:
                 schedule = checkpoint.schedule(name)
                 fact = schedule.position
-                follows = schedule.optimizer in edits and schedule.unit != "epoch"
+                by_epoch = schedule.unit == "epoch"
+                follows = epochs is not None if by_epoch else schedule.optimizer in edits
                 if follows and isinstance(fact, Known) and fact.status != "supplied":
                     problems.append(_stale(path, fact.value, f"the position of schedule '{name}'"))
-            case ("progress", "micro_steps") if isinstance(checkpoint.progress.micro_steps, Unknown):
+            case ("position", str(name)) if name in positions and "frozen" in lifted.encoding:
+                problems.append(
+                    _stale(path, value_of(checkpoint.schedule(name).position), f"schedule '{name}'")
+                )
+            case ("progress", str(name)) if lifted.encoding.get("moves") == "step" and edits:
+                fact = getattr(checkpoint.progress, name)
+                was = lifted.encoding.get("was")
+                if was and isinstance(fact, Known) and fact.status != "supplied" and fact.value == was:
+                    problems.append(_stale(path, was, f"'{name}'", f"Pass --set {name}=N as well."))
+            case ("progress", "micro_steps") if edits and isinstance(
+                checkpoint.progress.micro_steps, Unknown
+            ):
                 problems.append(_stale(path, lifted.encoding.get("raw"), "a counter that is not the step"))
     if problems:
         raise MappingError(*(problem for error in problems for problem in error.problems))
@@ -224,7 +251,7 @@ def _with_rate(
             problems.append(
                 MappingError.of(
                     "residue-stale",
-                    f"the step was edited and '{schedule.name}' moves with it to {position}: the rate "
+                    f"the run was moved and '{schedule.name}' moves with it to {position}: the rate "
                     f"{wanted}, the document has {fact.value}, which was not the schedule's before",
                     "Edit learning_rate as well, with the status 'supplied'.",
                     loc=("optimizers", optimizer.name, "groups", number, "hyperparameters", "learning_rate"),
@@ -237,12 +264,12 @@ def _alike(rate: object, due: float) -> bool:
     return isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6)
 
 
-def _stale(path: Path, value: object, what: str) -> CkptError:
+def _stale(path: Path, value: object, what: str, hint: str = "") -> CkptError:
     return MappingError.of(
         "residue-stale",
-        f"the step was edited, and '{dotted(path)}' still holds {value}: {what}, which moves with it at an "
+        f"the run was moved, and '{dotted(path)}' still holds {value}: {what}, which moves with it at an "
         "unknown pace",
-        "Edit that value in the document as well, with the status 'supplied'.",
+        hint or "Edit that value in the document as well, with the status 'supplied'.",
         loc=path,
     )
 
