@@ -60,6 +60,8 @@ def settle(source: Optimizer, target: Optimizer, ours: Row, theirs: Row, refuse:
         own = _own(source, members, ours, theirs, index, refuse)
         if "weight_decay" in own and len(members) > 1 and _takes_exclusions(theirs):
             own["weight_decay"], excluded = _exclusions(members, own["weight_decay"], group, index, refuse)
+        if _takes_exclusions(ours) and _is_excluded(group, groups):
+            own["weight_decay"] = Known(value=0.0, status="supplied", source="template")
         sources.append({name: fact.value for name, fact in own.items()})
         told, dropped = _translate(own, group, ours, theirs, source, index, refuse)
         coupled = coupled or dropped
@@ -164,6 +166,15 @@ def _takes_exclusions(theirs: Row) -> bool:
     """Whether the class can leave parameters out of its decay: one that keeps no decay per group."""
     decay = theirs.hyperparameters.get("weight_decay")
     return theirs.base_form.get("weight_decay") == "decoupled" and decay is not None and not decay.stored
+
+
+def _is_excluded(group: Group, groups: tuple[Group, ...]) -> bool:
+    """Whether the template leaves the group's parameters out of a decay that others have.
+
+    A class that takes exclusions is told them by its code: no file says which parameters they are.
+    """
+    decays = [value_of(g.hyperparameters.get("weight_decay")) for g in groups]
+    return value_of(group.hyperparameters.get("weight_decay")) == 0 and any(decays)
 
 
 def _exclusions(
