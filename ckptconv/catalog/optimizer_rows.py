@@ -104,6 +104,8 @@ class Row:
     """Slot lists that the container names even when they are empty."""
     interleaved: bool = False
     """Whether the lists are named and empty, and the slots stand in `_variables`, variable by variable."""
+    placeholders: bool = False
+    """Whether a parameter has a variable in place of a factor that it has not."""
     other_keys: frozenset[str] = frozenset()
     """Keys of state that belongs to no single parameter (LBFGS): it goes back to its own file only."""
     smallest: Mapping[str, float] = field(default_factory=dict)
@@ -264,6 +266,7 @@ def _row(
         scalar_inits={name: float(inits[name]) for name in scalars},
         lists=frozenset(record.texts("lists")),
         interleaved=record.flag("interleaved", False),
+        placeholders=record.flag("placeholders", False),
         other_keys=frozenset(record.texts("other_keys")),
         smallest=record.number_map("smallest"),
         after_restore=record.texts("after_restore"),
@@ -318,10 +321,20 @@ def slot_kinds(framework: str) -> Mapping[str, frozenset[str]]:
     return {variable: frozenset(found) for variable, found in kinds.items()}
 
 
-def interleaved(framework: str) -> tuple[tuple[str, ...], ...]:
-    """Native slot keys, in their order, of the classes whose slots stand in `_variables` alone."""
+def interleaved(framework: str) -> tuple[Mapping[str, str | None], ...]:
+    """Of the classes whose slots stand in `_variables` alone, native slot keys in their order.
+
+    Each with the end of its variables' names where a parameter may have none, else None.
+    """
     rows = (table[framework] for table in _tables().values() if framework in table)
-    return tuple(tuple(found.slots.values()) for found in rows if found.interleaved)
+    return tuple(
+        {
+            key: f"_{found.slot_variables[slot]}" if found.slot_shapes.get(slot) == "part" else None
+            for slot, key in found.slots.items()
+        }
+        for found in rows
+        if found.interleaved
+    )
 
 
 def shape_of_slot(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptconv.catalog.factored import FACTORS
 from ckptconv.catalog.optimizer_rows import Row, shape_of_slot
 from ckptconv.document import Value
 
@@ -97,17 +98,20 @@ def _orders(row: Row, params: Sequence[Shape], values: Mapping[str, Value]) -> I
     others = [slot for slot in conditions if slot not in asked]
     numbers = range(len(params))
     lists = row.framework in _SLOT_BY_SLOT and (row.framework, row.algorithm) not in _BY_PARAMETER
-    common = (
-        [_place(row, slot, n, params[n]) for slot in every for n in numbers]
-        if lists
-        else [_place(row, slot, n, params[n]) for n in numbers for slot in every]
-    )
+    pairs = [(s, n) for s in every for n in numbers] if lists else [(s, n) for n in numbers for s in every]
+    common = [_place(row, slot, n, params[n]) for slot, n in pairs if _makes(row, slot, params[n])]
     common += [_place(row, slot, n, params[n]) for slot in asked for n in numbers]
     yield common
     if others:
         yield [*common, *(_place(row, slot, n, params[n]) for slot in others for n in numbers)]
         if lists:
             yield [*common, *(_Place(slot, n, (1,), kept=False) for slot in others for n in numbers)]
+
+
+def _makes(row: Row, slot: str, shape: Shape) -> bool:
+    """Whether there is a variable: of a factor that a parameter has not, where there are placeholders."""
+    kind = row.slot_shapes.get(slot, "param")
+    return row.placeholders or kind not in FACTORS or shape_of_slot(kind, shape) is not None
 
 
 def _place(row: Row, slot: str, number: int, shape: Shape) -> _Place:

@@ -170,13 +170,14 @@ def _keras3(
         and (graph.is_list(child) or not graph.children[child] or edge in kinds)
     }
     entries = {edge: _numbered(graph, edges[edge]) for edge in lists}
-    rest = [v for v in own if v not in (edges.get("_iterations"), edges.get("_learning_rate"))]
+    beside = {edges.get("_iterations"), edges.get("_learning_rate")}
+    beside.update(v for edge in _NOT_SLOTS for v in lists.get(edge, ()))
+    rest = [v for v in own if v not in beside]
     for order in interleaved("keras3"):
-        empty = all(edge in lists and not lists[edge] for edge in order)
-        if empty and variables and len(rest) == len(order) * len(variables):
-            for place, edge in enumerate(order):
-                entries[edge] = dict(enumerate(rest[place :: len(order)]))
-                lists[edge] = tuple(entries[edge].values())
+        if variables and all(edge in lists and not lists[edge] for edge in order):
+            found = _dealt(graph, rest, variables, order)
+            entries.update(found)
+            lists.update({edge: tuple(numbers.values()) for edge, numbers in found.items()})
     slots = {}
     for edge, elements in lists.items():
         pairs = _pairs(entries[edge], variables, shapes, kinds.get(edge, "param"))
@@ -199,6 +200,22 @@ def _keras3(
         built=bool(variables),
         loss_scale=loss_scale,
     )
+
+
+def _dealt(
+    graph: Graph, rest: Sequence[int], variables: Sequence[int], order: Mapping[str, str | None]
+) -> dict[str, dict[int, int]]:
+    """List edge -> number of the variable -> its slot, of slots in one row; nothing where the row differs."""
+    found: dict[str, dict[int, int]] = {edge: {} for edge in order}
+    number = 0
+    for place in range(len(variables)):
+        for edge, ending in order.items():
+            if number < len(rest) and (
+                ending is None or graph.variables[rest[number]].full_name.endswith(ending)
+            ):
+                found[edge][place] = rest[number]
+                number += 1
+    return found if number == len(rest) else {}
 
 
 def _numbered(graph: Graph, node: int) -> dict[int, int]:
