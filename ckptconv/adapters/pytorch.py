@@ -24,7 +24,6 @@ from ckptconv.adapters.live import (
     with_progress,
     writing,
 )
-from ckptconv.adapters.pytorch_exact import rules_of, stock_class
 from ckptconv.adapters.torch_table import table_of
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_rates import TABLED, flat
@@ -174,7 +173,7 @@ def _captured(
     checkpoint = declared(checkpoint, dict(_layouts(model)), dict(_trainable(model)))
     if optimizer is None:
         return checkpoint
-    return of_class(checkpoint, stock_class(optimizer), "torch", {}, rules_of(optimizer))
+    return of_class(checkpoint, type(optimizer), "torch", {})
 
 
 def _state(
