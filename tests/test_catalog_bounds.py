@@ -18,8 +18,11 @@ CASES: list[tuple[str, dict[str, Value]]] = [
     ("adam", {**MOMENTS, "epsilon": 1e-2, "amsgrad": False}),
     ("adamax", {**MOMENTS, "epsilon": 1e-2}),
     ("adagrad", {"learning_rate": 0.03125, "epsilon": 1e-2, "initial_accumulator": 0.0}),
+    ("adam", {**MOMENTS, "epsilon": 1e-2, "amsgrad": True}),
     ("rmsprop", {**ROOT, "epsilon": 1e-2}),
+    ("rmsprop", {**ROOT, "epsilon": 1e-2, "centered": True}),
 ]
+IDS = ["adam", "adamax", "adagrad", "amsgrad", "rmsprop", "centered"]
 PAIRS = [("torch", "keras3"), ("keras3", "torch")]
 
 
@@ -30,7 +33,7 @@ def updated(side: Any, gradient: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("source_kind", "target_kind"), PAIRS)
-@pytest.mark.parametrize(("algorithm", "hypers"), CASES, ids=[name for name, _ in CASES])
+@pytest.mark.parametrize(("algorithm", "hypers"), CASES, ids=IDS)
 def test_the_bound_holds_in_one_update(
     algorithm: str, hypers: dict[str, Value], source_kind: str, target_kind: str
 ) -> None:

@@ -277,7 +277,7 @@ def _differences(
             if each.fit is not None:
                 values["fitted"] = numbers(changed.target(0)).get(each.moves or "", math.nan)
             amsgrad = settings.target(0).get("amsgrad") and "max_second_moment" in ours.slots
-            residual = Residual.of(each, values, value_of(step), amsgrad=bool(amsgrad)) or residual
+            residual = Residual.of(each, values, value_of(step), held, amsgrad=bool(amsgrad)) or residual
     return residual
 
 
@@ -304,7 +304,7 @@ def _changed(
                 for name, product in each.settings.items()
             }
             if each.fit is not None and each.moves is not None:
-                changes[each.moves] = fitted(each.fit, source.slots, values[each.moves], values)
+                changes[each.moves] = fitted(each.fit, source.slots, values[each.moves])
             for name, (number, formula) in changes.items():
                 group[name] = Known(value=number, status="derived", formula=formula)
                 _needs_place(name, number, index, target, theirs, findings)

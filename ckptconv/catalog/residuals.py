@@ -9,7 +9,7 @@ whose second moment is not 0. An element with 0 has had no gradient yet and is l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,19 @@ class Residual:
 
     @classmethod
     def of(
-        cls, transition: Transition, values: Mapping[str, float], step: object, *, amsgrad: bool = False
+        cls,
+        transition: Transition,
+        values: Mapping[str, float],
+        step: object,
+        held: Set[str],
+        *,
+        amsgrad: bool = False,
     ) -> Residual | None:
-        """The residual of a transition; None where something that its formula needs is not known."""
+        """The residual of a transition; None where something that its formula needs is not known.
+
+        `held`: the slots that cross. A mean gradient among them is taken off the second moment: the run is
+        centered.
+        """
         name = f"{transition.measure}: {transition.before} -> {transition.after}"
         formula = FORMULAS[name]
         have = dict(values)
@@ -54,8 +64,9 @@ class Residual:
         if not 0 <= have.get("beta_2", 0) < 1 or have["epsilon"] < 0:
             return None
         slot = "max_second_moment" if amsgrad else formula.slot
-        centered = formula.minus is not None and bool(values.get("centered"))
-        return cls(formula=name, slot=slot, minus=formula.minus if centered else None, values=have)
+        return cls(
+            formula=name, slot=slot, minus=formula.minus if formula.minus in held else None, values=have
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,13 +144,12 @@ under the root that suits the median is too large for every smaller moment.
 """
 
 
-def fitted(name: str, slots: Slots, epsilon: float, values: Mapping[str, float]) -> tuple[float, str]:
+def fitted(name: str, slots: Slots, epsilon: float) -> tuple[float, str]:
     """The target's epsilon for which the two rules agree at the median of the state, and why.
 
     I/O: reads the second moments once, in windows.
     """
-    minus = slots.get("average_gradient", {}) if values.get("centered") or "average_gradient" in slots else {}
-    _, median = _spread(slots.get("second_moment", {}), minus, lambda v: v)
+    _, median = _spread(slots.get("second_moment", {}), slots.get("average_gradient", {}), lambda v: v)
     return FITS[name](
         median, epsilon
     ), f"epsilon {epsilon:.3g} fitted at the median second moment {median:.3g}"
