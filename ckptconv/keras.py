@@ -7,6 +7,7 @@ from ckptconv.adapters.keras_exact import (
     coupled_decay,
     densified,
     gradient_momentum,
+    in_max_epsilon,
     momentum_decay,
     outside_epsilon,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "describe",
     "epochs",
     "gradient_momentum",
+    "in_max_epsilon",
     "momentum_decay",
     "one_cycle",
     "outside_epsilon",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ckptconv.catalog import completion, schedule_settings
-from ckptconv.catalog.optimizer_rows import algorithms
+from ckptconv.catalog.optimizer_rows import algorithms, row
 from ckptconv.catalog.schedule_settings import UNIT as SCHEDULE_UNIT
 from ckptconv.document import (
     PROGRESS_FIELDS,
@@ -335,7 +335,27 @@ def _differences(checkpoint: Checkpoint, spec: Checkpoint) -> list[Problem]:
                     hint="Describe the model and optimizer that wrote the checkpoint.",
                 )
             )
+        elif optimizer.param_order == "unknown" and other_one is not None:
+            problems += _misfits(optimizer, other_one, checkpoint)
     return problems
+
+
+def _misfits(optimizer: Optimizer, other: Optimizer, checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Slots that would not have the shape of the parameter that the spec's order gives them."""
+    table = row(optimizer.algorithm, optimizer.framework)
+    for slot, by_param in optimizer.slots.items():
+        if table is None or table.slot_shapes.get(slot, "param") != "param":
+            continue
+        for number, name in zip(optimizer.params, other.params, strict=True):
+            tensor, param = by_param.get(number), checkpoint.params.get(name)
+            if tensor is not None and param is not None and tensor.shape != param.tensor.shape:
+                yield Problem(
+                    code="slots-mismatch",
+                    loc=("optimizers", optimizer.name, slot, name),
+                    message=f"parameter {number} is '{name}' in the source spec: its {slot} is "
+                    f"{list(tensor.shape)}, the parameter {list(param.tensor.shape)}",
+                    hint="Describe the model and optimizer that wrote the checkpoint.",
+                )
 
 
 def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, spec: Checkpoint) -> Optimizer | None:

@@ -26,7 +26,8 @@ def named() -> Iterator[tuple[str, str, str]]:
         for framework in FRAMEWORKS:
             found = row(name, framework)
             if found is not None:
-                yield from ((framework, call, name) for call in found.helpers.values())
+                calls = (*found.helpers.values(), *(rule.call for rule in found.rules.values()))
+                yield from ((framework, call, name) for call in calls)
 
 
 @pytest.mark.parametrize(("framework", "call", "algorithm"), sorted(set(named())))
@@ -34,12 +35,23 @@ def test_what_the_tables_name_is_there(framework: str, call: str, algorithm: str
     parsed = re.fullmatch(r"ckptconv\.(keras|pytorch)\.(\w+)\(optimizer(?:, \{(\w+)\})?\)", call)
     assert parsed is not None
     module, function, value = parsed.groups()
-    assert module == {"torch": "pytorch", "keras3": "keras"}[framework]
+    assert module == {"torch": "pytorch", "keras3": "keras", "tf_keras": "keras"}[framework]
     assert function in getattr(ckptconv, module).__all__
     assert value is None or any(
         found is not None and value in found.hyperparameters
         for found in (row(algorithm, each) for each in FRAMEWORKS)
     )
+
+
+@pytest.mark.parametrize("algorithm", algorithms())
+def test_a_rule_is_called_as_its_setting(algorithm: str) -> None:
+    for framework in FRAMEWORKS:
+        found = row(algorithm, framework)
+        for name, rule in (found.rules if found else {}).items():
+            (point,) = rule.form
+            assert re.fullmatch(rf"ckptconv\.\w+\.{name}\(optimizer, \{{{point}\}}\)", rule.call)
+            assert point in {"epsilon", "weight_decay"}
+            assert found.base_form.get(point) != rule.form[point]
 
 
 def residuals(source: Optimizer, target: Optimizer, *allow: str) -> str:

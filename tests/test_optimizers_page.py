@@ -63,7 +63,7 @@ def lines() -> Iterator[str]:
     yield "helper was measured with at least one algorithm, in a float64 run that crossed at update 20: below"
     yield "1e-10 of the distance travelled (Nadam where torch's product of momenta is float64, too; it keeps"
     yield "float32). The report names the call with the run's numbers beside the difference that it removes;"
-    yield "other differences stay. It takes an optimizer that is not built (Keras 3) or has no scheduler yet"
+    yield "other differences stay. It takes an optimizer that is not built (Keras) or has no scheduler yet"
     yield "(PyTorch), keeps its variables and state keys, and may be put around another:"
     yield "`optimizer = ckptconv.keras.corrected_epsilon(optimizer, 1e-8)`."
     yield ""
@@ -73,10 +73,13 @@ def lines() -> Iterator[str]:
         yield f"| {name} | {NAMES[target]} | {difference} | `{call}` |"
     yield ""
     yield "A file does not say that its run used a helper: of an epsilon or a decay it is read as the"
-    yield "stock class's. The two helpers for a changing rate leave in the buffer what the stock class would"
+    yield "stock class's, unless `--set corrected_epsilon=1e-8` (the helper's name and its number) tells, or"
+    yield "a `--source-spec` that `describe` made of the live optimizer. A template that is so described has"
+    yield "the rule, too. The two helpers for a changing rate leave in the buffer what the stock class would"
     yield "have at the present rate, so that their files convert exactly. All Keras helpers make sparse"
     yield "gradients dense; `ckptconv.keras.densified(optimizer)` does that alone: Keras 3 on TensorFlow"
-    yield "squares an embedding's gradient row by row before it sums repeated tokens."
+    yield "squares an embedding's gradient row by row before it sums repeated tokens. Keras' Lion, which"
+    yield "PyTorch does not have, is `ckptconv.pytorch.lion(params)`."
     yield ""
     yield "## Measured"
     yield ""
@@ -104,11 +107,15 @@ def helpers() -> Iterator[tuple[str, str, str, str]]:
     for name in algorithms():
         for target in COLUMNS:
             found = row(name, target)
-            if found is not None:
-                yield from (
-                    (name, target, f"{lacking} of the source", call)
-                    for lacking, call in found.helpers.items()
-                )
+            if found is None:
+                continue
+            yield from (
+                (name, target, f"{lacking} of the source", call) for lacking, call in found.helpers.items()
+            )
+            for rule in found.rules.values():
+                for point, form in rule.form.items():
+                    here = found.base_form.get(point, "none")
+                    yield name, target, f"{point}: {form} there, {here} here", rule.call
 
 
 def forms(family: str, point: str, form: str) -> set[str]:

@@ -19,6 +19,7 @@ import pytest
 import typer
 
 from ckptconv.cli import app
+from ckptconv.dialects.torch_table import LIGHTNING, ROWS
 from ckptconv.errors import CODES, Code
 from ckptconv.report import ALLOWABLE
 
@@ -67,6 +68,20 @@ def formats_block() -> str:
     return table(("name", "what it is", "suffixes"), *rows)
 
 
+def torch_dialects_block() -> str:
+    """The table of PyTorch dialects: how each is told, what its counters count, where that was read."""
+    rows = [
+        (
+            f"`pytorch:{row.name}`",
+            str(row.signature),
+            "; ".join(str(counter) for counter in row.counters),
+            f"[{row.producer}]({row.source})",
+        )
+        for row in (LIGHTNING, *ROWS)
+    ]
+    return table(("dialect", "told by", "counters", "as written by"), *rows)
+
+
 def optimizers_block() -> str:
     listing = json.loads(run("formats", "--json").stdout)["optimizers"]
     rows = [
@@ -91,6 +106,7 @@ def allowable_block() -> str:
 GENERATED: dict[str, Callable[[], str]] = {
     "options": options_block,
     "formats": formats_block,
+    "torch-dialects": torch_dialects_block,
     "optimizers": optimizers_block,
     "codes": codes_block,
     "allowable": allowable_block,

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from ckptconv import supply
 from ckptconv.adapters.keras_callback import Plateau, curve_of_callback
+from ckptconv.adapters.keras_exact import rules_of, stock_class
 from ckptconv.adapters.keras_table import table_of
 from ckptconv.adapters.live import (
     DESCRIBED,
@@ -201,7 +202,7 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
     inner = _inner(optimizer)
     package = "keras" if framework == "keras3" else "tf_keras"
     config = inner.get_config()
-    checkpoint = of_class(checkpoint, type(inner), package, config)
+    checkpoint = of_class(checkpoint, stock_class(inner), package, config, rules_of(inner))
     follows = from_keras_config(config.get("learning_rate"))
     if follows is None:
         return checkpoint

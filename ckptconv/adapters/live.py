@@ -130,15 +130,22 @@ def declared(checkpoint: Checkpoint, layouts: Layouts, trainable: Mapping[str, b
     return replace(checkpoint, params={name: one(param) for name, param in checkpoint.params.items()})
 
 
-def of_class(checkpoint: Checkpoint, cls: type, package: str, arguments: Mapping[str, object]) -> Checkpoint:
+def of_class(
+    checkpoint: Checkpoint,
+    cls: type,
+    package: str,
+    arguments: Mapping[str, object],
+    rules: Mapping[str, float],
+) -> Checkpoint:
     """The document whose optimizer is of the live one's class, with its constructor's arguments.
 
-    A class of another package may have a framework's name and another rule: its state alone tells it then.
+    `rules`: numbers of the rules that helpers gave it. A class of another package may have a framework's name
+    and another rule: its state alone tells it then.
     """
     if cls.__module__.partition(".")[0] != package:
         return checkpoint
     optimizers = tuple(
-        completion.with_arguments(optimizer, cls.__name__, arguments, DESCRIBED)
+        completion.with_arguments(optimizer, cls.__name__, arguments, rules, DESCRIBED)
         for optimizer in checkpoint.optimizers
     )
     return replace(checkpoint, optimizers=optimizers)

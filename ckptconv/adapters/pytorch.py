@@ -24,6 +24,7 @@ from ckptconv.adapters.live import (
     with_progress,
     writing,
 )
+from ckptconv.adapters.pytorch_exact import rules_of, stock_class
 from ckptconv.adapters.torch_table import table_of
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_rates import TABLED, flat
@@ -173,7 +174,7 @@ def _captured(
     checkpoint = declared(checkpoint, dict(_layouts(model)), dict(_trainable(model)))
     if optimizer is None:
         return checkpoint
-    return of_class(checkpoint, type(optimizer), "torch", {})
+    return of_class(checkpoint, stock_class(optimizer), "torch", {}, rules_of(optimizer))
 
 
 def _state(

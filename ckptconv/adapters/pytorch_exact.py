@@ -1,20 +1,26 @@
 """PyTorch optimizers that follow Keras' rule to the last digit, where the stock class comes near.
 
-Each function changes an optimizer, by hooks or (`inside_epsilon`) by a subclass, and returns it. The state's
+Each function changes an optimizer, by hooks or by a subclass, and returns it; `lion` makes one. The state's
 keys and the groups are the stock class's: a converted file loads with `load_state_dict`. Call them before a
-scheduler is made.
+scheduler is made. A file does not tell that its run used a helper: `describe` and `capture` tell, or
+`--set raw_epsilon=1e-7` (the helper's name and its number).
 """
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ckptconv.errors import CkptError, missing_extra
+from ckptconv.adapters import torch_rules
+from ckptconv.adapters.torch_rules import Update, adamax_after_max, rmsprop_inside, stepping, torch_module
+from ckptconv.adapters.torch_rules import lion as lion_update
+from ckptconv.errors import CkptError
 
 if TYPE_CHECKING:
     import torch
+
+_MARK = "_ckptconv_rules"
 
 
 def raw_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.optim.Optimizer:
@@ -23,6 +29,7 @@ def raw_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.optim
     Raises: unequal-steps in an update, where the parameters of a group have done different numbers of them.
     """
     _check(optimizer, ("Adam", "AdamW"), epsilon=epsilon)
+    _marked(optimizer, raw_epsilon=epsilon)
     resting: list[tuple[dict[str, object], object]] = []
 
     def settle() -> None:
@@ -100,7 +107,8 @@ def decoupled_decay(optimizer: torch.optim.Optimizer, weight_decay: float) -> to
     Of every parameter that has a gradient; the groups' own weight_decay must be 0.
     """
     _check(optimizer, (), weight_decay=weight_decay)
-    no_grad = _torch().no_grad
+    _marked(optimizer, decoupled_decay=weight_decay)
+    no_grad = torch_module().no_grad
 
     def before(optimizer: torch.optim.Optimizer, *_: object) -> None:
         for position, group in enumerate(optimizer.param_groups):
@@ -127,23 +135,55 @@ def inside_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.op
     Raises: unsupported-feature once a scheduler has been made for it.
     """
     _check(optimizer, ("RMSprop",), epsilon=epsilon)
-    torch = _torch()
+    return _marked(_stepping(optimizer, rmsprop_inside(epsilon)), inside_epsilon=epsilon)
 
-    class RMSprop(torch.optim.RMSprop):  # type: ignore[misc, name-defined]  # a class of a lazy module
-        """v = alpha v + (1 - alpha) g^2; b = momentum b + g / sqrt(v [- a^2] + epsilon); p -= lr b."""
 
-        @torch.no_grad()  # type: ignore[untyped-decorator]  # as above
-        def step(self, closure: object = None) -> object:
-            loss = None
-            if callable(closure):
-                with torch.enable_grad():
-                    loss = closure()
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        _rmsprop_update(parameter, self.state[parameter], group, epsilon)
-            return loss
+def after_max_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.optim.Optimizer:
+    """Adamax with Keras' rule: max(beta_2 u, |g|) + epsilon where PyTorch has max(beta_2 u, |g| + epsilon).
 
+    The groups' `eps` is not read any more.
+    Raises: unsupported-feature once a scheduler has been made for it.
+    """
+    _check(optimizer, ("Adamax",), epsilon=epsilon)
+    return _marked(_stepping(optimizer, adamax_after_max(epsilon)), after_max_epsilon=epsilon)
+
+
+def lion(
+    params: Iterable[torch.Tensor] | Iterable[dict[str, object]],
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.99),
+    weight_decay: float = 0.0,
+) -> torch.optim.Optimizer:
+    """Keras' Lion as a PyTorch optimizer, which PyTorch does not have.
+
+    Keys of the state and of the groups are those of the `lion-pytorch` package, so that its files load here
+    and these there. Raises: usage for a number that is none.
+    """
+    _check_numbers(lr=lr, weight_decay=weight_decay, beta_1=betas[0], beta_2=betas[1])
+    cls = stepping(torch_module().optim.Optimizer, "Lion", lion_update)
+    made: torch.optim.Optimizer = cls(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+    return made
+
+
+def rules_of(optimizer: object) -> dict[str, float]:
+    """The numbers of the rules that helpers gave an optimizer, by the names that `--set` takes."""
+    return dict(vars(optimizer).get(_MARK, {}))
+
+
+def stock_class(optimizer: object) -> type:
+    """The class that PyTorch ships, of an optimizer that helpers may have changed."""
+    kinds = type(optimizer).__mro__
+    return next((c for c in kinds if c.__module__ != torch_rules.__name__), type(optimizer))
+
+
+def _marked(optimizer: torch.optim.Optimizer, **values: float) -> torch.optim.Optimizer:
+    """The optimizer, which tells `describe` and `capture` of its rules."""
+    vars(optimizer).setdefault(_MARK, {}).update(values)
+    return optimizer
+
+
+def _stepping(optimizer: torch.optim.Optimizer, update: Update) -> torch.optim.Optimizer:
+    """The optimizer with another step, its groups, state and hooks as they are."""
     if "step" in vars(optimizer):
         raise CkptError.of(
             "unsupported-feature",
@@ -151,43 +191,16 @@ def inside_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch.op
             "Call the helper before the scheduler is made.",
             loc=("optimizer", "step"),
         )
-    optimizer.__class__ = RMSprop  # the object that others hold, with its groups, state and hooks
-    optimizer._patch_step_function()  # runs the hooks; the constructor did it for the class before
+    stock = type(optimizer)
+    # The object that others hold; `step` in its constructor's own class has the hooks already, not this one.
+    optimizer.__class__ = stepping(stock, stock.__name__, update)
+    optimizer._patch_step_function()
     return optimizer
-
-
-def _rmsprop_update(
-    parameter: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, object], epsilon: float
-) -> None:
-    """One update of one parameter; its state has torch's own keys."""
-    torch = _torch()
-    alpha, rate, mu = (float(str(group[name])) for name in ("alpha", "lr", "momentum"))
-    gradient = parameter.grad
-    assert gradient is not None
-    gradient = -gradient if group["maximize"] else gradient
-    if group["weight_decay"]:
-        gradient = gradient.add(parameter, alpha=float(str(group["weight_decay"])))
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        state["square_avg"] = torch.zeros_like(parameter)
-        if mu > 0:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        if group["centered"]:
-            state["grad_avg"] = torch.zeros_like(parameter)
-    state["step"] += 1
-    mean = state["square_avg"].mul_(alpha).addcmul_(gradient, gradient, value=1 - alpha)
-    if group["centered"]:
-        average = state["grad_avg"].lerp_(gradient, 1 - alpha)
-        mean = mean.addcmul(average, average, value=-1)
-    step = gradient / (mean + epsilon).sqrt_()
-    if mu > 0:
-        step = state["momentum_buffer"].mul_(mu).add_(step)
-    parameter.add_(step, alpha=-rate)
 
 
 def _check(optimizer: torch.optim.Optimizer, classes: tuple[str, ...], **numbers: float) -> None:
     """Raises: unsupported-feature for another class; usage for a number that is none."""
-    torch = _torch()
+    torch = torch_module()
     if not isinstance(optimizer, torch.optim.Optimizer) or (
         classes and type(optimizer).__name__ not in classes
     ):
@@ -198,6 +211,10 @@ def _check(optimizer: torch.optim.Optimizer, classes: tuple[str, ...], **numbers
             "This helper changes the rule of that class alone.",
             loc=("optimizer",),
         )
+    _check_numbers(**numbers)
+
+
+def _check_numbers(**numbers: float) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise CkptError.of(
@@ -206,11 +223,3 @@ def _check(optimizer: torch.optim.Optimizer, classes: tuple[str, ...], **numbers
                 "Pass the number that the report's line has.",
                 loc=("optimizer", name),
             )
-
-
-def _torch() -> ModuleType:
-    try:
-        import torch
-    except ImportError as error:
-        raise missing_extra("torch", "torch", "ckptconv.pytorch") from error
-    return torch

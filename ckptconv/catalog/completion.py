@@ -17,7 +17,7 @@ def hyperparameter_names() -> tuple[str, ...]:
     for algorithm in algorithms():
         for framework in FRAMEWORKS:
             known = row(algorithm, framework)
-            names.update(dict.fromkeys(known.hyperparameters if known else ()))
+            names.update(dict.fromkeys((*known.hyperparameters, *known.rules) if known else ()))
     return tuple(names)
 
 
@@ -31,11 +31,17 @@ def row_of_class(framework: str, class_name: str) -> Row | None:
 
 
 def as_algorithm(optimizer: Optimizer, algorithm: str) -> Optimizer:
-    """The optimizer, said to be of this algorithm: slots under native names get their canonical ones."""
+    """The optimizer, said to be of this algorithm: slots under native names get their canonical ones.
+
+    So do slots that are numbered, for want of names, in the order of the class's own.
+    """
     known = row(algorithm, optimizer.framework)
     if known is None:
         return replace(optimizer, algorithm=algorithm, algorithm_candidates=())
-    slots = {known.slot_of(slot) or slot: by_param for slot, by_param in optimizer.slots.items()}
+    names = {str(number): slot for number, slot in enumerate(known.slots)}
+    slots = {
+        known.slot_of(slot) or names.get(slot, slot): by_param for slot, by_param in optimizer.slots.items()
+    }
     return with_form(replace(optimizer, algorithm=algorithm, algorithm_candidates=(), slots=slots))
 
 
@@ -58,16 +64,21 @@ def shared_hyperparameters(optimizer: Optimizer) -> dict[str, Value]:
 
 
 def with_arguments(
-    optimizer: Optimizer, class_name: str, arguments: Mapping[str, object], who: str
+    optimizer: Optimizer,
+    class_name: str,
+    arguments: Mapping[str, object],
+    rules: Mapping[str, float],
+    who: str,
 ) -> Optimizer:
     """The optimizer as a live object declares it: its class, and its constructor's arguments by their names.
 
-    Arguments that are no plain number or flag (a schedule object) are left out; recorded values win.
+    `rules`: numbers of its helpers. Arguments that are no plain number or flag (a schedule object) are left
+    out; recorded values win.
     """
     known = row_of_class(optimizer.framework, class_name)
     if known is None:
         return optimizer
-    facts: dict[str, Known] = {}
+    facts = {name: Known(value=value, status="supplied", source=who) for name, value in rules.items()}
     for name, entry in known.hyperparameters.items():
         value = arguments.get(entry.argument) if entry.argument else None
         if value is None:

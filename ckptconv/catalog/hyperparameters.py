@@ -60,6 +60,8 @@ def settle(source: Optimizer, target: Optimizer, ours: Row, theirs: Row, refuse:
         own = _own(source, members, ours, theirs, index, refuse)
         if "weight_decay" in own and len(members) > 1 and _takes_exclusions(theirs):
             own["weight_decay"], excluded = _exclusions(members, own["weight_decay"], group, index, refuse)
+        if _takes_exclusions(ours) and _is_excluded(group, groups):
+            own["weight_decay"] = Known(value=0.0, status="supplied", source="template")
         sources.append({name: fact.value for name, fact in own.items()})
         told, dropped = _translate(own, group, ours, theirs, source, index, refuse)
         coupled = coupled or dropped
@@ -133,6 +135,9 @@ def _own(
                 "hyperparameters",
                 name,
             )
+    for name, rule in ours.rules.items():
+        if name in told:  # a helper ran: what it stands for is its number
+            told.update(dict.fromkeys(rule.form, replace(told[name], formula=f"that of {name}")))
     for name, value in {**theirs.neutral, **ours.neutral}.items():
         if name not in told and name not in ours.hyperparameters:
             told[name] = Known(value=value, status="derived", formula=f"{ours.class_name} has none")
@@ -161,6 +166,15 @@ def _takes_exclusions(theirs: Row) -> bool:
     """Whether the class can leave parameters out of its decay: one that keeps no decay per group."""
     decay = theirs.hyperparameters.get("weight_decay")
     return theirs.base_form.get("weight_decay") == "decoupled" and decay is not None and not decay.stored
+
+
+def _is_excluded(group: Group, groups: tuple[Group, ...]) -> bool:
+    """Whether the template leaves the group's parameters out of a decay that others have.
+
+    A class that takes exclusions is told them by its code: no file says which parameters they are.
+    """
+    decays = [value_of(g.hyperparameters.get("weight_decay")) for g in groups]
+    return value_of(group.hyperparameters.get("weight_decay")) == 0 and any(decays)
 
 
 def _exclusions(
@@ -200,7 +214,8 @@ def _translate(
     told: dict[str, Fact] = {name: fact for name, fact in own.items() if name in theirs.hyperparameters}
     loc = ("groups", index, "hyperparameters")
     for name, fact in own.items():
-        if name in theirs.hyperparameters or name in (*_FOLDED, *ours.settled) or name in ours.switches:
+        said = (*theirs.hyperparameters, *_FOLDED, *ours.settled, *ours.switches, *ours.rules)
+        if name in said:
             continue
         if fact.value != theirs.neutral.get(name, fact.value):
             refuse(
@@ -213,6 +228,13 @@ def _translate(
             )
     _learning_rate(own, told, theirs, source, loc, refuse)
     dropped = _weight_decay(own, told, group, ours, theirs, loc, refuse)
+    for name, rule in theirs.rules.items():
+        offered = group.hyperparameters.get(name)
+        if isinstance(offered, Known):
+            fact = replace(offered, status="supplied", source="template")
+            told[name] = fact
+            for point in rule.form:
+                told.setdefault(point, fact)
     for name in theirs.hyperparameters:
         offered = group.hyperparameters.get(name)
         if name not in told and isinstance(offered, Known):
@@ -277,7 +299,8 @@ def _weight_decay(
 ) -> float:
     """Carries a decay over where both sides mean the same by it; what was dropped of a coupled one."""
     mine = ours.form({name: fact.value for name, fact in own.items()}).get("weight_decay", "none")
-    other = theirs.base_form.get("weight_decay", "none")
+    offers = {name: value_of(fact) for name, fact in group.hyperparameters.items() if name in theirs.rules}
+    other = theirs.form(offers).get("weight_decay", "none")
     switch = next((n for n, change in theirs.switches.items() if change.get("weight_decay") == mine), None)
     fact = own.get("weight_decay")
     offered = value_of(group.hyperparameters.get("weight_decay"))
@@ -312,7 +335,7 @@ def _weight_decay(
         f"{way}; then allow form-mismatch, and the optimizer itself does not decay.",
         *loc,
         "weight_decay",
-        helper=theirs.helpers.get("weight_decay", "").replace("{weight_decay}", repr(value)),
+        helper=theirs.helper("weight_decay", mine).replace("{weight_decay}", repr(value)),
     )
     if "weight_decay" in theirs.hyperparameters:
         told["weight_decay"] = Known(value=0.0, status="derived", formula=f"the source's decay is {mine}")

@@ -1,21 +1,21 @@
-"""Which variables a Keras 3 layer makes, and in which order: the numbers below `vars` in its files.
+"""Which variables a Keras layer makes, and in which order: the numbers below `vars` in its files.
 
 A file numbers an object's variables in the order in which it made them; the order is that of the layer's
-`build`, and arguments of the layer say which exist. A layer of layers has paths to those inside it.
+`build`, and arguments of the layer say which exist. A layer of layers has paths to those inside it. Keras 3
+and tf_keras make the same ones; they differ in the names of some (`_kernel`, `kernel`), and in those of the
+layers inside MultiHeadAttention.
 
-Source: keras 3.15.1 `keras/src/layers`; measured 3.3.3 to 3.15.1.
+Source: keras 3.15.1 `keras/src/layers`, tf_keras 2.21 `tf_keras/src/layers`; measured 3.3.3 to 3.15.1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ckptconv.catalog.layers import declared, kind_of_class_name
-
-FRAMEWORK = "keras3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,17 @@ class FileVariable:
     """One variable of a layer."""
 
     edge: str
-    """Its key in the layer catalog."""
+    """Its key in the layer catalog, in the column of Keras 3."""
     flag: str | None = None
     """Argument of the layer without which it does not exist."""
     part: str = ""
     """Object inside the layer that owns it (`cell`)."""
     trained: bool = True
+
+    @property
+    def leaf(self) -> str:
+        """Its own name, which ends the names that files give it."""
+        return self.edge.removeprefix("_").removeprefix("adapt_")
 
 
 def _v(edge: str, flag: str | None = None, part: str = "", *, trained: bool = True) -> FileVariable:
@@ -47,6 +52,7 @@ _ATTENTION = tuple(
 _PLAIN = (_v("_kernel"), _BIAS)
 _OTHER_WAY = (_v("kernel"), _BIAS)
 _SEPARABLE = (_v("depthwise_kernel"), _v("pointwise_kernel"), _BIAS)
+_LONE_CELL = (_v("kernel"), _v("recurrent_kernel"), _BIAS)
 
 VARIABLES: Mapping[str, tuple[FileVariable, ...]] = {
     "Dense": _PLAIN,
@@ -74,28 +80,84 @@ VARIABLES: Mapping[str, tuple[FileVariable, ...]] = {
     "LSTM": _CELL,
     "GRU": _CELL,
     "SimpleRNN": _CELL,
+    "ConvLSTM1D": _CELL,
+    "ConvLSTM2D": _CELL,
+    "ConvLSTM3D": _CELL,
+    "LSTMCell": _LONE_CELL,
+    "GRUCell": _LONE_CELL,
+    "SimpleRNNCell": _LONE_CELL,
     "MultiHeadAttention": _ATTENTION,
+    "Normalization": (
+        _v("adapt_mean", trained=False),
+        _v("adapt_variance", trained=False),
+        _v("count", trained=False),
+    ),
 }
 """Class -> its variables. A flag that is absent in a layer's config or null counts as off."""
 
+_OTHERS = {
+    "DepthwiseConv1D": (_v("depthwise_kernel"), _BIAS),
+    "DepthwiseConv2D": (_v("depthwise_kernel"), _BIAS),
+    "MultiHeadAttention": tuple(replace(one, part=f"_{one.part}") for one in _ATTENTION),
+}
+"""Class -> its variables in tf_keras, where they are others than in Keras 3."""
 
-def variables_of(class_name: str, config: Mapping[str, object]) -> tuple[FileVariable, ...] | None:
-    """The variables that a layer has with these arguments; None where the class is not known."""
-    known = VARIABLES.get(class_name)
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One generation of Keras."""
+
+    name: str
+    """Column of the layer catalog."""
+    package: str
+    """What the names of its classes begin with there."""
+    variables: Mapping[str, tuple[FileVariable, ...]]
+
+
+_TF_KERAS = _Column(
+    "tf_keras",
+    "tf_keras",
+    {
+        name: tuple(replace(one, edge=one.leaf) for one in known)
+        for name, known in {**VARIABLES, **_OTHERS}.items()
+    },
+)
+_COLUMNS = {
+    "keras3": _Column("keras3", "keras", VARIABLES),
+    "tf_keras": _TF_KERAS,
+    "tf_keras_legacy": _TF_KERAS,
+}
+
+
+def variables_of(
+    class_name: str, config: Mapping[str, object], framework: str = "keras3"
+) -> tuple[FileVariable, ...] | None:
+    """The variables that a layer has with these arguments; None where the class is not known.
+
+    `framework`: generation of Keras that made the layer.
+    """
+    known = _COLUMNS[framework].variables.get(class_name)
     if known is None:
         return None
     return tuple(variable for variable in known if variable.flag is None or bool(config.get(variable.flag)))
 
 
-def by_count(class_name: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[FileVariable, ...] | None:
+def all_of(class_name: str, framework: str) -> tuple[FileVariable, ...]:
+    """Every variable that a layer of the class may have; none where the class is not known."""
+    return _COLUMNS[framework].variables.get(class_name, ())
+
+
+def by_count(
+    class_name: str, shapes: tuple[tuple[int, ...], ...], framework: str = "keras3"
+) -> tuple[FileVariable, ...] | None:
     """The variables that a layer with these shapes must have; None where several arguments would do."""
-    known = VARIABLES.get(class_name, ())
+    known = all_of(class_name, framework)
     flags = sorted({variable.flag for variable in known if variable.flag is not None})
     found = set()
     for values in product((False, True), repeat=len(flags)):
-        fit = variables_of(class_name, dict(zip(flags, values, strict=True))) or ()
+        fit = variables_of(class_name, dict(zip(flags, values, strict=True)), framework) or ()
         ranks = len(fit) == len(shapes) and all(
-            layout(class_name, variable, shape) is not None or kind(class_name) is None
+            layout(class_name, variable, shape, framework) is not None or kind(class_name, framework) is None
             for variable, shape in zip(fit, shapes, strict=True)
         )
         if ranks:
@@ -103,17 +165,18 @@ def by_count(class_name: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[File
     return found.pop() if len(found) == 1 else None
 
 
-def kind(class_name: str) -> str | None:
+def kind(class_name: str, framework: str = "keras3") -> str | None:
     """The catalog's kind of a class of Keras."""
-    return kind_of_class_name(FRAMEWORK, f"keras.{class_name}")
+    column = _COLUMNS[framework]
+    return kind_of_class_name(column.name, f"{column.package}.{class_name}")
 
 
 def layout(
-    class_name: str, variable: FileVariable, shape: tuple[int, ...]
+    class_name: str, variable: FileVariable, shape: tuple[int, ...], framework: str = "keras3"
 ) -> tuple[str, str, tuple[str, ...]] | None:
     """Kind, role and axes of a variable; None where the catalog does not know them."""
-    named = kind(class_name)
-    found = None if named is None else declared(FRAMEWORK, named, variable.edge, shape)
+    named = kind(class_name, framework)
+    found = None if named is None else declared(framework, named, variable.edge, shape)
     return None if named is None or found is None else (named, *found)
 
 
@@ -122,6 +185,3 @@ def snake_case(class_name: str) -> str:
     name = re.sub(r"\W+", "", class_name)
     name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
     return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
-
-
-CLASS_OF: Mapping[str, str] = {snake_case(name): name for name in VARIABLES}

@@ -45,6 +45,16 @@ class HyperRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A rule that a helper gives a class; the setting of the helper's name tells of it and has its number."""
+
+    call: str
+    """The helper's call, its number in braces under the name of the hyperparameter that it stands for."""
+    form: Mapping[str, str]
+    """The point of the form that it changes, named as the hyperparameter: `epsilon`, `weight_decay`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One algorithm in one framework."""
 
@@ -94,14 +104,18 @@ class Row:
     """Slot lists that the container names even when they are empty."""
     interleaved: bool = False
     """Whether the lists are named and empty, and the slots stand in `_variables`, variable by variable."""
+    placeholders: bool = False
+    """Whether a parameter has a variable in place of a factor that it has not."""
     other_keys: frozenset[str] = frozenset()
     """Keys of state that belongs to no single parameter (LBFGS): it goes back to its own file only."""
     smallest: Mapping[str, float] = field(default_factory=dict)
     """Hyperparameter -> the smallest value that the class does not replace by its default."""
     after_restore: tuple[str, ...] = ()
     """Lines that the target's code must run, as what they set is saved nowhere; `{step}` is filled in."""
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    """Name of a helper -> the rule that it gives the class."""
     helpers: Mapping[str, str] = field(default_factory=dict)
-    """Hyperparameter that the class lacks, or means otherwise -> the call that gives it the source's."""
+    """Hyperparameter that the class lacks -> the call that gives it the source's."""
     required_keys: frozenset[str] = frozenset()
     foreign_keys: frozenset[str] = frozenset()
     telling_values: Mapping[str, Value] = field(default_factory=dict)
@@ -117,7 +131,14 @@ class Row:
         for name, change in (*self.switches.items(), *self.form_when.items()):
             if hyperparameters.get(name):
                 form.update(change)
+        for name, rule in self.rules.items():
+            if hyperparameters.get(name) is not None:
+                form.update(rule.form)
         return form
+
+    def helper(self, point: str, form: str) -> str:
+        """The call that gives the class another form at a point; empty where there is none."""
+        return next((rule.call for rule in self.rules.values() if rule.form.get(point) == form), "")
 
     def slots_present(self, hyperparameters: Mapping[str, Value]) -> tuple[str, ...]:
         """Canonical slots that exist under these hyperparameters; one that is not given counts as off."""
@@ -245,9 +266,14 @@ def _row(
         scalar_inits={name: float(inits[name]) for name in scalars},
         lists=frozenset(record.texts("lists")),
         interleaved=record.flag("interleaved", False),
+        placeholders=record.flag("placeholders", False),
         other_keys=frozenset(record.texts("other_keys")),
         smallest=record.number_map("smallest"),
         after_restore=record.texts("after_restore"),
+        rules={
+            name: Rule(call=entry.text("call"), form=entry.text_map("form"))
+            for name, entry in record.records("rules")
+        },
         helpers=record.text_map("helpers"),
         required_keys=frozenset(record.texts("required_keys")),
         foreign_keys=frozenset(record.texts("foreign_keys")),
@@ -285,10 +311,30 @@ def slot_shapes(framework: str) -> Mapping[str, str]:
     return {found.slots[slot]: kind for found in rows for slot, kind in found.slot_shapes.items()}
 
 
-def interleaved(framework: str) -> tuple[tuple[str, ...], ...]:
-    """Native slot keys, in their order, of the classes whose slots stand in `_variables` alone."""
+def slot_kinds(framework: str) -> Mapping[str, frozenset[str]]:
+    """What names a slot's variables -> the kinds of shape that it has in the framework's classes."""
+    kinds: dict[str, set[str]] = {}
+    for table in _tables().values():
+        if framework in table:
+            for slot, variable in table[framework].slot_variables.items():
+                kinds.setdefault(variable, set()).add(table[framework].slot_shapes.get(slot, "param"))
+    return {variable: frozenset(found) for variable, found in kinds.items()}
+
+
+def interleaved(framework: str) -> tuple[Mapping[str, str | None], ...]:
+    """Of the classes whose slots stand in `_variables` alone, native slot keys in their order.
+
+    Each with the end of its variables' names where a parameter may have none, else None.
+    """
     rows = (table[framework] for table in _tables().values() if framework in table)
-    return tuple(tuple(found.slots.values()) for found in rows if found.interleaved)
+    return tuple(
+        {
+            key: f"_{found.slot_variables[slot]}" if found.slot_shapes.get(slot) == "part" else None
+            for slot, key in found.slots.items()
+        }
+        for found in rows
+        if found.interleaved
+    )
 
 
 def shape_of_slot(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -30,6 +30,11 @@ def target_code(
     lines = [f"{theirs.class_name}({', '.join([*positional, *_arguments(theirs, values, exact)])})"]
     if groups > 1 and per_group:
         lines = [f"{theirs.class_name}  # with {groups} parameter groups; the file holds their settings"]
+    lines += [
+        f"optimizer = {_call(rule.call, numbers(values))}"
+        for name, rule in theirs.rules.items()
+        if values.get(name) is not None
+    ]
     if settings.open:
         names = ", ".join(name for name in settings.open if theirs.hyperparameters[name].argument)
         lines.append(f"# recorded nowhere, as the source run had them: {names}")
@@ -52,8 +57,8 @@ def target_code(
 
 def helper_of(step: Transition, theirs: Row, settings: Settings) -> str:
     """The call with which nothing of a transition remains; none where the groups would need several."""
-    template = step.helper.get(theirs.framework)
-    if template is None:
+    template = theirs.helper(step.point, step.before) or step.helper.get(theirs.framework)
+    if not template:
         return ""
     calls = {_call(template, numbers(settings.target(i), values)) for i, values in enumerate(settings.source)}
     return calls.pop() if len(calls) == 1 else ""
@@ -67,8 +72,10 @@ def _call(template: str, values: Mapping[str, float]) -> str:
 def _arguments(theirs: Row, values: Mapping[str, Value], exact: bool) -> list[str]:
     """`name=value` in the order of the row; what stands at its neutral value is left out."""
     parts: dict[str, list[tuple[int, str]]] = {}
+    active = [rule for name, rule in theirs.rules.items() if values.get(name) is not None]
+    ruled = {point for rule in active for point in rule.form}
     for name, row in theirs.hyperparameters.items():
-        if row.argument is None or name not in values or values[name] is None:
+        if row.argument is None or name not in values or values[name] is None or name in ruled:
             continue
         value = values[name]
         if name in theirs.neutral and value == theirs.neutral[name] and value == (row.default or 0):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptconv.catalog.optimizers import Row, algorithms, infer, row
+from ckptconv.catalog.optimizers import Row, algorithms, infer, row, shape_of_slot
 from ckptconv.dialects.graph_bundle import Bundle
 from ckptconv.dialects.graph_model import Place
 from ckptconv.dialects.keras_layers import Reading
@@ -43,6 +43,9 @@ def lift_optimizer(
     slots = {}
     for native, pairs in node.slots.items():
         slot = _canonical(rows, native, by_variable=node.named_slots)
+        kind = rows[0].slot_shapes.get(slot, "param") if len(rows) == 1 else "param"
+        # Adafactor keeps for a matrix, too, what it reads of vectors alone.
+        pairs = tuple(p for p in pairs if shape_of_slot(kind, bundle.tensor(p[0]).shape) is not None)
         slots[slot] = {named[variable]: bundle.tensor(state) for variable, state in pairs}
         for variable, state in pairs:
             bundle.take(state, ("slot", name, slot, named[variable]))

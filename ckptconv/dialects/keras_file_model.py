@@ -1,33 +1,33 @@
-"""The variables of a Keras 3 model in its own files, by config where there is one, else by groups.
+"""The variables of a Keras model in its own files, where its config is there too.
 
-With a config: the layers of a Sequential or Functional model stand in `layers/<class>[_k]`, k counting the
-layers of a class in the config's order; names, classes, flags and order are *declared*. Layers that the
-table does not know keep their numbers for names. Without a config, or under a model of a user's own class,
-the groups' names tell the class inside a list of layers (*named*) and nothing elsewhere.
+The layers of a Sequential or Functional model stand in `layers/<class>[_k]`, k counting the layers of a
+class in the config's order; names, classes, flags and order are *declared*. Layers that the table does not
+know keep their numbers for names. Without a config: see `keras_file_groups`.
 
-Order without a config is that in which the groups were written, which is the models' for lists of layers;
-attributes of a class are written by name, so that the order of training is not told there.
+Keras 2.12 and 2.13 put the layers into `_layer_checkpoint_dependencies`, a dictionary in which a layer with
+weights stands twice: k counts both places.
 
-Source: keras 3.15.1 `keras/src/saving/saving_lib.py` (`_save_container_state`, `_walk_saveable`).
+Source: keras 3.15.1 `keras/src/saving/saving_lib.py` (`_save_container_state`, `_walk_saveable`), tf_keras
+2.21 and keras 2.12.0, 2.13.1 `saving/saving_lib.py` (`_walk_trackable`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ckptconv.catalog import keras_variables
 from ckptconv.catalog.keras_variables import FileVariable
-from ckptconv.document import Evidence
-from ckptconv.rawtree import DictNode, ListNode, Node
-from ckptconv.tensor import StoredTensor, TensorRef
+from ckptconv.dialects.keras_config import LAYERS, Layer, label
+from ckptconv.document import Evidence, Layout
+from ckptconv.rawtree import DictNode, Node
+from ckptconv.tensor import TensorRef
 
 Path = tuple[str, ...]
-VARS, LAYERS = "vars", "layers"
-_MODELS = frozenset({"Sequential", "Functional", "Model"})
-_INSIDE = {"TimeDistributed": ("layer",), "Bidirectional": ("forward_layer", "backward_layer")}
-_OPTIMIZER = "optimizer"
+VARS = "vars"
+DEPENDENCIES = "_layer_checkpoint_dependencies"
+_BESIDE = frozenset({"optimizer", "metrics"})
+"""Groups at the root that are no layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,7 @@ class Found:
     role: str = "unknown"
     axes: tuple[str, ...] | None = None
     evidence: Evidence = "unknown"
+    candidates: tuple[Layout, ...] = ()
     trainable: bool | None = None
 
 
@@ -50,24 +51,16 @@ class Model:
     """What the files tell of the model."""
 
     variables: tuple[Found, ...]
-    declared: bool
-    """Whether the order, names and flags are the config's."""
     ordered: bool
     """Whether the variables are in the order in which they are trained."""
+    oddities: tuple[str, ...] = ()
 
 
-def model_of(weights: DictNode, config: DictNode | None) -> Model:
-    """The model's variables, in its order."""
-    if config is not None and config.get("class_name") in _MODELS and _is_keras(config):
-        inner = config.get("config")
-        if isinstance(inner, DictNode):
-            found = tuple(_layers(weights, (), inner, "", frozen=inner.get("trainable") is False))
-            unknown = any(one.trainable is None for one in found)
-            return Model(variables=_distinct(found), declared=True, ordered=not unknown)
-    groups = sorted(_groups(weights, ()), key=lambda item: _offset(item[1]))
-    found = tuple(one for path, group in groups for one in _by_group(path, group, weights))
-    listed = all(path[:1] == (LAYERS,) and _offset(group) >= 0 for path, group in groups)
-    return Model(variables=_distinct(found), declared=False, ordered=listed)
+def declared_model(weights: DictNode, whole: Layer, framework: str) -> Model:
+    """The variables of a model whose config is there, in its order."""
+    found = tuple(_listed(weights, (), whole, "", framework))
+    unknown = any(one.trainable is None for one in found)
+    return Model(variables=distinct(found), ordered=not unknown)
 
 
 def numbered(group: Node) -> list[tuple[str, TensorRef]]:
@@ -89,87 +82,70 @@ def below(group: Node, *path: str) -> Node:
     return group
 
 
-def text(node: Node) -> str:
-    return node if isinstance(node, str) else ""
-
-
-def _is_keras(config: DictNode) -> bool:
-    return text(config.get("module")).split(".")[0] == "keras"
-
-
-def _layers(weights: DictNode, at: Path, config: DictNode, prefix: str, *, frozen: bool) -> Iterator[Found]:
-    """Every layer of a Sequential or Functional config, whose group is at `at`."""
+def _listed(weights: DictNode, at: Path, owner: Layer, prefix: str, framework: str) -> Iterator[Found]:
+    """The variables of every layer in the list of one whose group is at `at`."""
+    here = below(weights, *at)
+    older = owner.container == LAYERS and isinstance(below(here, DEPENDENCIES), DictNode)
+    container = DEPENDENCIES if older else owner.container
     counted: dict[str, int] = {}
-    layers = config.get("layers")
-    for layer in layers.items if isinstance(layers, ListNode) else ():
-        if not isinstance(layer, DictNode):
-            continue
-        group = keras_variables.snake_case(text(layer.get("class_name")))
+    for _, layer in owner.inside:
+        group = keras_variables.snake_case(layer.class_name)
         count = counted[group] = counted.get(group, -1) + 1
-        yield from _layer(
-            weights, (*at, LAYERS, f"{group}_{count}" if count else group), layer, prefix, frozen=frozen
-        )
+        path = (*at, container, f"{group}_{count}" if count else group)
+        if older and any(owners(below(weights, *path), ())):
+            counted[group] += 1
+        yield from _of_layer(weights, path, layer, f"{prefix}{layer.name or path[-1]}", framework)
 
 
-def _layer(
-    weights: DictNode, at: Path, layer: DictNode, prefix: str, *, frozen: bool, name: str | None = None
-) -> Iterator[Found]:
-    config = layer.get("config")
-    class_name = text(layer.get("class_name"))
-    if not isinstance(config, DictNode) or not isinstance(below(weights, *at), DictNode):
+def _of_layer(weights: DictNode, at: Path, layer: Layer, name: str, framework: str) -> Iterator[Found]:
+    if not isinstance(below(weights, *at), DictNode):
         return
-    name = name or text(config.get("name")) or at[-1]
-    frozen = frozen or config.get("trainable") is False
-    if not _is_keras(layer):
-        class_name = ""
-    if class_name in _MODELS:
-        yield from _layers(weights, at, config, f"{prefix}{name}/", frozen=frozen)
+    if layer.container:
+        yield from _listed(weights, at, layer, f"{name}/", framework)
         return
-    if class_name in _INSIDE:
-        for part in _INSIDE[class_name]:
-            inner = config.get("backward_layer" if part == "backward_layer" else "layer")
-            inner = inner if isinstance(inner, DictNode) else config.get("layer")
-            if isinstance(inner, DictNode):
-                yield from _layer(weights, (*at, part), inner, f"{prefix}{name}/", frozen=frozen, name=part)
+    for attribute, inner in layer.inside:
+        added = "/".join(part for part in (name, label(attribute)) if part)
+        yield from _of_layer(weights, (*at, attribute), inner, added, framework)
+    if layer.inside:
         return
-    flags = {key: value for key, value in config.items if isinstance(key, str)}
-    known = keras_variables.variables_of(class_name, flags)
-    found = list(_of_table(weights, at, f"{prefix}{name}", class_name, known, "declared", frozen=frozen))
-    yield from found or _untold(below(weights, *at), at, f"{prefix}{name}", frozen=frozen)
+    known = None
+    if layer.of_keras:
+        known = keras_variables.variables_of(layer.class_name, layer.arguments, framework)
+    found = list(of_table(weights, at, name, layer, known, "declared", framework))
+    yield from found or _untold(below(weights, *at), at, name, frozen=layer.frozen)
 
 
-def _of_table(
+def of_table(
     weights: DictNode,
     at: Path,
     name: str,
-    class_name: str,
+    layer: Layer,
     known: tuple[FileVariable, ...] | None,
     evidence: Evidence,
-    *,
-    frozen: bool,
+    framework: str,
 ) -> Iterator[Found]:
     """The variables of a layer of a known class; none where the file has others than the class makes."""
     parts: dict[str, list[FileVariable]] = {}
     for variable in known or ():
         parts.setdefault(variable.part, []).append(variable)
-    owners = {part: (*at, *part.split("/"), VARS) if part else (*at, VARS) for part in parts}
-    stored = {part: numbered(below(weights, *owner)) for part, owner in owners.items()}
+    places = {part: (*at, *part.split("/"), VARS) if part else (*at, VARS) for part in parts}
+    stored = {part: numbered(below(weights, *place)) for part, place in places.items()}
     if any(len(stored[part]) != len(variables) for part, variables in parts.items()):
         return
     for part, variables in parts.items():
         for variable, (number, tensor) in zip(variables, stored[part], strict=True):
-            layout = keras_variables.layout(class_name, variable, tensor.shape)
+            layout = keras_variables.layout(layer.class_name, variable, tensor.shape, framework)
             kind, role, axes = layout or ("unknown", "unknown", None)
-            leaf = variable.edge.removeprefix("_")
+            inner = label(part).removeprefix("_")
             yield Found(
-                path=(*owners[part], number),
-                name=f"{name}/{part}/{leaf}" if part and part != "cell" else f"{name}/{leaf}",
+                path=(*places[part], number),
+                name="/".join(filter(None, (name, inner, variable.leaf))),
                 tensor=tensor,
                 layer=kind,
                 role=role,
                 axes=axes,
                 evidence=evidence if layout else "unknown",
-                trainable=variable.trained and not frozen,
+                trainable=variable.trained and not layer.frozen,
             )
 
 
@@ -177,7 +153,7 @@ def _untold(group: Node, at: Path, name: str, *, frozen: bool) -> Iterator[Found
     """Variables of a layer that no table knows: by their numbers."""
     if not isinstance(group, DictNode):
         return
-    for path, owner in sorted(_groups(group, ()), key=lambda item: _offset(item[1])):
+    for path, owner in owners(group, ()):
         if path[:1] == ("seed_generator",):
             continue
         inner = "/".join((name, *path))
@@ -190,56 +166,21 @@ def _untold(group: Node, at: Path, name: str, *, frozen: bool) -> Iterator[Found
             )
 
 
-def _groups(group: DictNode, at: Path) -> Iterator[tuple[Path, DictNode]]:
+def owners(group: Node, at: Path) -> Iterator[tuple[Path, DictNode]]:
     """The owners of variables, with their `vars`; not those of optimizers and generators."""
-    for key, node in group.items:
+    for key, node in group.items if isinstance(group, DictNode) else ():
         if not isinstance(node, DictNode) or not isinstance(key, str):
             continue
         if key == VARS:
             if numbered(node):
                 yield at, node
-        elif (at or key != _OPTIMIZER) and not key.startswith("seed_generator"):
-            yield from _groups(node, (*at, key))
+        elif (at or key not in _BESIDE) and not key.startswith("seed_generator"):
+            yield from owners(node, (*at, key))
 
 
-def _offset(group: DictNode) -> int:
-    """Where a group's first variable lies, -1 where that is not known: groups follow one another."""
-    return min(
-        (t.extent.offset if isinstance(t, StoredTensor) else -1 for _, t in numbered(group)), default=-1
-    )
-
-
-def _by_group(path: Path, group: DictNode, weights: DictNode) -> Iterator[Found]:
-    """The variables of one `vars` group without a config."""
-    own = numbered(group)
-    state = group.state
-    told = text(state.get("name")) if isinstance(state, DictNode) else ""
-    owner = path[-1] if path else "model"
-    class_name = ""
-    if LAYERS in path[:-1] and path[-2] == LAYERS:
-        class_name = keras_variables.CLASS_OF.get(re.sub(r"_\d+$", "", owner), "")
-        class_name = class_name or keras_variables.CLASS_OF.get(owner, "")
-    shapes = tuple(tensor.shape for _, tensor in own)
-    known = keras_variables.by_count(class_name, shapes) if class_name else None
-    outer = [step for step in path[:-1] if step != LAYERS]
-    name = "/".join([*outer, told or owner])
-    found = list(_of_table(weights, path, name, class_name, known, "named", frozen=False))
-    for one in found:
-        # No flag of training is in such a file; statistics are never trained.
-        yield one if one.trainable is False else replace(one, trainable=None)
-    if not found:
-        for number, tensor in own:
-            yield Found(path=(*path, VARS, number), name=f"{name}/{number}", tensor=tensor)
-
-
-def _distinct(found: tuple[Found, ...]) -> tuple[Found, ...]:
+def distinct(found: tuple[Found, ...]) -> tuple[Found, ...]:
     """The variables under names that are theirs alone: the path where two would have the same."""
     counts: dict[str, int] = {}
     for one in found:
         counts[one.name] = counts.get(one.name, 0) + 1
     return tuple(one if counts[one.name] == 1 else replace(one, name="/".join(one.path)) for one in found)
-
-
-def flags(config: Node) -> Mapping[str, Node]:
-    """The entries of a config by name."""
-    return {str(key): value for key, value in config.items} if isinstance(config, DictNode) else {}

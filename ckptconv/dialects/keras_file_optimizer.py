@@ -1,16 +1,19 @@
-"""The optimizer of a Keras 3 file: `optimizer/vars/<i>`, counter, learning rate, then the slots by order.
+"""The optimizer of a Keras file: its variables in one row, told apart by their order.
 
-    0                counter of updates (of batches, where gradients are accumulated)
-    1                learning rate; not there under a schedule
-    2 ...            averages of `use_ema`, accumulated gradients (one per variable each), then the slots:
-                     those that every optimizer of the class has, variable by variable; those that an argument
-                     asks for (`amsgrad`, `momentum`, `centered`), list by list; numbers kept once
+    counter             of updates (of batches, where gradients are accumulated)
+    learning rate       Keras 3 alone; not there under a schedule
+    ...                 averages of `use_ema`, accumulated gradients (one per parameter each)
+    slots and numbers   see `keras_file_slots`
 
-Class and arguments stand in `config.json` and are *recorded*; without a config the name that the optimizer
-gives itself tells the class, and nothing tells the arguments. Where the number or shapes of the variables are
-others than that order makes (Adafactor, Muon), they stay extra arrays and the algorithm is unknown.
+Class and arguments stand in a config and are *recorded*; without one the name that the optimizer gives
+itself tells the class, and nothing tells the arguments. An optimizer inside a LossScaleOptimizer is the one
+that is meant: the counter of the wrapper of Keras 3 stays 0, that of tf_keras is the same one once more.
+Where the variables are others than the class makes, they stay extra arrays. Where nothing tells the class,
+every class that makes such variables is a candidate; if all of them part these alike, the slots are numbered
+in the order of the class's own.
 
-Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py` (`build`) and the classes; measured for each.
+Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py` (`build`), tf_keras 2.21
+`tf_keras/src/optimizers`, keras 2.0.9 to 2.3.1 `keras/optimizers.py`.
 """
 
 from __future__ import annotations
@@ -22,17 +25,41 @@ from dataclasses import dataclass, field
 from ckptconv.catalog.completion import row_of_class
 from ckptconv.catalog.optimizers import Row, algorithms, row
 from ckptconv.catalog.schedule_rates import flat
-from ckptconv.dialects.keras_file_model import Found, below, flags, numbered, text
+from ckptconv.dialects.keras_config import flags, is_of_keras, plain_class
+from ckptconv.dialects.keras_file_model import Found
 from ckptconv.dialects.keras_file_schedule import declared
+from ckptconv.dialects.keras_file_slots import Assigned, assigned, has_slots
 from ckptconv.document import Absent, Fact, Group, Known, Optimizer, Schedule, Unknown, Value, value_of
 from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, Node
 from ckptconv.tensor import TensorRef
 
-FRAMEWORK = "keras3"
 NAME = "optimizer"
-CONFIG_PATH = ("compile_config", "optimizer")
+INNER = "inner_optimizer"
 Path = tuple[str, ...]
+
+_RATE_IS_A_VARIABLE = frozenset({"keras3"})
+_OLDER_NAMES = {"learning_rate": "lr", "schedule_decay": "decay", "decay": "schedule_decay"}
+"""Argument -> the name that another version of its class has for it in a config."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """An optimizer as a file has it; every path begins at the root of the tree."""
+
+    framework: str
+    variables: tuple[tuple[Path, TensorRef], ...]
+    """In the order in which the optimizer keeps them."""
+    again: tuple[tuple[Path, ...], ...] = ()
+    """Other places of the same variables, one row each."""
+    config: Node = None
+    """What declares class and arguments: `{"class_name": ..., "config": {...}}`, or the name of a class."""
+    at: Path = ()
+    """Where that stands."""
+    scope: str = ""
+    """The name that the optimizer gives itself, where there is no config."""
+    counter: bool = True
+    """Whether the first variable counts: some classes of Keras before 2.3 keep no counter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,107 +81,99 @@ class Lifted:
     schedule: Schedule | None
     micro_steps: Fact
     accumulation: Fact
-    weights: tuple[Taken, ...]
-    """Leaves below the root of the weights."""
-    config: tuple[Taken, ...]
-    """Leaves below the config's arguments of the optimizer."""
-    at: Path
-    """Where those arguments stand in the config."""
+    taken: tuple[Taken, ...]
+    wrapped: bool
+    """Whether it stands in a LossScaleOptimizer."""
     oddities: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Class:
-    at: Path
-    row: Row | None
+    at: Path = ()
+    row: Row | None = None
     arguments: Mapping[str, Node] = field(default_factory=dict)
     declared: bool = False
+    wrapped: bool = False
 
 
-def lift_optimizer(
-    weights: DictNode, config: DictNode | None, params: Sequence[Found], *, ordered: bool
-) -> Lifted | None:
-    """The file's optimizer; None where it has none.
+def lift_optimizer(stored: Stored, params: Sequence[Found], *, ordered: bool) -> Lifted:
+    """The optimizer with its slots by the names of their parameters.
 
+    `ordered`: whether the parameters are in the order in which they are trained.
     Raises: corrupt-file where counter or learning rate is no single number.
     """
-    at: Path = (NAME, "inner_optimizer") if below(weights, NAME, "inner_optimizer") else (NAME,)
-    own = numbered(below(weights, *at, "vars"))
-    if not own:
-        return None
-    where = (*at, "vars")
-    known = _class_of(below(weights, *where), config)
-    arguments = known.arguments
-    step = _number(own[0][1], (*where, own[0][0]))
-    per_update = arguments.get("gradient_accumulation_steps")
-    micro: Fact = Absent(reason="gradients are not accumulated")
-    accumulation: Fact = micro
-    source = "/".join((*where, own[0][0]))
-    fact: Fact = Known(value=int(step), source=source)
-    taken = [Taken(path=(*where, own[0][0]), to=("step", NAME), number=own[0][1], was=int(step))]
-    if isinstance(per_update, int) and per_update > 0:
-        micro, accumulation = fact, Known(value=per_update, source="compile_config")
-        formula = "micro_steps // gradient_accumulation_steps"
-        fact = Known(value=int(step) // per_update, status="derived", source=source, formula=formula)
-        taken = [Taken(path=(*where, own[0][0]), to=("progress", "micro_steps"), number=own[0][1])]
-    facts, told = _hyperparameters(known)
-    rest = own[1:]
-    rate: TensorRef | None = None
-    if rest and rest[0][1].shape == () and not isinstance(arguments.get("learning_rate"), DictNode):
-        number, rate = rest[0]
-        current = float(_number(rate, (*where, number)))
-        facts["learning_rate"] = Known(value=current, source="/".join((*where, number)))
-        taken.append(
-            Taken(path=(*where, number), to=("hyperparameter", NAME, 0, "learning_rate"), number=rate)
-        )
-        rest = rest[1:]
-        told = [
-            one for one in told if one.path != ("learning_rate",) or arguments["learning_rate"] == current
-        ]
-    schedule = None if rate is not None else _schedule(known, facts, fact)
+    known = _class_of(stored)
+    facts, config = _hyperparameters(known)
+    rest = list(stored.variables)
+    taken: list[Taken] = []
+    step, micro, accumulation = _step(stored, known, taken)
+    rest = rest[1:] if stored.counter else rest
+    rate = False
+    if rest and stored.framework in _RATE_IS_A_VARIABLE and rest[0][1].shape == ():
+        rate = not isinstance(known.arguments.get("learning_rate"), DictNode)
+    if rate:
+        path, tensor = rest.pop(0)
+        current = float(_number(tensor, path))
+        facts["learning_rate"] = Known(value=current, source="/".join(path))
+        taken.append(Taken(path=path, to=("hyperparameter", NAME, 0, "learning_rate"), number=tensor))
+        if known.arguments.get("learning_rate") != current:
+            config = [one for one in config if one.path[-1] != "learning_rate"]
+    followed = isinstance(known.arguments.get("learning_rate"), DictNode)
+    followed = followed or (stored.framework in _RATE_IS_A_VARIABLE and not rate)
+    schedule = _schedule(known, facts, step) if followed else None
+    if "learning_rate" not in facts and schedule is None:
+        facts["learning_rate"] = Unknown(reason="neither a config nor a variable of the file tells it")
     trained = [one for one in params if one.trainable is not False]
-    rest = rest[_beside(arguments) * len(trained) :]
-    slots, scalars, oddities = _slots(known, facts, trained, rest, where, taken, ordered=ordered)
-    algorithm = known.row.algorithm if known.row is not None else "unknown"
-    values = {name: value for name, one in facts.items() if (value := value_of(one)) is not None}
+    rest = rest[_beside(known.arguments) * len(trained) :]
+    state = _state(known, stored.framework, _values(facts), trained, rest, taken, ordered=ordered)
     return Lifted(
         optimizer=Optimizer(
             name=NAME,
-            algorithm=algorithm,
-            framework=FRAMEWORK,
-            form=known.row.form(values) if known.row is not None and known.declared else {},
-            step=fact,
+            algorithm=known.row.algorithm if known.row is not None else "unknown",
+            algorithm_candidates=state.candidates,
+            framework=stored.framework,
+            form=known.row.form(_values(facts)) if known.row is not None and known.declared else {},
+            step=step,
             groups=(Group(params=tuple(one.name for one in trained), hyperparameters=facts),),
-            slots=slots,
-            scalars=scalars,
-            param_order="declaration-order" if slots else "unknown",
+            slots=state.slots,
+            scalars=state.scalars,
+            param_order="declaration-order" if state.slots else "unknown",
         ),
         schedule=schedule,
         micro_steps=micro,
         accumulation=accumulation,
-        weights=tuple(taken),
-        config=tuple(told),
-        at=known.at,
-        oddities=tuple(oddities),
+        taken=(*taken, *config, *_again(stored, taken)),
+        wrapped=known.wrapped,
+        oddities=state.oddities,
     )
 
 
-def _class_of(group: Node, config: DictNode | None) -> _Class:
-    """The optimizer's class: of the config, else by the name that its variables' group has."""
-    declared = below(config, *CONFIG_PATH) if config is not None else None
-    at: Path = (*CONFIG_PATH, "config")
-    inner = below(declared, "config", "inner_optimizer")
-    if isinstance(inner, DictNode):
-        declared, at = inner, (*CONFIG_PATH, "config", "inner_optimizer", "config")
-    if isinstance(declared, DictNode):
-        ours = text(declared.get("module")).split(".")[0] == "keras"
-        found = row_of_class(FRAMEWORK, text(declared.get("class_name"))) if ours else None
-        return _Class(at=at, row=found, arguments=flags(declared.get("config")), declared=True)
-    state = group.state if isinstance(group, DictNode) else None
-    scope = re.sub(r"_\d+$", "", text(state.get("name")) if isinstance(state, DictNode) else "")
-    rows = [one for name in algorithms() if (one := row(name, FRAMEWORK)) is not None]
-    named = [one for one in rows if scope and one.scope == scope]
-    return _Class(at=at, row=named[0] if len(named) == 1 else None)
+def _class_of(stored: Stored) -> _Class:
+    """The optimizer's class: of the config, else by the name that it gives itself."""
+    config, at, wrapped = stored.config, stored.at, False
+    while isinstance(inner := flags(flags(config).get("config")).get(INNER), DictNode):
+        config, at, wrapped = inner, (*at, "config", INNER), True
+    if isinstance(config, DictNode):
+        name = plain_class(config).rpartition(".")[2]
+        found = row_of_class(stored.framework, name) if is_of_keras(config) else None
+        return _Class(
+            at=(*at, "config"),
+            row=found,
+            arguments=flags(config.get("config")),
+            declared=True,
+            wrapped=wrapped,
+        )
+    rows = [one for name in algorithms() if (one := row(name, stored.framework)) is not None]
+    if isinstance(config, str):
+        named = [one for one in rows if one.class_name.rpartition(".")[2].lower() == config.lower()]
+    else:
+        scope = re.sub(r"_\d+$", "", stored.scope)
+        named = [one for one in rows if scope and one.scope == scope]
+    return _Class(row=named[0] if len(named) == 1 else None)
+
+
+def _values(facts: Mapping[str, Fact]) -> dict[str, Value]:
+    return {name: value for name, one in facts.items() if (value := value_of(one)) is not None}
 
 
 def _hyperparameters(known: _Class) -> tuple[dict[str, Fact], list[Taken]]:
@@ -162,23 +181,50 @@ def _hyperparameters(known: _Class) -> tuple[dict[str, Fact], list[Taken]]:
     facts: dict[str, Fact] = {}
     taken = []
     for name, entry in known.row.hyperparameters.items() if known.row is not None else ():
-        if entry.argument is None or entry.argument not in known.arguments:
+        argument = entry.argument
+        if argument is not None and argument not in known.arguments:
+            argument = _OLDER_NAMES.get(argument)
+        if argument is None or argument not in known.arguments or known.row is None:
             continue
-        value = known.arguments[entry.argument]
-        source = "/".join((*known.at, entry.argument))
+        value = known.arguments[argument]
+        path = (*known.at, argument)
         if isinstance(value, (bool, int, float)):
-            facts[name] = Known(value=value, source=source)
-            taken.append(Taken(path=(entry.argument,), to=("hyperparameter", NAME, 0, name)))
-        elif value is None and known.row is not None and name in known.row.neutral:
-            facts[name] = Known(value=known.row.neutral[name], source=source)
+            facts[name] = Known(value=value, source="/".join(path))
+            taken.append(Taken(path=path, to=("hyperparameter", NAME, 0, name)))
+        elif value is None and name in known.row.neutral:
+            facts[name] = Known(value=known.row.neutral[name], source="/".join(path))
     return facts, taken
+
+
+def _step(stored: Stored, known: _Class, taken: list[Taken]) -> tuple[Fact, Fact, Fact]:
+    """Completed updates, batches, and batches per update."""
+    micro: Fact = Absent(reason="gradients are not accumulated")
+    if not stored.counter:
+        return Unknown(reason="this class of Keras before 2.3 saves no counter"), micro, micro
+    path, tensor = stored.variables[0]
+    count = _number(tensor, path)
+    if isinstance(count, float) and not count.is_integer():
+        raise _no_number(tensor, path)
+    per_update = known.arguments.get("gradient_accumulation_steps")
+    source = "/".join(path)
+    if isinstance(per_update, int) and not isinstance(per_update, bool) and per_update > 0:
+        taken.append(Taken(path=path, to=("progress", "micro_steps"), number=tensor))
+        step = Known(
+            value=int(count) // per_update,
+            status="derived",
+            source=source,
+            formula="micro_steps // gradient_accumulation_steps",
+        )
+        there = "/".join((*known.at, "gradient_accumulation_steps"))
+        return step, Known(value=int(count), source=source), Known(value=per_update, source=there)
+    taken.append(Taken(path=path, to=("step", NAME), number=tensor, was=int(count)))
+    return Known(value=int(count), source=source), micro, micro
 
 
 def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
     """The schedule of a file without a learning rate, as far as the config tells it."""
     facts["learning_rate"] = Unknown(reason="the optimizer follows a schedule")
-    config = known.arguments.get("learning_rate")
-    told = declared(config)
+    told = declared(known.arguments.get("learning_rate"))
     parameters: dict[str, Fact] = {}
     if told is not None:
         source = "/".join((*known.at, "learning_rate"))
@@ -196,80 +242,128 @@ def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
 
 
 def _beside(arguments: Mapping[str, Node]) -> int:
-    """Lists, one entry per variable, that stand before the slots."""
+    """Lists, one entry per parameter, that stand before the slots."""
     return sum(bool(arguments.get(name)) for name in ("use_ema", "gradient_accumulation_steps"))
 
 
-Slots = dict[str, dict[str, TensorRef]]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    """What the variables after counter and learning rate mean."""
+
+    slots: Mapping[str, Mapping[str, TensorRef]] = field(default_factory=dict)
+    scalars: Mapping[str, Fact] = field(default_factory=dict)
+    candidates: tuple[str, ...] = ()
+    oddities: tuple[str, ...] = ()
 
 
-def _slots(
+Variables = Sequence[tuple[Path, TensorRef]]
+
+
+def _state(
     known: _Class,
-    facts: Mapping[str, Fact],
+    framework: str,
+    values: Mapping[str, Value],
     trained: Sequence[Found],
-    rest: Sequence[tuple[str, TensorRef]],
-    where: Path,
+    rest: Variables,
     taken: list[Taken],
     *,
     ordered: bool,
-) -> tuple[Slots, dict[str, Fact], list[str]]:
-    if known.row is None:
-        return {}, {}, ["the optimizer's class is not in the catalog: its state stays as extra arrays"]
+) -> _State:
+    if known.row is None and known.declared:
+        return _State(
+            oddities=("the optimizer's class is not in the catalog: its state stays as extra arrays",)
+        )
     if not ordered:
-        if not rest:
-            return {}, {}, []
         said = "the order in which this model trains is not in the file: slots stay as extra arrays"
-        return {}, {}, [said]
-    orders = _orders(known, facts, trained)
-    scalars = tuple(known.row.scalars)
-    for order in orders:
-        if len(rest) not in (len(order), len(order) + len(scalars)):
-            continue
-        pairs = list(zip(order, rest[: len(order)], strict=True))
-        if any(tensor.shape != one.tensor.shape for (_, one), (_, tensor) in pairs):
-            continue
-        slots: Slots = {}
-        for (slot, one), (number, tensor) in pairs:
-            slots.setdefault(slot, {})[one.name] = tensor
-            taken.append(Taken(path=(*where, number), to=("slot", NAME, slot, one.name)))
-        numbers: dict[str, Fact] = {}
-        for scalar, (number, tensor) in zip(scalars, rest[len(order) :], strict=False):
-            numbers[scalar] = Known(
-                value=_number(tensor, (*where, number)), source="/".join((*where, number))
-            )
-            taken.append(Taken(path=(*where, number), to=("scalar", NAME, scalar), number=tensor))
-        return slots, numbers, []
+        return _State(oddities=(said,) if rest else ())
+    params, shapes = [one.tensor.shape for one in trained], [tensor.shape for _, tensor in rest]
+    if known.row is None:
+        return _of_no_class(framework, params, shapes, trained, rest, taken)
+    found = assigned(known.row, params, shapes, values)
+    if found is None and rest:
+        said = f"the {len(rest)} variables of the optimizer are not those of {known.row.class_name}"
+        return _State(oddities=(f"{said}: they stay as extra arrays",))
+    if found is None:
+        said = "the optimizer was saved before it was built: it has no slots"
+        return _State(oddities=(said,) if has_slots(known.row, values) else ())
+    scalars: dict[str, Fact] = {}
+    for scalar, number in found.scalars:
+        path, tensor = rest[number]
+        scalars[scalar] = Known(value=_number(tensor, path), source="/".join(path))
+        taken.append(Taken(path=path, to=("scalar", NAME, scalar), number=tensor))
+    lacking = [f"'{name}' of {known.row.class_name} is not in the file" for name in known.row.scalars]
+    return _State(
+        slots=_slots(found, trained, rest, taken),
+        scalars=scalars,
+        oddities=tuple(lacking) if found.slots and not scalars else (),
+    )
+
+
+def _of_no_class(
+    framework: str,
+    params: Sequence[tuple[int, ...]],
+    shapes: Sequence[tuple[int, ...]],
+    trained: Sequence[Found],
+    rest: Variables,
+    taken: list[Taken],
+) -> _State:
+    """The state of a class that nothing names, as far as all that fit agree on it."""
     if not rest:
-        return {}, {}, ["the optimizer was saved before it was built: it has no slots"] if orders[0] else []
-    said = f"the {len(rest)} variables of the optimizer are not those of {known.row.class_name}: extra arrays"
-    return {}, {}, [said]
+        return _State()
+    readings = {
+        name: found
+        for name in algorithms()
+        if (one := row(name, framework)) is not None
+        and (found := assigned(one, params, shapes, {}, numbered=True)) is not None
+    }
+    said = "nothing in the file tells the optimizer's class"
+    if not readings:
+        return _State(oddities=(f"{said}: its state stays as extra arrays",))
+    said += f"; its state fits {', '.join(readings)}"
+    first, *others = readings.values()
+    if any(other.slots != first.slots for other in others):
+        return _State(candidates=tuple(readings), oddities=(f"{said}, in different orders",))
+    return _State(slots=_slots(first, trained, rest, taken), candidates=tuple(readings), oddities=(said,))
 
 
-def _orders(
-    known: _Class, facts: Mapping[str, Fact], trained: Sequence[Found]
-) -> list[list[tuple[str, Found]]]:
-    """The (slot, variable) in the order in which the class makes them; one order per set of slots."""
-    assert known.row is not None
-    conditions = known.row.slot_conditions
-    values: dict[str, Value] = {name: value_of(fact) for name, fact in facts.items()}
-    every = [slot for slot in known.row.slots if slot not in conditions]
-    asked = [slot for slot in conditions if values.get(conditions[slot])]
-    choices = [asked] if known.declared else [[], list(conditions)]
-    return [
-        [(slot, one) for one in trained for slot in every]
-        + [(slot, one) for slot in choice for one in trained]
-        for choice in choices
-    ]
+def _slots(
+    found: Assigned, trained: Sequence[Found], rest: Variables, taken: list[Taken]
+) -> dict[str, dict[str, TensorRef]]:
+    slots: dict[str, dict[str, TensorRef]] = {}
+    for slot, param, number in found.slots:
+        path, tensor = rest[number]
+        slots.setdefault(slot, {})[trained[param].name] = tensor
+        taken.append(Taken(path=path, to=("slot", NAME, slot, trained[param].name)))
+    return slots
+
+
+def _again(stored: Stored, taken: Sequence[Taken]) -> list[Taken]:
+    """What was taken, at the other places where it stands too."""
+    found = []
+    for row_ in stored.again:
+        others = {path: other for (path, _), other in zip(stored.variables, row_, strict=True)}
+        found += [
+            Taken(path=others[one.path], to=one.to, number=one.number, was=one.was)
+            for one in taken
+            if one.path in others
+        ]
+    return found
 
 
 def _number(tensor: TensorRef, path: Path) -> int | float:
     if tensor.spec.numel != 1 or tensor.dtype.kind not in ("int", "uint", "float"):
-        raise FormatError.of(
-            "corrupt-file",
-            f"'{'/'.join(path)}' is {tensor.dtype.name} {list(tensor.shape)}, expected one number",
-            "Save the model again.",
-            loc=path,
-        )
+        raise _no_number(tensor, path)
     value: Value = tensor.read().reshape(-1)[0].item()
     assert isinstance(value, (int, float))
     return value
+
+
+def _no_number(tensor: TensorRef, path: Path) -> FormatError:
+    error = FormatError.of(
+        "corrupt-file",
+        f"'{'/'.join(path)}' is {tensor.dtype.name} {list(tensor.shape)}, expected one number",
+        "Save the model again.",
+        loc=path,
+    )
+    assert isinstance(error, FormatError)
+    return error

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
-from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_shapes
+from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_kinds, slot_shapes
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.errors import CkptError, MappingError
 
@@ -170,13 +170,14 @@ def _keras3(
         and (graph.is_list(child) or not graph.children[child] or edge in kinds)
     }
     entries = {edge: _numbered(graph, edges[edge]) for edge in lists}
-    rest = [v for v in own if v not in (edges.get("_iterations"), edges.get("_learning_rate"))]
+    beside = {edges.get("_iterations"), edges.get("_learning_rate")}
+    beside.update(v for edge in _NOT_SLOTS for v in lists.get(edge, ()))
+    rest = [v for v in own if v not in beside]
     for order in interleaved("keras3"):
-        empty = all(edge in lists and not lists[edge] for edge in order)
-        if empty and variables and len(rest) == len(order) * len(variables):
-            for place, edge in enumerate(order):
-                entries[edge] = dict(enumerate(rest[place :: len(order)]))
-                lists[edge] = tuple(entries[edge].values())
+        if variables and all(edge in lists and not lists[edge] for edge in order):
+            found = _dealt(graph, rest, variables, order)
+            entries.update(found)
+            lists.update({edge: tuple(numbers.values()) for edge, numbers in found.items()})
     slots = {}
     for edge, elements in lists.items():
         pairs = _pairs(entries[edge], variables, shapes, kinds.get(edge, "param"))
@@ -199,6 +200,22 @@ def _keras3(
         built=bool(variables),
         loss_scale=loss_scale,
     )
+
+
+def _dealt(
+    graph: Graph, rest: Sequence[int], variables: Sequence[int], order: Mapping[str, str | None]
+) -> dict[str, dict[int, int]]:
+    """List edge -> number of the variable -> its slot, of slots in one row; nothing where the row differs."""
+    found: dict[str, dict[int, int]] = {edge: {} for edge in order}
+    number = 0
+    for place in range(len(variables)):
+        for edge, ending in order.items():
+            if number < len(rest) and (
+                ending is None or graph.variables[rest[number]].full_name.endswith(ending)
+            ):
+                found[edge][place] = rest[number]
+                number += 1
+    return found if number == len(rest) else {}
 
 
 def _numbered(graph: Graph, node: int) -> dict[int, int]:
@@ -317,6 +334,7 @@ def _match_by_name(
         scope, name, variable_name = parsed
         scopes[scope] += 1
         named.setdefault((name, variable_name), []).append(slot)
+    kinds = slot_kinds("tf_keras")
     matched: Matches = {}
     order: Literal["named", "declaration-order", "unknown"] = "named"
     for (name, variable_name), slots in named.items():
@@ -324,7 +342,8 @@ def _match_by_name(
         if len(variables) > 1:
             order = "declaration-order"
         same = len(slots) == len(variables) and all(
-            shapes.get(slot) == shapes.get(variable) for slot, variable in zip(slots, variables, strict=True)
+            shapes.get(slot) in {shape_of_slot(kind, shapes[variable]) for kind in kinds.get(name, {"param"})}
+            for slot, variable in zip(slots, variables, strict=True)
         )
         if not same:
             raise _ambiguous(name, variable_name, len(slots), len(variables))

@@ -28,6 +28,7 @@ from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_plain import filled_with, provenance, trained, unit_names
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
+from ckptconv.dialects.torch_table import LIGHTNING
 from ckptconv.dialects.torch_values import lift_rest, number_of, own_residue
 from ckptconv.document import Block, Checkpoint, Optimizer, Residue, Schedule, value_of
 from ckptconv.errors import FormatError, MappingError, Problem
@@ -41,12 +42,12 @@ _LOADER: Path = (*FIT, "state_dict", "combined_loader")
 class Lightning:
     """One file of `Trainer.save_checkpoint` or `ModelCheckpoint`."""
 
-    name = "lightning"
+    name = LIGHTNING.name
     format = "pytorch"
     framework: str | None = "torch"
     needs_template = True
     save_counter: str | None = None
-    summary = "checkpoint of a Lightning trainer: model, optimizers, schedulers, loops"
+    summary = LIGHTNING.summary
 
     def detect(self, raw: RawTree) -> Detection | None:
         """By the version that Lightning writes beside the model."""
@@ -55,7 +56,9 @@ class Lightning:
             return None
         if not isinstance(version := root.get(VERSION), str):
             return None
-        return Detection(score=100, evidence=f"'{VERSION}' is {version[:20]}, beside state_dict")
+        return Detection(
+            score=LIGHTNING.signature.score, evidence=f"'{VERSION}' is {version[:20]}, beside state_dict"
+        )
 
     def lift(self, raw: RawTree) -> Checkpoint:
         """The training run. I/O: reads 0-d counters. Raises: duplicate-key, corrupt-file, unknown-dialect."""

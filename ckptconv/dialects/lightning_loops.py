@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_progress import step_of_optimizers
+from ckptconv.dialects.torch_table import LIGHTNING
 from ckptconv.dialects.torch_values import Encoding, Number, count_of, dotted, number_of
 from ckptconv.document import (
     NOT_RECORDED,
@@ -70,14 +71,6 @@ COUNTERS: Mapping[str, tuple[Path, ...]] = {
     "micro_steps": ((*_BATCHES, "total"),),
 }
 """Quantity of the progress -> trackers that count it, beside the top-level `epoch`."""
-
-SCALERS: tuple[str, ...] = (
-    "MixedPrecision",
-    "MixedPrecisionPlugin",
-    "NativeMixedPrecisionPlugin",
-    "native_amp_scaling_state",
-)
-"""Keys of the precision plugin's state: its class, or the older fixed one."""
 
 _MOST = 1 << 63
 
@@ -341,11 +334,11 @@ def _scheduler_calls(reading: _Reading) -> None:
 
 def _scale(root: DictNode) -> tuple[str, Number, Encoding] | None:
     """(key, loss scale, how it is written) of the precision plugin."""
-    for key in SCALERS:
+    for (key,) in LIGHTNING.scaler:
         node = root.get(key)
         found = number_of(node.get("scale")) if isinstance(node, DictNode) else None
         if found is not None and not isinstance(found[0], bool):
-            return key, *found
+            return str(key), *found
     return None
 
 

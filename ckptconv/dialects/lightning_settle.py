@@ -29,7 +29,7 @@ def settle_loops(checkpoint: Checkpoint, root: Node) -> tuple[Checkpoint, Node]:
     was = _at_lift(root)
     if not carried:
         checkpoint = _with_batches(checkpoint, root, was)
-        _refuse_stale_schedules(checkpoint, root, was)
+        _refuse_stale_schedules(checkpoint, root)
     progress = checkpoint.progress
     _refuse_fraction(progress, root)
     again = carried or any(
@@ -119,23 +119,21 @@ def _with_batches(checkpoint: Checkpoint, root: Node, was: Mapping[str, int]) ->
     return replace(checkpoint, progress=replace(checkpoint.progress, micro_steps=moved))
 
 
-def _refuse_stale_schedules(checkpoint: Checkpoint, root: Node, was: Mapping[str, int]) -> None:
-    """Schedules that would not follow what was edited. Raises: residue-stale."""
+def _refuse_stale_schedules(checkpoint: Checkpoint, root: Node) -> None:
+    """Schedules of nobody knows which optimizer, whose step was edited. Raises: residue-stale."""
     steps = {o.name: value_of(o.step) for o in checkpoint.optimizers}
-    stepped = any(steps.get(name) != step for name, step in steps_at_lift(root).items())
-    epochs = "epochs" in was and value_of(checkpoint.progress.epochs) != was["epochs"]
+    if all(steps.get(name) == step for name, step in steps_at_lift(root).items()):
+        return
     for path, lifted in places(root):
         if lifted.to[0] != "position" or "was" not in lifted.encoding:
             continue
         schedule = checkpoint.schedule(str(lifted.to[1]))
         fact = schedule.position
         kept = isinstance(fact, Known) and fact.status != "supplied" and fact.value == lifted.encoding["was"]
-        unowned = stepped and schedule.optimizer not in steps
-        if kept and (unowned or (epochs and schedule.unit == "epoch")):
-            moves = "a step" if unowned else "the epochs"
+        if kept and schedule.optimizer not in steps:
             raise MappingError.of(
                 "residue-stale",
-                f"'{dotted(path)}' still holds {lifted.encoding['was']}, and {moves} that "
+                f"'{dotted(path)}' still holds {lifted.encoding['was']}, and a step that "
                 f"'{schedule.name}' may move with was edited",
                 "Edit its position in the document as well, with the status 'supplied'.",
                 loc=path,

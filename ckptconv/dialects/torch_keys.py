@@ -154,6 +154,9 @@ SWITCHES: frozenset[str] = frozenset(
 SCHEDULER_MARKS: frozenset[str] = frozenset({"_step_count", "base_lrs", "_last_lr", "_schedulers"})
 """One of these stands in every scheduler's state_dict."""
 
+MMENGINE_SCHEDULER: frozenset[str] = frozenset({"by_epoch", "last_step", "_global_step", "param_name"})
+"""These stand together in the state_dict of a `_ParamScheduler` of MMEngine and nowhere else."""
+
 SCHEDULER_BOOKKEEPING: frozenset[str] = frozenset(
     {
         "last_epoch",

@@ -45,10 +45,12 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     if shared is not None and len(own) == 1 and own != {shared}:
         step = progress.step
         progress = replace(progress, step=replace(step, value=own.pop()) if isinstance(step, Known) else step)
-    positions = moved(checkpoint.schedules, edits)
-    _refuse_stale(checkpoint, root, edits, positions)
+    epochs = None if is_carried(checkpoint, root) else _edited_epochs(checkpoint, root)
+    positions = moved(checkpoint.schedules, edits, epochs)
+    _refuse_stale(checkpoint, root, edits, epochs, positions)
+    optimizers = list(_with_rates(tuple(optimizers), checkpoint.schedules, positions))
     schedules = tuple(
-        replace(s, position=Known(value=positions[s.name], status="derived", formula="moves with the step"))
+        replace(s, position=Known(value=positions[s.name], status="derived", formula="moves with the run"))
         if s.name in positions
         else s
         for s in checkpoint.schedules
@@ -113,6 +115,16 @@ def steps_at_lift(root: Node) -> dict[str, int]:
     return steps
 
 
+def _edited_epochs(checkpoint: Checkpoint, root: Node) -> tuple[int, int] | None:
+    """The epochs before and after they were edited; None where they were not."""
+    now = value_of(checkpoint.progress.epochs)
+    for _, lifted in places(root):
+        was = lifted.encoding.get("was")
+        if lifted.to == ("progress", "epochs") and isinstance(was, int) and isinstance(now, int):
+            return (was, now) if now != was else None
+    return None
+
+
 def _shared_step(checkpoint: Checkpoint) -> int | None:
     """`progress.step`, where it is the step of every optimizer."""
     value = value_of(checkpoint.progress.step)
@@ -157,10 +169,14 @@ def _with_step(optimizer: Optimizer, step: int | None, *, edited: bool) -> Optim
 
 
 def _refuse_stale(
-    checkpoint: Checkpoint, root: Node, edits: Mapping[str, tuple[int, int]], positions: Mapping[str, int]
+    checkpoint: Checkpoint,
+    root: Node,
+    edits: Mapping[str, tuple[int, int]],
+    epochs: tuple[int, int] | None,
+    positions: Mapping[str, int],
 ) -> None:
-    """Places that moved with a step that was edited, and that no rule can rewrite."""
-    if not edits:
+    """Places that moved with a step or epochs that were edited, and that no rule can rewrite."""
+    if not edits and epochs is None:
         return
     problems: list[CkptError] = []
     for path, lifted in places(root):
@@ -168,51 +184,92 @@ def _refuse_stale(
             case ("position", str(name)) if name not in positions and lifted.encoding.get("plus") is None:
                 schedule = checkpoint.schedule(name)
                 fact = schedule.position
-                follows = schedule.optimizer in edits and schedule.unit != "epoch"
+                by_epoch = schedule.unit == "epoch"
+                follows = epochs is not None if by_epoch else schedule.optimizer in edits
                 if follows and isinstance(fact, Known) and fact.status != "supplied":
                     problems.append(_stale(path, fact.value, f"the position of schedule '{name}'"))
-            case ("progress", "micro_steps") if isinstance(checkpoint.progress.micro_steps, Unknown):
+            case ("position", str(name)) if name in positions and "frozen" in lifted.encoding:
+                problems.append(
+                    _stale(path, value_of(checkpoint.schedule(name).position), f"schedule '{name}'")
+                )
+            case ("progress", str(name)) if lifted.encoding.get("moves") == "step" and edits:
+                fact = getattr(checkpoint.progress, name)
+                was = lifted.encoding.get("was")
+                if was and isinstance(fact, Known) and fact.status != "supplied" and fact.value == was:
+                    problems.append(_stale(path, was, f"'{name}'", f"Pass --set {name}=N as well."))
+            case ("progress", "micro_steps") if edits and isinstance(
+                checkpoint.progress.micro_steps, Unknown
+            ):
                 problems.append(_stale(path, lifted.encoding.get("raw"), "a counter that is not the step"))
-    for schedule in checkpoint.schedules:
-        if schedule.name in positions:
-            problems += _stale_rates(checkpoint.optimizer(schedule.optimizer), schedule, positions)
     if problems:
         raise MappingError(*(problem for error in problems for problem in error.problems))
 
 
-def _stale_rates(optimizer: Optimizer, schedule: Schedule, positions: Mapping[str, int]) -> list[CkptError]:
-    """Groups whose learning rate is not the one at the schedule's new position: torch goes on from it."""
-    problems = []
+def _with_rates(
+    optimizers: tuple[Optimizer, ...], schedules: tuple[Schedule, ...], positions: Mapping[str, int]
+) -> tuple[Optimizer, ...]:
+    """The optimizers whose learning rates follow schedules that moved: torch goes on from what is recorded.
+
+    Raises: residue-stale where the rate is not known at the new position, or was not the schedule's before.
+    """
+    problems: list[CkptError] = []
+    followed = []
+    for optimizer in optimizers:
+        for schedule in schedules:
+            if schedule.name in positions and schedule.optimizer == optimizer.name:
+                optimizer = _with_rate(optimizer, schedule, positions[schedule.name], problems)
+        followed.append(optimizer)
+    if problems:
+        raise MappingError(*(problem for error in problems for problem in error.problems))
+    return tuple(followed)
+
+
+def _with_rate(
+    optimizer: Optimizer, schedule: Schedule, position: int, problems: list[CkptError]
+) -> Optimizer:
+    groups = []
     for number, group in enumerate(optimizer.groups):
         fact = group.hyperparameters.get("learning_rate")
         if not isinstance(fact, Known) or fact.status == "supplied":
+            groups.append(group)
             continue
-        rate, base = fact.value, value_of(group.hyperparameters.get("base_learning_rate"))
-        due = None
-        if isinstance(base, (int, float)):
+        base, stood = value_of(group.hyperparameters.get("base_learning_rate")), value_of(schedule.position)
+        was, due = None, None
+        if isinstance(base, (int, float)) and isinstance(stood, int):
             named = named_rates(group.hyperparameters)
-            due = rate_at(schedule, float(base), positions[schedule.name], named)
-        if due is not None and isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6):
-            continue
-        wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"
-        problems.append(
-            MappingError.of(
-                "residue-stale",
-                f"the step was edited and '{schedule.name}' moves with it to {positions[schedule.name]}: the "
-                f"learning rate {wanted}, the document has {rate}",
-                "Edit learning_rate as well, with the status 'supplied'.",
-                loc=("optimizers", optimizer.name, "groups", number, "hyperparameters", "learning_rate"),
+            was, due = (rate_at(schedule, float(base), tick, named) for tick in (stood, position))
+        if due is not None and _alike(fact.value, due):
+            groups.append(group)
+        elif due is not None and was is not None and _alike(fact.value, was):
+            moved_rate = Known(value=due, status="derived", source=schedule.name, formula=f"at {position}")
+            groups.append(
+                replace(group, hyperparameters={**group.hyperparameters, "learning_rate": moved_rate})
             )
-        )
-    return problems
+        else:
+            groups.append(group)
+            wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"
+            problems.append(
+                MappingError.of(
+                    "residue-stale",
+                    f"the run was moved and '{schedule.name}' moves with it to {position}: the rate "
+                    f"{wanted}, the document has {fact.value}, which was not the schedule's before",
+                    "Edit learning_rate as well, with the status 'supplied'.",
+                    loc=("optimizers", optimizer.name, "groups", number, "hyperparameters", "learning_rate"),
+                )
+            )
+    return replace(optimizer, groups=tuple(groups))
 
 
-def _stale(path: Path, value: object, what: str) -> CkptError:
+def _alike(rate: object, due: float) -> bool:
+    return isinstance(rate, (int, float)) and math.isclose(rate, due, rel_tol=1e-6)
+
+
+def _stale(path: Path, value: object, what: str, hint: str = "") -> CkptError:
     return MappingError.of(
         "residue-stale",
-        f"the step was edited, and '{dotted(path)}' still holds {value}: {what}, which moves with it at an "
+        f"the run was moved, and '{dotted(path)}' still holds {value}: {what}, which moves with it at an "
         "unknown pace",
-        "Edit that value in the document as well, with the status 'supplied'.",
+        hint or "Edit that value in the document as well, with the status 'supplied'.",
         loc=path,
     )
 

@@ -2,8 +2,13 @@
 
 A state_dict maps dotted names to tensors, parameters and buffers alike, in the order of registration; tied
 weights stand under every name and share a storage. Wrappers leave marks in the names: `module.` before every
-name (DataParallel, DDP, AveragedModel), `_orig_mod.` anywhere (torch.compile). What is no tensor
-(`_extra_state`) is left to the residue.
+name (DataParallel, DDP, AveragedModel), `base_model.model.` likewise (PEFT), `_orig_mod.` anywhere
+(torch.compile). What is no tensor (`_extra_state`) is left to the residue.
+
+`torch.save(model)` pickles the module itself: an object of each layer's class with `_parameters`, `_buffers`
+and `_modules` in its attributes. Its state_dict is read out of it (non-persistent buffers are not in it); the
+classes, hooks and other attributes stay what they are, descriptions in the residue.
+Source: torch 2.13 `torch/nn/modules/module.py` `Module.state_dict`, `__setstate__`.
 """
 
 from __future__ import annotations
@@ -20,12 +25,16 @@ from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_values import dotted, layout_of, tensor_of, view_id
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import FormatError
-from ckptconv.rawtree import DictNode, Lifted, Node, Opaque, Path
+from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path
 from ckptconv.tensor import TensorRef
 
 Shape = tuple[int, ...]
 
 _DDP = "module"
+_PEFT = ("base_model", "model")
+
+_PARTS = ("_parameters", "_buffers", "_modules")
+"""Attributes that every module's pickle has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +91,14 @@ def is_module_state(node: Node) -> bool:
     )
 
 
+def is_module(node: Node) -> bool:
+    """Whether a node is a pickled module."""
+    attributes = node.state if isinstance(node, Opaque) else None
+    return isinstance(attributes, DictNode) and all(isinstance(attributes.get(p), DictNode) for p in _PARTS)
+
+
 def lift_module(
-    node: DictNode,
+    node: Node,
     path: Path,
     lifter: Lifter,
     *,
@@ -97,7 +112,7 @@ def lift_module(
     that may be tied to each other; `buffers` are names that the container tells to be no parameters.
     Raises: duplicate-key.
     """
-    entries = list(_entries(node, path))
+    entries = list(_module_entries(node, path) if is_module(node) else _entries(node, path))
     names = _names([entry.raw for entry in entries], path)
     seen = {} if seen is None else seen
     siblings = _siblings((names[entry.raw], entry.tensor.shape) for entry in entries)
@@ -130,8 +145,28 @@ def optimizable(params: Mapping[str, Param]) -> tuple[str, ...]:
     return tuple(p.name for p in params.values() if p.trainable is not False and p.tied_to is None)
 
 
-def _entries(node: DictNode, path: Path, outer: str = "") -> Iterator[_Entry]:
-    for key, value in node.items:
+def _module_entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]:
+    """What `state_dict()` of a pickled module would hold, in its order."""
+    if not isinstance(node, Opaque) or not isinstance(node.state, DictNode) or not is_module(node):
+        return
+    where, passing = (*path, "@state"), node.state.get("_non_persistent_buffers_set")
+    for part in _PARTS:
+        inner = node.state.get(part)
+        for key, value in inner.items if isinstance(inner, DictNode) else ():
+            if not isinstance(key, str):
+                continue
+            spot = (*where, part, key)
+            if part == "_modules":
+                yield from _module_entries(value, spot, f"{outer}{key}.")
+            elif (found := tensor_of(value)) is not None:
+                if part == "_buffers" and isinstance(passing, ListNode) and key in passing.items:
+                    continue
+                trainable = False if part == "_buffers" else found[2]
+                yield _Entry(f"{outer}{key}", (*spot, *found[1]), found[0], trainable)
+
+
+def _entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]:
+    for key, value in node.items if isinstance(node, DictNode) else ():
         if not isinstance(key, (str, int)) or isinstance(key, bool) or str(key).endswith("_extra_state"):
             continue
         raw, where = f"{outer}{key}", (*path, key)
@@ -153,21 +188,32 @@ def _names(raws: list[str], path: Path) -> dict[str, str]:
             "Save the model again: a state_dict has each name once.",
             loc=path,
         )
-    wrapped = bool(raws) and all(_parts(raw)[0] == _DDP or raw == "n_averaged" for raw in raws)
-    stripped = {raw: _strip(raw, wrapped) for raw in raws}
+    wrapper = _wrapper(raws)
+    stripped = {raw: _strip(raw, wrapper) for raw in raws}
     if len(set(stripped.values())) < len(raws):
         return {raw: raw for raw in raws}
     return stripped
+
+
+def _wrapper(raws: list[str]) -> tuple[str, ...]:
+    """What stands before every name: the marks of wrappers, from the outside in."""
+    found: tuple[str, ...] = ()
+    named = [_parts(raw) for raw in raws if raw != "n_averaged"]
+    for mark in ((_DDP,), _PEFT):
+        width = len(found) + len(mark)
+        if named and all(len(n) > width and tuple(n[len(found) : width]) == mark for n in named):
+            found = (*found, *mark)
+    return found
 
 
 def _parts(raw: str) -> list[str]:
     return [part for part in raw.split(".") if part not in torch_keys.MARKS]
 
 
-def _strip(raw: str, wrapped: bool) -> str:
+def _strip(raw: str, wrapper: tuple[str, ...]) -> str:
     parts = _parts(raw)
-    if wrapped and len(parts) > 1 and parts[0] == _DDP:
-        parts = parts[1:]
+    if len(parts) > len(wrapper) and tuple(parts[: len(wrapper)]) == wrapper:
+        parts = parts[len(wrapper) :]
     return ".".join(parts) or raw
 
 

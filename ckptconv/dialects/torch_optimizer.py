@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from ckptconv.catalog.optimizer_rows import Row, infer, row, shape_of_slot
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
+from ckptconv.dialects.torch_groups import GroupRule
 from ckptconv.dialects.torch_order import Order, order_of
 from ckptconv.dialects.torch_values import count_of, dotted, layout_of, number_of, tensor_of, unwrapped
 from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Param, Unknown, Value
@@ -55,15 +56,17 @@ def lift_optimizer(
     models: tuple[Mapping[str, Param], ...],
     raw_names: Mapping[str, str],
     lifter: Lifter,
+    rule: GroupRule | None = None,
 ) -> tuple[Optimizer, tuple[str, ...]]:
     """The optimizer whose state_dict stands at `path`, and what is odd about it.
 
     `models`: sets of parameters that its indices may stand for; `raw_names`: names as the file has them ->
-    names of the document. I/O: reads the steps. Raises: corrupt-file.
+    names of the document; `rule`: how its trainer fills the groups.
+    I/O: reads the steps. Raises: corrupt-file.
     """
     groups = _groups(node)
     states = _states(node)
-    order = order_of(groups, states, models, raw_names, path)
+    order = order_of(groups, states, models, raw_names, path, rule)
     keys = frozenset(k for state in states.values() for k in state.keys if isinstance(k, str))
     candidates = _algorithms(keys, groups)
     rows = [r for r in (row(algorithm, "torch") for algorithm in candidates) if r is not None]

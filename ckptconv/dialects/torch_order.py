@@ -3,6 +3,7 @@
 - *named*: the groups hold `param_names`, or names in the place of indices;
 - *declaration-order*: one group, whose indices fit the model's trainable parameters in order, with the shape
   of every slot, in exactly one way (frozen parameters may be left out between them);
+- several groups, or parameters that are not in the model's order: by a trainer's rule (`torch_groups`);
 - otherwise unknown: parameters are called `#<index>` until a skeleton tells their names.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ckptconv.dialects import torch_keys
+from ckptconv.dialects.torch_groups import GroupRule, in_groups
 from ckptconv.dialects.torch_modules import optimizable
 from ckptconv.dialects.torch_values import dotted, tensor_of
 from ckptconv.document import Param
@@ -43,8 +45,12 @@ def order_of(
     models: tuple[Mapping[str, Param], ...],
     raw_names: Mapping[str, str],
     path: Path,
+    rule: GroupRule | None = None,
 ) -> Order:
-    """The names of an optimizer's parameters. Raises: corrupt-file where the groups contradict themselves."""
+    """The names of an optimizer's parameters; `rule`: how its trainer fills the groups.
+
+    Raises: corrupt-file where the groups contradict themselves.
+    """
     indices = [_indices(group, position, path) for position, group in enumerate(groups)]
     flat = [index for group in indices for index in group]
     if len(set(flat)) < len(flat):
@@ -71,9 +77,22 @@ def order_of(
         return _unknown(indices, "two of its names are one in the model")
     if not flat:
         return _order(indices, {}, "declaration-order")
+    if rule is not None and not (rule.is_ordered and len(groups) == 1):
+        return _ruled(indices, shapes, models, rule)
     if len(groups) > 1:
         return _unknown(indices, f"{len(groups)} groups without param_names")
     return _declared(indices, flat, shapes, models)
+
+
+def _ruled(
+    indices: list[list[_Index]], shapes: _Shapes, models: tuple[Mapping[str, Param], ...], rule: GroupRule
+) -> Order:
+    found = [in_groups(indices, shapes, [m[name] for name in optimizable(m)], rule) for m in models]
+    fits = [names for names in found if not isinstance(names, str)]
+    if len(fits) == 1:
+        return _order(indices, fits[0], "declaration-order")
+    reasons = [reason for reason in found if isinstance(reason, str)]
+    return _unknown(indices, reasons[0] if reasons else f"they fit {len(fits)} models")
 
 
 def _declared(

@@ -1,46 +1,44 @@
-"""The dictionary that a plain PyTorch training loop saves, under the spellings that people use.
+"""The dictionary that a PyTorch training loop saves: a plain loop's, or that of a dialect in the table.
 
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3}, path)
 
-Models, optimizers and schedulers are told by their keys (`torch_keys`) and by what is in them; several of
-them keep their own names. Generators and loaders are kept as blocks. Everything else stays in the residue,
-its tensors among the extras. The embedded note stands under the key `ckptconv` as a string. Writing needs
-such a dictionary as template: nothing else tells the target's keys. Refused: state_dicts with a name twice,
-groups that contradict themselves.
+Where models, optimizers and schedulers stand tells `torch_survey`, what counters count `torch_progress` for
+a plain loop and `torch_counters` for a dialect of `torch_table`. Several models or optimizers keep their own
+names. Generators and loaders are kept as blocks. Everything else stays in the residue, its tensors among the
+extras; objects that are no plain values (a Namespace, a whole module) are descriptions there. The embedded
+note stands under the key `ckptconv` as a string. Writing needs such a dictionary as template: nothing else
+tells the target's keys. Refused: state_dicts with a name twice, groups that contradict themselves.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePath
 
 from ckptconv.catalog.schedule_source import with_epochs
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
+from ckptconv.dialects.torch_counters import read_counters, settle_counters
 from ckptconv.dialects.torch_lower import rebuild_state, settle
-from ckptconv.dialects.torch_modules import Module, is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_modules import Module, is_module, lift_module
 from ckptconv.dialects.torch_note import lift_note, note_of, with_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
-from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
+from ckptconv.dialects.torch_optimizer import lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
-from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
-from ckptconv.dialects.torch_values import (
-    dotted,
-    keyed,
-    lift_rest,
-    own_residue,
-    places,
-    tensor_of,
-    with_layouts,
-)
+from ckptconv.dialects.torch_rows import Row
+from ckptconv.dialects.torch_scheduler import lift_schedule
+from ckptconv.dialects.torch_survey import Survey, is_rng, loose, same_owner, survey, words
+from ckptconv.dialects.torch_table import ROWS
+from ckptconv.dialects.torch_values import dotted, lift_rest, own_residue, places, with_layouts
 from ckptconv.document import (
     Block,
     Checkpoint,
     Optimizer,
     Param,
+    Progress,
     Provenance,
     Residue,
     Schedule,
@@ -51,38 +49,29 @@ from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
 from ckptconv.tensor import TensorRef
 
 
-@dataclass(frozen=True, slots=True)
-class _Survey:
-    """Where things stand in a training dictionary."""
+class TrainingDictionary:
+    """A training dictionary whose conventions a row of the table says."""
 
-    models: tuple[Path, ...]
-    optimizers: tuple[Path, ...]
-    schedulers: tuple[Path, ...]
-
-
-class Plain:
-    """The training dictionary of a plain loop."""
-
-    name = "plain"
     format = "pytorch"
     framework: str | None = "torch"
     needs_template = True
     save_counter: str | None = None
-    summary = "dictionary of a plain training loop: model, optimizer, scheduler, counters"
+
+    def __init__(self, row: Row | None) -> None:
+        self._row = row
+        self.name = "plain" if row is None else row.name
+        self.summary = _PLAIN if row is None else row.summary
 
     def detect(self, raw: RawTree) -> Detection | None:
-        """By entries that are a model or an optimizer; a last resort where there are only tensors."""
-        if not isinstance(raw.root, DictNode) or raw.root.kind == DIRECTORY:
+        """By the keys that the row names."""
+        if self._row is None or not isinstance(raw.root, DictNode) or raw.root.kind == DIRECTORY:
             return None
-        survey = _survey(raw.root)
-        keys = [dotted(path) or "the whole file" for path in (*survey.models, *survey.optimizers)]
-        if survey.optimizers:
-            return Detection(score=60, evidence=f"a training dictionary: {', '.join(keys)}")
-        if () in survey.models:
-            return Detection(score=10, evidence="a dictionary with tensors in it")
-        if survey.models:
-            return Detection(score=50, evidence=f"a dictionary with a model: {', '.join(keys)}")
-        return None
+        signature = self._row.signature
+        if not signature.holds(raw.root, PurePath(raw.location).name):
+            return None
+        return Detection(
+            score=signature.score, evidence=f"{self._row.producer}: {signature}".replace("`", "'")
+        )
 
     def lift(self, raw: RawTree) -> Checkpoint:
         """The training run. I/O: reads 0-d counters. Raises: duplicate-key, corrupt-file, unknown-dialect."""
@@ -92,29 +81,41 @@ class Plain:
                 "unknown-dialect", "the file holds no dictionary", "See: ckptconv inspect --raw.", loc=()
             )
         refuse_repeated_keys(root)
-        survey, lifter = _survey(root), Lifter(root)
-        modules = _lift_models(root, survey.models, lifter)
+        found, lifter = survey(root, self._row), Lifter(root)
+        modules = _lift_models(root, found.models, lifter)
         params = {name: param for module in modules for name, param in module.params.items()}
-        optimizers, odd = _lift_optimizers(root, survey.optimizers, modules, lifter)
-        schedules, odd_schedules = _lift_schedules(root, survey.schedulers, optimizers, lifter)
-        progress, odd_progress = read_progress(root, optimizers, lifter)
+        optimizers, odd = _lift_optimizers(root, found.optimizers, modules, lifter)
+        progress, optimizers, odd_progress = self._progress(raw, root, optimizers, lifter)
+        schedules, odd_schedules = _lift_schedules(root, found.schedulers, optimizers, lifter)
+        unit = self._row.schedule_unit if self._row is not None else "unknown"
+        if unit != "unknown":
+            schedules, odd_schedules = tuple(replace(s, unit=unit) for s in schedules), ()
         extras = lift_rest(root, lifter)
-        evidence = self.detect(raw)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(params, optimizers),
             optimizers=optimizers,
             schedules=tuple(with_epochs(schedule, progress) for schedule in schedules),
-            rng=_blocks(root, extras, _is_rng),
-            data=_blocks(root, extras, lambda key: key in torch_keys.DATA),
+            rng=blocks(root, extras, is_rng),
+            data=blocks(root, extras, lambda key: key in torch_keys.DATA),
             extras=extras,
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),
-            provenance=provenance(raw, self.name, evidence),
+            provenance=provenance(
+                raw, self.name, self.detect(raw), producer=self._row.producer if self._row else None
+            ),
             oddities=(*odd, *odd_schedules, *odd_progress, *named_code(root)),
         )
         return lift_note(checkpoint, root)
+
+    def _progress(
+        self, raw: RawTree, root: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter
+    ) -> tuple[Progress, tuple[Optimizer, ...], tuple[str, ...]]:
+        if self._row is not None:
+            return read_counters(root, self._row, optimizers, lifter, PurePath(raw.location).name)
+        progress, oddities = read_progress(root, optimizers, lifter)
+        return progress, optimizers, oddities
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The template's dictionary (or the run's own) with the document's values."""
@@ -128,7 +129,8 @@ class Plain:
                 loc=("residue",),
             )
         settled = settle(checkpoint, root)
-        filled = filled_with(root, _survey(root).optimizers, settled)
+        followed = settle_counters(settled, root)
+        filled = filled_with(followed, survey(root, self._row).optimizers, settled)
         return RawTree(format=self.format, root=filled, attributes=residue.attributes)
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
@@ -138,19 +140,48 @@ class Plain:
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """`torch.load`, and `load_state_dict` of everything that stands in the dictionary."""
         root = own_residue(checkpoint, self.name)
-        survey = _survey(root) if isinstance(root, DictNode) else _Survey((), (), ())
-        lines = ["import torch", "", f"checkpoint = torch.load({target!r})"]
+        found = survey(root, self._row) if isinstance(root, DictNode) else Survey((), (), ())
+        objects = ", weights_only=False" if isinstance(root, DictNode) and named_code(root) else ""
+        lines = ["import torch", "", f"checkpoint = torch.load({target!r}{objects})"]
         for paths, only in (
-            (survey.models, "model"),
-            (survey.optimizers, "optimizer"),
-            (survey.schedulers, "scheduler"),
+            (found.models, "model"),
+            (found.optimizers, "optimizer"),
+            (found.schedulers, "scheduler"),
         ):
             for path in paths:
                 variable = only if len(paths) == 1 else re.sub(r"\W", "_", dotted(path))
                 keys = "".join(f"[{step!r}]" for step in path)
-                lines.append(f"{variable}.load_state_dict(checkpoint{keys})")
+                whole = root is not None and is_module(at(root, path))
+                lines.append(
+                    f"{variable} = checkpoint{keys}"
+                    if whole
+                    else f"{variable}.load_state_dict(checkpoint{keys})"
+                )
         return "\n".join(lines)
 
+
+class Plain(TrainingDictionary):
+    """The training dictionary of a plain loop, which has no row: its keys are anybody's."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def detect(self, raw: RawTree) -> Detection | None:
+        """By entries that are a model or an optimizer; a last resort where there are only tensors."""
+        if not isinstance(raw.root, DictNode) or raw.root.kind == DIRECTORY:
+            return None
+        found = survey(raw.root)
+        keys = [dotted(path) or "the whole file" for path in (*found.models, *found.optimizers)]
+        if found.optimizers:
+            return Detection(score=60, evidence=f"a training dictionary: {', '.join(keys)}")
+        if () in found.models:
+            return Detection(score=10, evidence="a dictionary with tensors in it")
+        if found.models:
+            return Detection(score=50, evidence=f"a dictionary with a model: {', '.join(keys)}")
+        return None
+
+
+_PLAIN = "dictionary of a plain training loop: model, optimizer, scheduler, counters"
 
 _PRODUCERS = {
     "legacy": "PyTorch before 1.6, or a later one asked for its format",
@@ -181,55 +212,6 @@ def trained(params: Mapping[str, Param], optimizers: tuple[Optimizer, ...]) -> d
     }
 
 
-def _survey(root: DictNode) -> _Survey:
-    if is_optimizer(root):
-        return _Survey((), ((),), ())
-    optimizers: list[Path] = []
-    schedulers: list[Path] = []
-    for path, node in keyed(root):
-        if any(path[: len(found)] == found for found in (*optimizers, *schedulers)):
-            continue
-        if is_optimizer(node):
-            optimizers.append(path)
-        elif is_scheduler(node):
-            schedulers.append(path)
-    taken = (*optimizers, *schedulers)
-    models = _models(root, 1, taken) or _models(root, 2, taken)
-    if not models and not optimizers and _loose(root).items:
-        models = ((),)
-    return _Survey(models, tuple(optimizers), tuple(schedulers))
-
-
-def _models(root: DictNode, depth: int, taken: tuple[Path, ...]) -> tuple[Path, ...]:
-    """The entries at one depth that are models: by key and module's mark, else by content."""
-    found = [
-        (path, node)
-        for path, node in keyed(root, depth=depth)
-        if len(path) == depth
-        and not any(path == other[: len(path)] or other == path[: len(other)] for other in taken)
-        and (is_state_dict(node, nested=True) or is_module_state(node))
-        and not _words(path) & torch_keys.AVERAGE_WORDS
-        and not any(isinstance(step, str) and _is_rng(step) for step in path)
-        and not any(step in (*torch_keys.DATA, *torch_keys.SCALER) for step in path)
-    ]
-    by_key = [path for path, _ in found if path[-1] in torch_keys.MODEL]
-    by_mark = [path for path, node in found if path not in by_key and is_module_state(node)]
-    return tuple([*by_key, *by_mark] or [path for path, _ in found])
-
-
-def _loose(root: DictNode) -> DictNode:
-    """The dictionary's direct tensors that are no counters and no generator's state."""
-    counters = {*torch_keys.STEP, *torch_keys.EPOCH, *torch_keys.SAMPLES, *torch_keys.TOKENS}
-    return replace(
-        root,
-        items=tuple(
-            (k, v)
-            for k, v in root.items
-            if isinstance(k, str) and k not in counters and not _is_rng(k) and tensor_of(v) is not None
-        ),
-    )
-
-
 def _lift_models(root: DictNode, paths: tuple[Path, ...], lifter: Lifter) -> tuple[Module, ...]:
     """The models: the only one, or only one under a usual key, has bare names, others their key before."""
     usual = [path for path in paths if path and path[-1] in torch_keys.MODEL]
@@ -238,8 +220,7 @@ def _lift_models(root: DictNode, paths: tuple[Path, ...], lifter: Lifter) -> tup
         seen: dict[object, str] = {}
         modules = []
         for path in paths:
-            node = _loose(root) if path == () else at(root, path)
-            assert isinstance(node, DictNode)
+            node = loose(root) if path == () else at(root, path)
             prefix = "" if path == prefixed else f"{dotted(path)}."
             modules.append(lift_module(node, path, lifter, prefix=prefix, seen=seen))
         if len({name for m in modules for name in m.params}) == sum(len(m.params) for m in modules):
@@ -253,7 +234,7 @@ def _lift_optimizers(
     optimizers: list[Optimizer] = []
     oddities: list[str] = []
     for path, name in zip(paths, unit_names(paths, "optimizer"), strict=True):
-        mine = [m for m in modules if len(modules) > 1 and _same_owner(m.key, path)] or list(modules)
+        mine = [m for m in modules if len(modules) > 1 and same_owner(m.key, path)] or list(modules)
         raw_names = {raw: param for m in mine for raw, param in m.raw_names.items()}
         sets: list[Mapping[str, Param]] = [m.params for m in mine]
         if len(mine) > 1:
@@ -274,7 +255,7 @@ def _lift_schedules(
     for path, name in zip(paths, unit_names(paths, "scheduler"), strict=True):
         node = at(root, path)
         assert isinstance(node, DictNode)
-        owners = [o for o in optimizers if len(optimizers) == 1 or _same_owner((o.name,), path)]
+        owners = [o for o in optimizers if len(optimizers) == 1 or same_owner((o.name,), path)]
         schedule, odd = lift_schedule(node, path, name, owners[0] if len(owners) == 1 else None, lifter)
         schedules.append(schedule)
         oddities += odd
@@ -286,44 +267,25 @@ def unit_names(paths: tuple[Path, ...], only: str) -> tuple[str, ...]:
     return (only,) if len(paths) == 1 else tuple(dotted(path) for path in paths)
 
 
-def _words(path: Path) -> frozenset[str]:
-    """The words of a key: `optimizer_G`, `netG` and `ema.model` each have two."""
-    text = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", dotted(path))
-    return frozenset(word.lower() for word in re.split(r"[^A-Za-z0-9]+", text) if word)
-
-
-def _same_owner(a: Path, b: Path) -> bool:
-    """Whether two keys name the same one of several: `netG` and `optimizer_g`, `generator` and `opt_gen`."""
-    left, right = (sorted(_words(path) - torch_keys.GENERIC_WORDS) for path in (a, b))
-    if not left or not right:
-        return left == right
-    return all(x.startswith(y) or y.startswith(x) for x, y in zip(left, right, strict=False)) and len(
-        left
-    ) == len(right)
-
-
-def _is_rng(key: str) -> bool:
-    return "rng" in key.lower() or "random_state" in key.lower()
-
-
-def _blocks(
+def blocks(
     root: DictNode, extras: Mapping[str, TensorRef], chosen: Callable[[str], bool]
 ) -> tuple[Block, ...]:
-    blocks: list[Block] = []
+    """The entries under chosen keys, one block for each of those in a dictionary."""
+    found: list[Block] = []
     for key, node in root.items:
         if not isinstance(key, str) or not chosen(key):
             continue
         inner = [k for k in node.keys if isinstance(k, str)] if isinstance(node, DictNode) else []
         for name in [f"{key}/{k}" for k in inner] or [key]:
             tensors = tuple(t for t in extras if t == name or t.startswith(f"{name}/"))
-            blocks.append(Block(name=name, library=_library(name, tensors, extras), tensors=tensors))
-    return tuple(blocks)
+            found.append(Block(name=name, library=_library(name, tensors, extras), tensors=tensors))
+    return tuple(found)
 
 
 def _library(name: str, tensors: tuple[str, ...], extras: Mapping[str, TensorRef]) -> str:
-    words = _words((name,))
+    said = words((name,))
     for word, library in torch_keys.LIBRARIES:
-        if word in words and not (word == "random" and "state" not in words):
+        if word in said and not (word == "random" and "state" not in said):
             return library
     lengths = {extras[t].spec.nbytes for t in tensors}
     return "torch-cpu" if lengths == {torch_keys.TORCH_CPU_RNG_NBYTES} else "unknown"
@@ -369,3 +331,5 @@ def _rebuilt(root: DictNode, path: Path, optimizer: Optimizer) -> DictNode:
 
 
 register(Plain())
+for _row in ROWS:
+    register(TrainingDictionary(_row))

@@ -7,12 +7,13 @@ optimizer's step agrees with it. A candidate's place keeps its raw value (`resid
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
-from ckptconv.dialects.torch_values import Encoding, Number, count_of, number_of, unwrapped
+from ckptconv.dialects.torch_values import Encoding, Number, count_of, dotted, number_of, unwrapped
 from ckptconv.document import (
     NOT_RECORDED,
     Absent,
@@ -24,7 +25,7 @@ from ckptconv.document import (
     Unknown,
     value_of,
 )
-from ckptconv.rawtree import DictNode, Path
+from ckptconv.rawtree import DictNode, Node, Path
 
 _LAST = "last finished, 0-based"
 
@@ -70,6 +71,7 @@ def read_progress(
             reason="a counter differs from the optimizer's updates: it may count backward passes",
             candidates=tuple(reading.micro_steps),
         )
+    scalers = [((key,), node) for key in torch_keys.SCALER if isinstance(node := root.get(key), DictNode)]
     progress = Progress(
         step=step,
         epochs=epochs,
@@ -77,7 +79,7 @@ def read_progress(
         micro_steps=micro,
         samples=_recorded(reading, torch_keys.SAMPLES, "samples"),
         tokens=_recorded(reading, torch_keys.TOKENS, "tokens"),
-        loss_scale=_loss_scale(reading),
+        loss_scale=loss_scale_at(scalers, lifter),
     )
     return progress, tuple(reading.oddities)
 
@@ -192,15 +194,15 @@ def _recorded(reading: _Reading, keys: tuple[str, ...], field_: str) -> Fact:
     return NOT_RECORDED
 
 
-def _loss_scale(reading: _Reading) -> Fact:
-    for key in torch_keys.SCALER:
-        node = reading.root.get(key)
-        if not isinstance(node, DictNode):
-            continue
-        if not node.items:
-            return Absent(reason=f"'{key}' is a disabled GradScaler")
-        found = number_of(node.get("scale"))
-        if found is not None and not isinstance(found[0], bool):
-            reading.lifter.take((key, "scale"), ("progress", "loss_scale"), **found[1])
-            return Known(value=found[0], source=f"{key}.scale")
+def loss_scale_at(found: Iterable[tuple[Path, Node]], lifter: Lifter) -> Fact:
+    """The loss scale of the first of these that is a GradScaler's state, or the scale itself."""
+    for path, node in found:
+        if isinstance(node, DictNode):
+            if not node.items:
+                return Absent(reason=f"'{dotted(path)}' is a disabled GradScaler")
+            path, node = (*path, "scale"), node.get("scale")
+        number = number_of(node)
+        if number is not None and not isinstance(number[0], bool):
+            lifter.take(path, ("progress", "loss_scale"), **number[1])
+            return Known(value=number[0], source=dotted(path))
     return Unknown(reason="the dictionary holds no GradScaler")

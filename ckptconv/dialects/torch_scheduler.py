@@ -18,7 +18,7 @@ from ckptconv.catalog.schedule_rates import curve_of, rate
 from ckptconv.catalog.schedules import canonical, infer
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
-from ckptconv.dialects.torch_values import count_of, dotted, number_of
+from ckptconv.dialects.torch_values import Encoding, count_of, dotted, number_of
 from ckptconv.document import Fact, Known, Optimizer, Schedule, Unknown, value_of
 from ckptconv.rawtree import DictNode, ListNode, Node, Path
 
@@ -30,6 +30,8 @@ def is_scheduler(node: Node) -> bool:
     if not isinstance(node, DictNode):
         return False
     keys = set(node.keys)
+    if keys >= torch_keys.MMENGINE_SCHEDULER:
+        return True
     return "_schedulers" in keys or ("last_epoch" in keys and bool(keys & torch_keys.SCHEDULER_MARKS))
 
 
@@ -38,6 +40,8 @@ def lift_schedule(
 ) -> tuple[Schedule, tuple[str, ...]]:
     """The schedule whose state_dict stands at `path`, and what is odd about it."""
     lift = _Lift(name, optimizer, lifter)
+    if set(node.keys) >= torch_keys.MMENGINE_SCHEDULER:
+        return lift.mmengine(node, path), ()
     family = _family(node)
     position = lift.position(node, path)
     lift.parameters(node, path, family, "")
@@ -62,7 +66,7 @@ def lift_schedule(
     return schedule, (odd,) if open_unit else ()
 
 
-def _unit(position: Fact, optimizer: Optimizer | None) -> Literal["update", "unknown"]:
+def _unit(position: Fact, optimizer: Optimizer | None) -> Literal["update", "epoch", "unknown"]:
     where, step = value_of(position), value_of(optimizer.step) if optimizer is not None else None
     return "update" if where and where == step else "unknown"
 
@@ -99,6 +103,35 @@ class _Lift:
         if count is not None and count[0] == last + 1:
             self._lifter.take((*path, "_step_count"), ("position", self._name), **{**count[1], "plus": 1})
         return Known(value=last, source=dotted(where))
+
+    def mmengine(self, node: DictNode, path: Path) -> Schedule:
+        """A `_ParamScheduler` of MMEngine, which makes each rate from the last one: no curve tells it.
+
+        `_global_step` counts calls, the one of its making included, and `last_step` those from `begin` on
+        up to `end`; a schedule that stands outside of these is `frozen`, and cannot be moved.
+        """
+        by_epoch, calls = node.get("by_epoch"), count_of(node.get("_global_step"))
+        last, begin = count_of(node.get("last_step")), count_of(node.get("begin"))
+        position: Fact = Unknown(reason="the scheduler stores no position of its own")
+        if calls is not None and calls[0] > 0:
+            where, here, to = (*path, "_global_step"), calls[0] - 1, ("position", self._name)
+            moves = last is not None and begin is not None and last[0] == here - begin[0]
+            how: Encoding = {} if moves else {"frozen": True}
+            self._lifter.take(where, to, **{**calls[1], "plus": 1, "was": here, **how})
+            if moves and last is not None:
+                self._lifter.take((*path, "last_step"), to, **{**last[1], "plus": last[0] - here})
+            position = Known(value=here, status="derived", source=dotted(where), formula="calls - 1")
+        if node.get("param_name") == "lr":
+            self._copies(node, "_last_value", "learning_rate", path, "last_rate")
+        unit = _unit(position, self._optimizer) if by_epoch is False else "epoch"
+        return Schedule(
+            name=self._name,
+            family="unknown",
+            position=position,
+            unit="micro-step" if unit == "unknown" else unit,
+            parameters=self.facts,
+            optimizer=self._optimizer.name if self._optimizer is not None else "unknown",
+        )
 
     def parameters(self, node: DictNode, path: Path, family: str, prefix: str) -> None:
         """The arguments, under their canonical names."""
@@ -200,14 +233,17 @@ class _Lift:
                 self._take(value, (*path, key, position), f"{parameter}.{position}")
 
 
-def moved(schedules: tuple[Schedule, ...], edits: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """New positions of the schedules that stood where their optimizer's step stood before it was edited."""
+def moved(
+    schedules: tuple[Schedule, ...],
+    edits: Mapping[str, tuple[int, int]],
+    epochs: tuple[int, int] | None = None,
+) -> dict[str, int]:
+    """New positions of the schedules that stood where what they count stood before it was edited."""
     positions = {}
     for schedule in schedules:
-        if schedule.optimizer in edits and isinstance(schedule.position, Known):
-            old, new = edits[schedule.optimizer]
-            if schedule.position.value == old:
-                positions[schedule.name] = new
+        edit = epochs if schedule.unit == "epoch" else edits.get(schedule.optimizer)
+        if edit is not None and value_of(schedule.position) == edit[0]:
+            positions[schedule.name] = edit[1]
     return positions
 
 

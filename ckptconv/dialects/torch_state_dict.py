@@ -12,15 +12,15 @@ from collections.abc import Mapping
 
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill, untold
-from ckptconv.dialects.torch_modules import is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_modules import is_module, is_module_state, is_state_dict, lift_module
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
 from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
-from ckptconv.errors import FormatError, LossError, Problem
+from ckptconv.errors import FormatError, LossError, MappingError, Problem
 from ckptconv.formats.torch_folder import DIRECTORY
 from ckptconv.note import EXTENSION
-from ckptconv.rawtree import DictNode, Node, RawTree
+from ckptconv.rawtree import DictNode, Node, Opaque, RawTree
 
 _NO_RUN = Unknown(reason="a bare state_dict holds weights only")
 
@@ -45,9 +45,12 @@ class StateDict:
 
     def lift(self, raw: RawTree) -> Checkpoint:
         """The weights. Reads nothing. Raises: duplicate-key, unknown-dialect."""
-        if not isinstance(raw.root, DictNode):
+        if not isinstance(raw.root, DictNode) and not is_module(raw.root):
             raise FormatError.of(
-                "unknown-dialect", "the file holds no dictionary", "See: ckptconv inspect --raw.", loc=()
+                "unknown-dialect",
+                "the file holds no state_dict and no module",
+                "See: ckptconv inspect --raw.",
+                loc=(),
             )
         refuse_repeated_keys(raw.root)
         lifter = Lifter(raw.root)
@@ -86,6 +89,35 @@ class StateDict:
         return f"import torch\n\nmodel.load_state_dict(torch.load({target!r}))"
 
 
+class WholeModule(StateDict):
+    """A module pickled with its classes: `torch.save(model, path)`. The classes stay descriptions."""
+
+    name = "module"
+    needs_template = True
+    summary = "whole pickled module: torch.save(model); its classes are described, not imported"
+
+    def detect(self, raw: RawTree) -> Detection | None:
+        """By an object that has a module's attributes."""
+        if not isinstance(raw.root, Opaque) or not is_module(raw.root):
+            return None
+        return Detection(score=100, evidence=f"a pickled {raw.root.name}")
+
+    def lower(self, checkpoint: Checkpoint) -> RawTree:
+        """The module as it was, with the document's parameters. Raises: template-required."""
+        if own_residue(checkpoint, self.name) is None:
+            raise MappingError.of(
+                "template-required",
+                "a pickled module needs a template: its classes and attributes are the program's own",
+                "Pass --template with such a file, or --to pytorch:state-dict.",
+                loc=("residue",),
+            )
+        return super().lower(checkpoint)
+
+    def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
+        """`torch.load` of a module, which imports its classes."""
+        return f"import torch\n\nmodel = torch.load({target!r}, weights_only=False)"
+
+
 def _buffers(raw: RawTree) -> frozenset[str]:
     """The names that a TorchScript archive tells to be buffers."""
     told = raw.attributes.get("buffers")
@@ -116,3 +148,4 @@ def _first(params: Mapping[str, Param], param: Param) -> Param:
 
 
 register(StateDict())
+register(WholeModule())

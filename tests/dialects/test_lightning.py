@@ -133,23 +133,28 @@ def test_an_edited_step_reaches_every_counter() -> None:
     assert tracker(other, ("lr_schedulers", 0))["last_epoch"] == 12
 
 
-def test_the_learning_rate_must_follow_an_edited_step() -> None:
+def test_the_learning_rate_follows_an_edited_step() -> None:
+    root = edited(lifted("mid-epoch"), step=100)
+    assert at(root, ("optimizer_states", 0, "param_groups", 0, "lr")) == pytest.approx(0.01 * 0.5**25)
+    checkpoint = lifted("mid-epoch")
+    (optimizer,) = checkpoint.optimizers
+    facts = {**optimizer.groups[0].hyperparameters, "learning_rate": Known(value=0.3)}
+    other = replace(optimizer, groups=(replace(optimizer.groups[0], hyperparameters=facts),))
     with pytest.raises(CkptError) as caught:
-        edited(lifted("mid-epoch"), step=100)
+        edited(replace(checkpoint, optimizers=(other,)), step=100)
     assert [p.code for p in caught.value.problems] == ["residue-stale"]
     assert caught.value.problems[0].loc[-1] == "learning_rate"
 
 
-def test_a_schedule_of_epochs_stays_when_the_step_is_edited_and_refuses_other_epochs() -> None:
+def test_a_schedule_of_epochs_stays_when_the_step_is_edited_and_moves_with_the_epochs() -> None:
     root = edited(lifted("after-fit"), step=60)
     assert at(root, ("global_step",)) == 60
     assert tracker(root, ("lr_schedulers", 0))["last_epoch"] == 2
-    with pytest.raises(CkptError) as caught:
-        edited(lifted("after-fit"), epochs=7)
-    assert (caught.value.problems[0].code, caught.value.problems[0].loc) == (
-        "residue-stale",
-        ("lr_schedulers", 0, "last_epoch"),
-    )
+    moved = edited(lifted("after-fit"), epochs=7)
+    scheduler = tracker(moved, ("lr_schedulers", 0))
+    (base,), (rate,) = scheduler["base_lrs"].items, scheduler["_last_lr"].items
+    assert (scheduler["last_epoch"], rate) == (7, base * 0.5)  # halved every fourth epoch
+    assert at(moved, ("optimizer_states", 0, "param_groups", 0, "lr")) == rate
 
 
 def test_the_batches_of_an_accumulating_run_must_be_told() -> None:

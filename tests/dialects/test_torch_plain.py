@@ -438,17 +438,21 @@ def test_a_schedule_that_moves_with_the_step_is_rewritten_where_its_rate_stays()
     checkpoint = lifted(scheduled(3))
     root = lowered(with_step(checkpoint, 8))
     assert (number(root, "scheduler", "last_epoch"), number(root, "scheduler", "_step_count")) == (8, 9)
-    loc = ("optimizers", "optimizer", "groups", 0, "hyperparameters", "learning_rate")
-    assert code_of(with_step(checkpoint, 12)) == ("residue-stale", loc)
-    (optimizer,) = checkpoint.optimizers
-    rates = {
-        **optimizer.groups[0].hyperparameters,
-        "learning_rate": Known(value=0.05, status="supplied", source="edit"),
-    }
-    told = replace(optimizer, groups=(replace(optimizer.groups[0], hyperparameters=rates),))
-    root = lowered(with_step(replace(checkpoint, optimizers=(told,)), 12))
+    root = lowered(with_step(checkpoint, 12))
     assert number(root, "scheduler", "last_epoch") == 12
     assert number(root, "scheduler", "_last_lr", 0) == 0.05
+    assert number(root, "optimizer", "param_groups", 0, "lr") == 0.05
+    (optimizer,) = checkpoint.optimizers
+    facts = optimizer.groups[0].hyperparameters
+    for status, rate in (("recorded", 0.07), ("supplied", 0.07)):
+        fact = Known(value=rate, status=status, source="edit")  # type: ignore[arg-type]
+        group = replace(optimizer.groups[0], hyperparameters={**facts, "learning_rate": fact})
+        other = with_step(replace(checkpoint, optimizers=(replace(optimizer, groups=(group,)),)), 12)
+        if status == "recorded":
+            loc = ("optimizers", "optimizer", "groups", 0, "hyperparameters", "learning_rate")
+            assert code_of(other) == ("residue-stale", loc)
+        else:
+            assert number(lowered(other), "scheduler", "_last_lr", 0) == 0.07
 
 
 def test_a_schedule_of_another_pace_stops_an_edited_step() -> None:

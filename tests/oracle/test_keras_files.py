@@ -151,7 +151,8 @@ def test_every_parameter_and_slot_is_what_keras_has(
     facts = own.groups[0].hyperparameters
     for name in ("beta_1", "momentum", "epsilon", "amsgrad", "nesterov"):
         if name in facts and name in config:
-            assert facts[name] == Known(value=config[name], source=f"compile_config/optimizer/config/{name}")
+            source = f"config/compile_config/optimizer/config/{name}"
+            assert facts[name] == Known(value=config[name], source=source)
     step = model.optimizer._iterations
     assert value_of(run.progress.step) == int(step) // (3 if optimizer == "accumulating" else 1)
 
@@ -339,6 +340,4 @@ def test_a_compiled_model_of_tf_keras_is_not_taken_for_keras_3(tmp_path: Path) -
     for name in ("net.weights.h5", "net.keras"):
         path = tmp_path / name
         model.save_weights(path) if name.endswith(".h5") else model.save(path)
-        with pytest.raises(CkptError) as caught:
-            ckptconv.open(path)
-        assert [problem.code for problem in caught.value.problems] == ["unknown-dialect"]
+        assert ckptconv.open(path).provenance.dialect == "tf-keras"

@@ -44,8 +44,7 @@ def test_known_and_written_back_as_it_was(framework: str, algorithm: str, tmp_pa
     known = row(algorithm, framework)
     assert known is not None
     assert (optimizer.algorithm, optimizer.framework) == (algorithm, framework)
-    # Muon's lists are named and empty, and nothing tells which of its variables are whose: extra arrays.
-    assert set(optimizer.slots) == (set() if algorithm == "muon" else set(known.slots))
+    assert set(optimizer.slots) == set(known.slots)
     assert set(optimizer.scalars) == set(known.scalars)
     convert(source, tmp_path / "neutral", to="neutral")
     convert(tmp_path / "neutral", tmp_path / "back-1", to="tensorflow")

@@ -11,17 +11,12 @@ import pytest
 
 import ckptconv
 from ckptconv.document import Known, value_of
-
-torch = pytest.importorskip("torch")
-tf = pytest.importorskip("tensorflow")
-keras = pytest.importorskip("keras")
-pytest.importorskip("tf_keras")
-
-from tests.oracle.test_schedule_families import (  # noqa: E402
+from tests.support.schedule_families import TORCH, warm_up
+from tests.support.schedule_runs import (
     BASE,
     DONE,
     NEXT,
-    TORCH,
+    SCHEDULE,
     K,
     S,
     close,
@@ -29,17 +24,18 @@ from tests.oracle.test_schedule_families import (  # noqa: E402
     fresh_keras,
     keras_model,
     keras_rates,
+    loaded,
     resumed,
     same,
     saved,
     schedule_of,
+    tf,
+    torch,
     torch_rates,
     torch_run,
     torch_template,
-    warm_up,
 )
 
-SCHEDULE = ("schedules", "scheduler")
 ALL = {
     **TORCH,
     "one-cycle-momentum": lambda o: S.OneCycleLR(o, 0.4, total_steps=60),
@@ -47,11 +43,6 @@ ALL = {
     "lambda": lambda o: S.LambdaLR(o, lambda t: 0.95**t),
     "swa": lambda o: torch.optim.swa_utils.SWALR(o, 0.01, 9),
 }
-
-
-def loaded(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -81,20 +72,19 @@ def test_an_edited_step_moves_all_that_torch_keeps(family: str, tmp_path: Path) 
     torch_run(tmp_path / "run.pt", TORCH[family])
     optimizer, scheduler = torch_run(tmp_path / "later.pt", TORCH[family], updates=EDITED)
     checkpoint = ckptconv.open(tmp_path / "run.pt")
-    (own,) = checkpoint.optimizers
-    due = Known(value=optimizer.param_groups[0]["lr"], status="supplied", source="edit")
-    group = replace(own.groups[0], hyperparameters={**own.groups[0].hyperparameters, "learning_rate": due})
-    edited = replace(
-        checkpoint,
-        progress=replace(checkpoint.progress, step=Known(value=EDITED)),
-        optimizers=(replace(own, groups=(group,)),),
-    )
+    edited = replace(checkpoint, progress=replace(checkpoint.progress, step=Known(value=EDITED)))
     ckptconv.save(edited, tmp_path / "edited.pt", to="pytorch:plain")
-    same(scheduler.state_dict(), loaded(tmp_path / "edited.pt")["scheduler"], 1e-9)
+    written = loaded(tmp_path / "edited.pt")
+    same(scheduler.state_dict(), written["scheduler"], 1e-9)
+    due = optimizer.param_groups[0]["lr"]
+    assert written["optimizer"]["param_groups"][0]["lr"] == pytest.approx(due, rel=1e-9)
 
 
-def test_a_rate_that_an_edited_step_leaves_behind_is_refused(tmp_path: Path) -> None:
+def test_a_rate_that_is_not_the_schedules_does_not_follow_an_edited_step(tmp_path: Path) -> None:
     torch_run(tmp_path / "run.pt", warm_up)
+    run = loaded(tmp_path / "run.pt")
+    run["optimizer"]["param_groups"][0]["lr"] *= 1.5
+    torch.save(run, tmp_path / "run.pt")
     checkpoint = ckptconv.open(tmp_path / "run.pt")
     edited = replace(checkpoint, progress=replace(checkpoint.progress, step=Known(value=EDITED)))
     loc = ("optimizers", "optimizer", "groups", 0, "hyperparameters", "learning_rate")
@@ -133,59 +123,6 @@ def test_there_and_back_by_the_note(name: str, family: str, tmp_path: Path) -> N
     state = resumed(tmp_path / "back.pt", model, fresh, again)
     same(scheduler.state_dict(), state["scheduler"], 1e-12)
     close(torch_rates(fresh, again), torch_rates(optimizer, scheduler))
-
-
-BATCHES = [torch.linspace(-1, 1, 12).reshape(4, 3) * (1 + i % 5) / 3 for i in range(40)]
-
-
-def torch_steps(model: Any, optimizer: Any, scheduler: Any, first: int, count: int) -> None:
-    for i in range(first, first + count):
-        optimizer.zero_grad()
-        model(BATCHES[i]).square().sum().backward()
-        optimizer.step()
-        scheduler.step()
-
-
-def keras_steps(model: Any, optimizer: Any, first: int, count: int) -> None:
-    for i in range(first, first + count):
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_sum(tf.square(model(tf.constant(BATCHES[i].numpy()))))
-        optimizer.apply(tape.gradient(loss, model.trainable_variables))
-
-
-def distance(model: Any, other: Any, moved: float) -> float:
-    kernel = torch.tensor(other.layers[0].kernel.numpy().T)
-    return float((model.weight.detach() - kernel).abs().max()) / moved
-
-
-def test_adam_under_a_cosine_goes_on_there_and_back(tmp_path: Path) -> None:
-    make = lambda o: S.CosineAnnealingLR(o, 40, eta_min=0.002)  # noqa: E731
-    model, optimizer, scheduler = torch_template(tmp_path / "start.pt", make)
-    begin = model.weight.detach().clone()
-    torch_steps(model, optimizer, scheduler, 0, 10)
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
-    template = saved(tmp_path / "fresh", *keras_model("keras", K.CosineDecay(1.0, 2)))
-    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template)
-    twin, twin_optimizer = keras_model("keras", schedule_of(report))
-    tf.train.Checkpoint(model=twin, optimizer=twin_optimizer).read(str(tmp_path / "ckpt")).assert_consumed()
-    cold, cold_optimizer = keras_model("keras", schedule_of(report))
-    cold.set_weights(twin.get_weights())
-    torch_steps(model, optimizer, scheduler, 10, 12)
-    keras_steps(twin, twin_optimizer, 10, 12)
-    keras_steps(cold, cold_optimizer, 10, 12)
-    moved = float((model.weight.detach() - begin).abs().max())
-    assert distance(model, twin, moved) < 5e-5
-    assert distance(model, cold, moved) > 1e-2
-    source = saved(tmp_path / "later", twin, twin_optimizer)
-    spec = ckptconv.keras.describe(twin, twin_optimizer)
-    again = torch_template(tmp_path / "fresh.pt", lambda o: S.CosineAnnealingLR(o, 3))
-    ckptconv.convert(source, tmp_path / "back.pt", template=tmp_path / "fresh.pt", source_spec=spec)
-    resumed(tmp_path / "back.pt", *again)
-    torch_steps(model, optimizer, scheduler, 22, 12)
-    torch_steps(*again, 22, 12)
-    assert float((again[0].weight - model.weight).abs().max()) / moved < 5e-5
-    assert again[2].last_epoch == scheduler.last_epoch == 34
 
 
 FAR = 61
@@ -238,56 +175,6 @@ def torch_plain(path: Path) -> Path:
     return path
 
 
-def with_position(path: Path, position: int, **extra: object) -> Path:
-    state = loaded(path)
-    state["scheduler"] |= {"last_epoch": position, "_step_count": position + 1}
-    torch.save({**state, **extra}, path)
-    return path
-
-
-def test_what_a_position_counts(tmp_path: Path) -> None:
-    torch_run(tmp_path / "run.pt", TORCH["exponential"])
-    template = fresh_keras(tmp_path / "fresh", K.CosineDecay(1.0, 2))
-    with_position(tmp_path / "run.pt", 2, epoch=1)
-    assert ckptconv.open(tmp_path / "run.pt").schedules[0].unit == "epoch"
-    arguments = (tmp_path / "run.pt", tmp_path / "ckpt")
-    assert code_of(*arguments, template=template) == ("progress-unknown", (*SCHEDULE, "steps_per_epoch"))
-    with_position(tmp_path / "run.pt", 5, epoch=1)
-    assert ckptconv.open(tmp_path / "run.pt").schedules[0].unit == "unknown"
-    with pytest.raises(ckptconv.CkptError) as caught:
-        ckptconv.convert(*arguments, template=template)
-    assert ("progress-unknown", (*SCHEDULE, "unit")) in [(p.code, p.loc) for p in caught.value.problems]
-    set_ = {"schedule_unit": "update"}
-    assert code_of(*arguments, template=template, set_=set_) == ("schedule-unsupported", SCHEDULE)
-    assert code_of(*arguments, template=template, set_={"schedule_unit": "weeks"}) == (
-        "usage",
-        ("--set", "schedule_unit"),
-    )
-
-
-def test_a_schedule_counts_for_an_optimizer_that_does_not(tmp_path: Path) -> None:
-    """SGD stores no step; a schedule that counts updates has it."""
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=BASE)
-    scheduler = S.StepLR(optimizer, 6, 0.5)
-    for _ in range(DONE):
-        optimizer.step()
-        scheduler.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
-    twin = keras.Sequential([keras.layers.Input((3,)), keras.layers.Dense(2)])
-    fresh = keras.optimizers.SGD(K.CosineDecay(1.0, 2))
-    fresh.build(twin.trainable_variables)
-    template = saved(tmp_path / "fresh", twin, fresh)
-    with pytest.raises(ckptconv.CkptError) as caught:
-        ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template)
-    assert "progress-unknown" in {p.code for p in caught.value.problems}
-    set_ = {"schedule_unit": "update"}
-    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template, set_=set_)
-    assert report.progress["step"] == DONE
-    close(keras_rates(schedule_of(report), DONE), torch_rates(optimizer, scheduler))
-
-
 @pytest.mark.parametrize("name", ["lambda", "cyclic"])
 def test_a_live_function_goes_on_by_its_table(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -314,25 +201,6 @@ def test_a_live_function_goes_on_by_its_table(name: str, tmp_path: Path) -> None
     assert value_of(spec.schedules[0].parameters["start"]) == DONE + NEXT
 
 
-def test_a_source_spec_tells_the_table_of_a_file(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=BASE, eps=1e-7)
-    scheduler = ALL["lambda"](optimizer)
-    for _ in range(DONE):
-        model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
-        scheduler.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
-    template = fresh_keras(tmp_path / "fresh", K.CosineDecay(1.0, 2))
-    arguments = (tmp_path / "run.pt", tmp_path / "ckpt")
-    assert code_of(*arguments, template=template) == ("schedule-unsupported", SCHEDULE)
-    spec = ckptconv.pytorch.describe(model, optimizer, scheduler, remaining=NEXT)
-    report = ckptconv.convert(*arguments, template=template, source_spec=spec)
-    close(keras_rates(schedule_of(report), DONE), torch_rates(optimizer, scheduler))
-
-
 def test_a_legacy_decay_is_an_inverse_time_schedule(tmp_path: Path) -> None:
     tf_keras = pytest.importorskip("tf_keras")
     model = tf_keras.Sequential([tf_keras.layers.Input((3,)), tf_keras.layers.Dense(2)])
@@ -350,38 +218,6 @@ def test_a_legacy_decay_is_an_inverse_time_schedule(tmp_path: Path) -> None:
     live = torch_template(tmp_path / "again.pt", lambda o: eval(line, {"torch": torch, "optimizer": o}))
     resumed(tmp_path / "run.pt", *live)
     close(torch_rates(*live[1:]), theirs)
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        K.InverseTimeDecay(BASE, 10, 0.7),
-        K.InverseTimeDecay(BASE, 10, 0.7, staircase=True),
-        K.PiecewiseConstantDecay([3, 11, 30], [BASE, 0.07, 0.06, 0.01]),
-        K.PolynomialDecay(BASE, 30, 0.02, power=2.0),
-    ],
-)
-def test_a_lambda_template_takes_what_has_no_class(schedule: Any, tmp_path: Path) -> None:
-    model, optimizer = keras_model("keras", schedule)
-    optimizer.iterations.assign(DONE)
-    source, spec = saved(tmp_path / "ckpt", model, optimizer), ckptconv.keras.describe(model, optimizer)
-    torch_template(tmp_path / "fresh.pt", ALL["lambda"])
-    report = ckptconv.convert(source, tmp_path / "run.pt", template=tmp_path / "fresh.pt", source_spec=spec)
-    (line,) = [line for line in report.target_requires if "LambdaLR" in line]
-    space = {"torch": torch}
-
-    def made(o: Any) -> Any:
-        exec("import bisect", space)
-        return eval(line, {**space, "optimizer": o})
-
-    live = torch_template(tmp_path / "again.pt", made)
-    resumed(tmp_path / "run.pt", *live)
-    close(torch_rates(*live[1:]), keras_rates(schedule, DONE))
-    torch_template(tmp_path / "step.pt", TORCH["step"])
-    assert code_of(source, tmp_path / "no.pt", template=tmp_path / "step.pt", source_spec=spec) == (
-        "schedule-unsupported",
-        ("schedules", "optimizer.learning_rate"),
-    )
 
 
 def test_a_template_supplies_what_keras_does_not_tell(tmp_path: Path) -> None:
@@ -432,39 +268,6 @@ def test_what_torch_cannot_follow_is_refused(schedule: Any, at: int, make: Any, 
         "schedule-unsupported",
         ("schedules", "optimizer.learning_rate"),
     )
-
-
-@pytest.mark.parametrize("family", ["step", "cosine", "warm-up", "one-cycle"])
-def test_a_schedule_of_epochs_goes_on_as_a_callback(family: str, tmp_path: Path) -> None:
-    """21 updates, 3 in an epoch: the variable has the next epoch's rate, the callback all later ones."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=BASE, eps=1e-7)
-    scheduler = TORCH[family](optimizer)
-    for update in range(3 * DONE):
-        optimizer.zero_grad()
-        model(torch.randn(4, 3)).square().sum().backward()
-        optimizer.step()
-        if update % 3 == 2:
-            scheduler.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": DONE - 1}
-    torch.save({**state, "scheduler": scheduler.state_dict()}, tmp_path / "run.pt")
-    template = fresh_keras(tmp_path / "fresh", 0.5)
-    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template)
-    twin, restored = keras_model("keras", 0.5)
-    tf.train.Checkpoint(model=twin, optimizer=restored).read(str(tmp_path / "ckpt")).assert_consumed()
-    theirs = torch_rates(optimizer, scheduler)
-    assert float(restored.learning_rate) == pytest.approx(theirs[0], rel=1e-6)
-    twin.compile(restored)
-    space: dict[str, Any] = {"keras": keras, "ckptconv": ckptconv}
-    exec("\n".join(line for line in report.target_requires if " = " in line or "import" in line), space)
-    callback = space["callback"]
-    callback.set_model(twin)
-    ours = []
-    for epoch in range(DONE, DONE + NEXT):
-        callback.on_epoch_begin(epoch)
-        ours.append(float(restored.learning_rate))
-    close(ours, theirs)
 
 
 def test_live_objects_take_schedules_both_ways(tmp_path: Path) -> None:

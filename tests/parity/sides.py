@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+import ckptconv
 from ckptconv.catalog.optimizer_rows import Row, row
 from ckptconv.document import Value
 
@@ -124,7 +125,9 @@ class TorchSide:
         self.put(initial(model, seed, dtype))
         known = row(algorithm, "torch")
         assert known is not None
-        cls = getattr(torch.optim, known.class_name.rpartition(".")[2])
+        cls: Any = {"torch": torch, "ckptconv": ckptconv}[known.class_name.partition(".")[0]]
+        for part in known.class_name.split(".")[1:]:
+            cls = getattr(cls, part)
         self.optimizer = cls(self.model.parameters(), **arguments(known, hypers))
 
     def put(self, weights: Mapping[str, Array]) -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("tf_keras")
 
 import keras
 import tensorflow as tf
+import tf_keras
 import torch
 
 import ckptconv
@@ -25,6 +26,7 @@ from tests.parity.matrix import difference
 from tests.parity.sides import KerasSide, Side, TorchSide, rounded, side
 
 STEPS, EXACT = 20, 1e-10
+KERAS = ("keras3", "tf_keras")
 Hypers = Mapping[str, Value]
 Wrap = Callable[[Any], Any]
 Rates = Callable[[int], float]
@@ -101,6 +103,7 @@ def resumed(
 
 ADAM = {"learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-3}
 RMSPROP = {"learning_rate": 0.005, "rho": 0.9, "epsilon": 1e-2, "momentum": 0.0, "centered": False}
+ADAMAX = {"learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-2}
 SGD = {"learning_rate": 0.02, "momentum": 0.9, "nesterov": False}
 OF_DECAY: Mapping[str, Hypers] = {
     "adam": ADAM,
@@ -139,15 +142,31 @@ def test_adam_in_keras_with_the_corrected_epsilon(tmp_path: Path) -> None:
     both(tmp_path, "torch", "keras3", "adam", ADAM)
 
 
-@pytest.mark.parametrize("algorithm", ["adam", "adamw"])
-def test_adam_in_torch_with_the_raw_epsilon(tmp_path: Path, algorithm: str) -> None:
+@pytest.mark.parametrize(("source", "algorithm"), [("keras3", "adam"), ("tf_keras", "adamw")])
+def test_adam_in_torch_with_the_raw_epsilon(tmp_path: Path, source: str, algorithm: str) -> None:
     decay = {"weight_decay": 0.05} if algorithm == "adamw" else {}
-    both(tmp_path, "keras3", "torch", algorithm, {**ADAM, **decay})
+    both(tmp_path, source, "torch", algorithm, {**ADAM, **decay})
 
 
-def test_an_embedding_and_a_convolution(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", KERAS)
+def test_adamax_in_keras_with_epsilon_in_the_norm(tmp_path: Path, target: str) -> None:
+    both(tmp_path, "torch", target, "adamax", ADAMAX)
+
+
+@pytest.mark.parametrize("source", KERAS)
+def test_adamax_in_torch_with_epsilon_after_the_norm(tmp_path: Path, source: str) -> None:
+    both(tmp_path, source, "torch", "adamax", ADAMAX)
+
+
+@pytest.mark.parametrize("target", KERAS)
+def test_adagrad_in_keras_with_epsilon_outside(tmp_path: Path, target: str) -> None:
+    both(tmp_path, "torch", target, "adagrad", {"learning_rate": 0.05, "epsilon": 1e-2})
+
+
+@pytest.mark.parametrize("target", KERAS)
+def test_an_embedding_and_a_convolution(tmp_path: Path, target: str) -> None:
     exact, _ = resumed(
-        tmp_path, "torch", "keras3", "adam", ADAM,
+        tmp_path, "torch", target, "adam", ADAM,
         lambda o: ckptconv.keras.corrected_epsilon(o, EPSILON), model="cnn",
     )  # fmt: skip
     assert exact < EXACT
@@ -156,19 +175,21 @@ def test_an_embedding_and_a_convolution(tmp_path: Path) -> None:
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_rmsprop_in_keras_with_epsilon_outside(tmp_path: Path, momentum: float, centered: bool) -> None:
-    both(tmp_path, "torch", "keras3", "rmsprop", {**RMSPROP, "momentum": momentum, "centered": centered})
+    target = "tf_keras" if centered else "keras3"
+    both(tmp_path, "torch", target, "rmsprop", {**RMSPROP, "momentum": momentum, "centered": centered})
 
 
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_rmsprop_in_torch_with_epsilon_inside(tmp_path: Path, momentum: float, centered: bool) -> None:
     hypers = {**RMSPROP, "momentum": momentum, "centered": centered, "epsilon": 1e-4}
-    both(tmp_path, "keras3", "torch", "rmsprop", hypers)
+    both(tmp_path, "tf_keras" if centered else "keras3", "torch", "rmsprop", hypers)
 
 
-def test_nadam_in_keras_with_a_momentum_decay(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", KERAS)
+def test_nadam_in_keras_with_a_momentum_decay(tmp_path: Path, target: str) -> None:
     hypers = {**ADAM, "epsilon": 1e-7, "momentum_decay": 0.004}
-    args = ("torch", "keras3", "nadam", hypers)
+    args = ("torch", target, "nadam", hypers)
     allow = ("hyperparameter-unsupported",)
     stock, report = resumed(tmp_path / "stock", *args, None, allow=allow)
     exact, _ = resumed(tmp_path / "exact", *args, named(report), allow=allow)
@@ -198,17 +219,15 @@ def falling(number: int) -> float:
     return float(np.float32(0.02 * 0.95**number))
 
 
-def test_momentum_sgd_in_keras_follows_the_rate(tmp_path: Path) -> None:
-    both(tmp_path, "torch", "keras3", "sgd", SGD, rates=falling)
+@pytest.mark.parametrize("target", KERAS)
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_sgd_in_keras_follows_the_rate(tmp_path: Path, target: str, nesterov: bool) -> None:
+    both(tmp_path, "torch", target, "sgd", {**SGD, "nesterov": nesterov}, rates=falling)
 
 
-def test_nesterov_in_keras_follows_the_rate(tmp_path: Path) -> None:
-    hypers = {**SGD, "nesterov": True}
-    both(tmp_path, "torch", "keras3", "sgd", hypers, rates=falling)
-
-
-def test_momentum_sgd_in_torch_follows_the_velocity(tmp_path: Path) -> None:
-    both(tmp_path, "keras3", "torch", "sgd", SGD, rates=falling)
+@pytest.mark.parametrize("source", KERAS)
+def test_momentum_sgd_in_torch_follows_the_velocity(tmp_path: Path, source: str) -> None:
+    both(tmp_path, source, "torch", "sgd", SGD, rates=falling)
 
 
 def test_what_a_helper_writes_goes_back(tmp_path: Path) -> None:
@@ -231,11 +250,14 @@ def test_what_a_helper_writes_goes_back(tmp_path: Path) -> None:
     assert exact < EXACT
 
 
-@pytest.mark.parametrize("algorithm", ["adam", "rmsprop", "sgd", "adadelta"])
-def test_a_coupled_decay_in_keras(tmp_path: Path, algorithm: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "algorithm"),
+    [("keras3", "adam"), ("tf_keras", "rmsprop"), ("keras3", "sgd"), ("tf_keras", "adadelta")],
+)
+def test_a_coupled_decay_in_keras(tmp_path: Path, target: str, algorithm: str) -> None:
     theirs = OF_DECAY[algorithm]
     both(
-        tmp_path, "torch", "keras3", algorithm, {**theirs, "weight_decay": 0.05},
+        tmp_path, "torch", target, algorithm, {**theirs, "weight_decay": 0.05},
         target_hypers=theirs, allow=("form-mismatch",),
     )  # fmt: skip
 
@@ -259,14 +281,15 @@ def test_a_decoupled_decay_in_torch(tmp_path: Path, algorithm: str) -> None:
     )  # fmt: skip
 
 
-def test_a_schedule_moves_the_buffer_in_keras() -> None:
+@pytest.mark.parametrize("package", [keras, tf_keras], ids=KERAS)
+def test_a_schedule_moves_the_buffer_in_keras(package: Any) -> None:
     """In a compiled function, against PyTorch's recursion written out."""
-    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.5, 0.25, 0.125])
+    schedule = package.optimizers.schedules.PiecewiseConstantDecay([1, 3], [0.5, 0.25, 0.125])
     weight = tf.Variable(1.0, dtype="float64")
-    variable = keras.Variable(1.0, dtype="float64")
-    optimizer = ckptconv.keras.gradient_momentum(keras.optimizers.SGD(schedule, momentum=0.5))
+    variable = (keras if package is keras else tf).Variable(1.0, dtype="float64")
+    optimizer = ckptconv.keras.gradient_momentum(package.optimizers.SGD(schedule, momentum=0.5))
     optimizer.build([variable])
-    update = tf.function(lambda g: optimizer.apply([g], [variable]))
+    update = tf.function(lambda g: optimizer.apply_gradients([(g, variable)]))
     buffer = 0.0
     expected = float(weight)
     for number in range(6):
@@ -310,6 +333,9 @@ def test_helpers_refuse_what_they_do_not_fit() -> None:
         lambda: ckptconv.keras.corrected_epsilon(keras.optimizers.SGD(), 1e-8),
         lambda: ckptconv.keras.corrected_epsilon(built, 1e-8),
         lambda: ckptconv.keras.densified(object()),
+        lambda: ckptconv.keras.densified(tf_keras.optimizers.legacy.Adam()),
+        lambda: ckptconv.keras.in_max_epsilon(keras.optimizers.Adam(), 1e-8),
+        lambda: ckptconv.pytorch.after_max_epsilon(sgd, 1e-8),
         lambda: ckptconv.keras.coupled_decay(keras.optimizers.AdamW(weight_decay=0.1), 0.1),
         lambda: ckptconv.pytorch.raw_epsilon(sgd, 1e-8),
         lambda: ckptconv.pytorch.inside_epsilon(sgd, 1e-8),
@@ -321,10 +347,27 @@ def test_helpers_refuse_what_they_do_not_fit() -> None:
     for call in (
         lambda: ckptconv.keras.outside_epsilon(keras.optimizers.RMSprop(), -1.0),
         lambda: ckptconv.pytorch.decoupled_decay(sgd, float("nan")),
+        lambda: ckptconv.pytorch.lion([parameter], lr=-1.0),
     ):
         with pytest.raises(CkptError) as caught:
             call()
         assert caught.value.problems[0].code == "usage"
+
+
+def test_a_rate_that_a_callback_sets_moves_the_buffer() -> None:
+    """tf_keras' callbacks assign the rate's variable itself."""
+    variable = tf.Variable(1.0)
+    optimizer = tf_keras.optimizers.SGD(0.5, momentum=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    optimizer = ckptconv.keras.gradient_momentum(optimizer)
+    optimizer = ckptconv.keras.coupled_decay(optimizer, 0.0)
+    assert not optimizer._use_weight_decay(tf.Variable(1.0, name="bias"))  # told before, and still known
+    optimizer.build([variable])
+    optimizer.apply_gradients([(tf.constant(1.0), variable)])
+    tf_keras.backend.set_value(optimizer.lr, 0.125)
+    assert float(optimizer.momentums[0]) == pytest.approx(-0.125)
+    optimizer.learning_rate = 0.25
+    assert float(optimizer.momentums[0]) == pytest.approx(-0.25)
 
 
 def test_a_rate_of_0_loses_the_buffer_and_is_an_error() -> None:
@@ -360,3 +403,42 @@ def test_unequal_steps_have_no_one_epsilon() -> None:
     with pytest.raises(CkptError) as caught:
         adam.step()
     assert caught.value.problems[0].code == "unequal-steps"
+
+
+def test_a_run_with_a_helper_goes_on_by_its_own_rule(tmp_path: Path) -> None:
+    """Torch to Keras with a helper, on in Keras, and back: `--set` or a description tells of the rule."""
+    run = side("torch", "mlp", "adam", ADAM, seed=1, dtype="float64")
+    run.train(0, STEPS)
+    saved = run.save(tmp_path)
+    there = side("keras3", "mlp", "adam", ADAM, seed=2, dtype="float64")
+    assert isinstance(there, KerasSide)
+    template = there.save(tmp_path)
+    there = wrapped(there, lambda o: ckptconv.keras.corrected_epsilon(o, EPSILON))
+    described = ckptconv.keras.describe(there.model, there.optimizer)
+    for name, skeleton in (("plain", template), ("described", described)):
+        report = ckptconv.convert(saved, tmp_path / f"{name}-1", template=skeleton)
+        assert report.verdicts[0].verdict == ("exact" if name == "described" else "approximate")
+    assert any("corrected_epsilon(optimizer, 0.001" in line for line in report.target_requires)
+    there.restore(tmp_path / "plain-1")
+    there.train(STEPS, STEPS)
+    (tmp_path / "on").mkdir()
+    on = there.save(tmp_path / "on")
+    run.train(STEPS, STEPS)
+    switch = run.weights()
+    run.train(2 * STEPS, STEPS)
+    told = {"beta_1": str(rounded(0.9)), "beta_2": str(rounded(0.999)), "epsilon": "0.5"}
+    spec = ckptconv.keras.describe(there.model, there.optimizer)
+    for how in ({"set_": {**told, "corrected_epsilon": str(EPSILON)}}, {"source_spec": spec}):
+        back = tmp_path / "back.pt"
+        report = ckptconv.convert(on, back, template=saved, force=True, **how)
+        assert report.verdicts[0].verdict == "exact"
+        again = side("torch", "mlp", "adam", ADAM, seed=3, dtype="float64")
+        again.restore(back)
+        again.train(2 * STEPS, STEPS)
+        assert difference(again.weights(), run.weights(), switch) < EXACT
+    model = torch.nn.Linear(2, 1)
+    wide = ckptconv.pytorch.raw_epsilon(torch.optim.Adam(model.parameters()), 0.25)
+    (captured,) = ckptconv.pytorch.describe(model, wide).optimizers
+    assert captured.form["epsilon"] == "raw"
+    facts = captured.groups[0].hyperparameters
+    assert getattr(facts["raw_epsilon"], "value", None) == 0.25

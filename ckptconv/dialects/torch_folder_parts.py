@@ -1,0 +1,126 @@
+"""What the folders of PyTorch's trainers have in common: the model in its files, the note, the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from ckptconv.dialects.residue import Lifter
+from ckptconv.dialects.torch_modules import Module, lift_module
+from ckptconv.dialects.torch_note import with_note
+from ckptconv.errors import FormatError
+from ckptconv.formats.torch_folder import DIRECTORY, sibling
+from ckptconv.note import KEY
+from ckptconv.rawtree import DictNode, Node, Opaque, Path, RawTree
+
+WEIGHTS: tuple[str, ...] = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+"""Files that hold the model, in the order in which the trainers look for them."""
+
+
+def folder_of(raw: RawTree) -> DictNode:
+    """The folder with its note as an entry, as a training dictionary has it.
+
+    Raises: unknown-dialect for what is no folder.
+    """
+    if not isinstance(raw.root, DictNode) or raw.root.kind != DIRECTORY:
+        raise FormatError.of("unknown-dialect", "this is no folder", "Leave the dialect out.", loc=())
+    return with_note(raw.root, raw.note)
+
+
+def raw_of(filled: Node, raw: RawTree) -> RawTree:
+    """The tree to write: the folder without the entry, the note beside it. `raw` gives the attributes."""
+    assert isinstance(filled, DictNode)
+    note = filled.get(KEY)
+    return RawTree(
+        format=raw.format,
+        root=with_note(filled, None),
+        attributes=raw.attributes,
+        note=note if isinstance(note, str) else None,
+    )
+
+
+def weights_of(root: DictNode, names: tuple[str, ...] = WEIGHTS) -> tuple[str, tuple[str, ...]] | None:
+    """The file that stands for the model, and those in which its tensors are; None where there is none."""
+    for name in names:
+        node = root.get(name)
+        if not isinstance(node, DictNode):
+            continue
+        if not name.endswith(".index.json"):
+            return name, (name,)
+        shards = node.get("weight_map")
+        files = [value for _, value in shards.items] if isinstance(shards, DictNode) else []
+        return name, tuple(sorted({sibling(name, file) for file in files if isinstance(file, str)}))
+    return None
+
+
+def lift_weights(root: DictNode, files: tuple[str, ...], lifter: Lifter) -> Module:
+    """The model in these files, its parameters in their order. Raises: duplicate-key."""
+    items: list[tuple[Node, Node]] = []
+    home: dict[str | int, str] = {}
+    for file in files:
+        node = root.get(file)
+        for key, value in node.items if isinstance(node, DictNode) else ():
+            items.append((key, value))
+            if isinstance(key, (str, int)):
+                home[key] = file
+    return lift_module(DictNode(items=tuple(items)), (files[0],), _Spread(root, lifter, home))
+
+
+class _Spread(Lifter):
+    """Takes what stands under one name in a merged dictionary from the file that has it."""
+
+    def __init__(self, root: Node, lifter: Lifter, home: dict[str | int, str]) -> None:
+        super().__init__(root)
+        self._lifter, self._home = lifter, home
+
+    def take(
+        self, path: Path, to: Path, **encoding: str | int | float | bool | tuple[int, ...] | None
+    ) -> None:
+        self._lifter.take((self._home[path[1]], *path[1:]), to, **encoding)
+
+
+def has_order(file: str) -> bool:
+    """Whether a model's file has the parameters in the model's order: safetensors sorts them by name."""
+    return ".safetensors" not in file
+
+
+def numbered(root: DictNode, stem: str, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    """Files `stem.suffix`, `stem_1.suffix`, ... in the order of their numbers."""
+    found: dict[int, str] = {}
+    for key in root.keys:
+        for suffix in suffixes:
+            told = re.fullmatch(re.escape(stem) + r"(?:_(\d{1,9}))?" + re.escape(suffix), str(key))
+            if told is not None and isinstance(key, str):
+                found.setdefault(int(told[1] or 0), key)
+    return tuple(found[number] for number in sorted(found))
+
+
+def not_read(raw: RawTree) -> tuple[str, ...]:
+    """What to say of directories in the folder that are no part of it."""
+    left = raw.attributes.get("not_read")
+    if not isinstance(left, tuple) or not left:
+        return ()
+    shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+    return (f"The folder also holds {shown}: not read, and not written with it.",)
+
+
+def scalars(node: Node) -> Iterator[tuple[str, Node]]:
+    """The attributes of an object that a pickle only describes, or a dictionary's entries."""
+    state = node.state if isinstance(node, Opaque) else node
+    for key, value in state.items if isinstance(state, DictNode) else ():
+        if isinstance(key, str):
+            yield key, value
+
+
+def argument(node: Node) -> str | None:
+    """What an enum's member is called in a file: `SchedulerType("cosine")` is `cosine`."""
+    if isinstance(node, Opaque) and len(node.args) == 1:
+        node = node.args[0]
+    return node if isinstance(node, str) else None

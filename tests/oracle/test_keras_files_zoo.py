@@ -1,0 +1,108 @@
+"""Files of both generations of Keras against Keras itself: every variable, flag and slot of every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("h5py")
+keras = pytest.importorskip("keras")
+tf_keras = pytest.importorskip("tf_keras")
+
+import ckptconv  # noqa: E402
+from ckptconv.catalog.optimizer_rows import row  # noqa: E402
+from ckptconv.document import Checkpoint, value_of  # noqa: E402
+from ckptconv.supply import set_fields  # noqa: E402
+from tests.support import keras_zoo  # noqa: E402
+from tests.support.keras_zoo import ZOO, compiled, same  # noqa: E402
+
+KERAS = {"keras3": keras, "tf-keras": tf_keras}
+
+
+def adam(k: Any) -> Any:
+    return k.optimizers.Adam(0.01, beta_1=0.8)
+
+
+def saved(model: Any, path: Path) -> Path:
+    model.save_weights(path) if path.name.endswith(".weights.h5") else model.save(path)
+    return path
+
+
+def loaded(k: Any, path: Path, make: Callable[[], Any]) -> Any:
+    """The model of a file; weights alone are loaded into one that is made and built anew."""
+    if not path.name.endswith(".weights.h5"):
+        return k.models.load_model(path)
+    model = make()
+    model.load_weights(path)
+    return model
+
+
+def check(run: Checkpoint, model: Any, *, declared: bool = True) -> None:
+    """That the document has every variable of the model once, with its flag and its slots."""
+    trained = [id(variable) for variable in model.trainable_variables]
+    left = {id(variable): np.asarray(variable) for variable in keras_zoo.stored(model.variables)}
+    owner = {}
+    for param in run.params.values():
+        array = param.read()
+        (found,) = [
+            key for key, value in left.items() if value.dtype == array.dtype and np.array_equal(value, array)
+        ]
+        del left[found]
+        owner[param.name] = found
+        if declared:
+            assert param.trainable is (found in trained), param.name
+    assert not left
+    if not run.optimizers:
+        return
+    (own,) = run.optimizers
+    known = row(own.algorithm, own.framework)
+    assert known is not None
+    held = {
+        (slot, owner[name]): tensor.read() for slot, by in own.slots.items() for name, tensor in by.items()
+    }
+    for one in keras_zoo.slots_of(model.optimizer, known, model.trainable_variables):
+        array = held.pop((one.slot, id(one.variable)), None)
+        assert array is not None, (one.slot, one.variable.name)
+        assert np.array_equal(array, one.array)
+    assert not held
+
+
+UNTOLD = {"cnn", "nested", "partly_frozen", "time_distributed"}
+"""Models of which weights alone do not tell what is trained: frozen layers, layers without a class."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", KERAS)
+@pytest.mark.parametrize("name", ZOO)
+def test_every_variable_flag_and_slot(generation: str, name: str, tmp_path: Path) -> None:
+    k = KERAS[generation]
+    model = compiled(k, ZOO[name](k), adam(k))
+    run = ckptconv.open(saved(model, tmp_path / "a.keras"))
+    assert (run.provenance.dialect, value_of(run.progress.step)) == (generation, 3)
+    assert run.optimizers[0].slots
+    check(run, model)
+    run = ckptconv.open(saved(model, tmp_path / "a.weights.h5"))
+    assert (run.provenance.dialect, value_of(run.progress.step)) == (generation, 3)
+    if run.optimizers[0].algorithm == "unknown":
+        assert run.optimizers[0].slots.keys() <= {"0", "1"}
+        run = set_fields(run, {"optimizer": "adam"}) if run.optimizers[0].algorithm_candidates else run
+    assert bool(run.optimizers[0].slots) is (name not in UNTOLD)
+    if name not in UNTOLD:
+        check(run, model, declared=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", KERAS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_way_back_through_neutral(generation: str, name: str, tmp_path: Path) -> None:
+    k = KERAS[generation]
+    model = compiled(k, ZOO[name](k), adam(k))
+    for suffix in (".keras", ".weights.h5"):
+        archive, back = tmp_path / f"{suffix}.d", tmp_path / f"b{suffix}"
+        ckptconv.convert(saved(model, tmp_path / f"a{suffix}"), archive, to="neutral")
+        ckptconv.convert(archive, back)
+        assert same(loaded(k, back, lambda: compiled(k, ZOO[name](k), adam(k), step=0)), model)
