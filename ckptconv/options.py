@@ -128,8 +128,8 @@ Select = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME",
-        help="Take this one of several checkpoints in a folder, or this part of one, e.g. --select best or "
-        "--select checkpoint-500. May be repeated.",
+        help="Take this one of several checkpoints in a folder, or this part of one, e.g. --select best, "
+        "checkpoint-500, ema, model:generator or optimizer:0. May be repeated.",
     ),
 ]
 ShardSize = Annotated[

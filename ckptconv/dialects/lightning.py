@@ -21,6 +21,7 @@ from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.lightning_loops import FIT, VERSION, read_loops, with_steps
 from ckptconv.dialects.lightning_settle import settle_loops
 from ckptconv.dialects.residue import Lifter
+from ckptconv.dialects.torch_averages import with_averages
 from ckptconv.dialects.torch_lower import settle
 from ckptconv.dialects.torch_modules import Module, lift_module
 from ckptconv.dialects.torch_note import lift_note
@@ -95,7 +96,7 @@ class Lightning:
                 *named_code(root),
             ),
         )
-        return lift_note(checkpoint, root)
+        return lift_note(with_averages(checkpoint), root)
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The template's file (or the run's own) with the document's values."""

@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 _DDP = "module"
 _PEFT = ("base_model", "model")
 
-_PARTS = ("_parameters", "_buffers", "_modules")
+PARTS = ("_parameters", "_buffers", "_modules")
 """Attributes that every module's pickle has."""
 
 
@@ -94,7 +94,7 @@ def is_module_state(node: Node) -> bool:
 def is_module(node: Node) -> bool:
     """Whether a node is a pickled module."""
     attributes = node.state if isinstance(node, Opaque) else None
-    return isinstance(attributes, DictNode) and all(isinstance(attributes.get(p), DictNode) for p in _PARTS)
+    return isinstance(attributes, DictNode) and all(isinstance(attributes.get(p), DictNode) for p in PARTS)
 
 
 def lift_module(
@@ -150,7 +150,7 @@ def _module_entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]
     if not isinstance(node, Opaque) or not isinstance(node.state, DictNode) or not is_module(node):
         return
     where, passing = (*path, "@state"), node.state.get("_non_persistent_buffers_set")
-    for part in _PARTS:
+    for part in PARTS:
         inner = node.state.get(part)
         for key, value in inner.items if isinstance(inner, DictNode) else ():
             if not isinstance(key, str):
@@ -188,11 +188,16 @@ def _names(raws: list[str], path: Path) -> dict[str, str]:
             "Save the model again: a state_dict has each name once.",
             loc=path,
         )
-    wrapper = _wrapper(raws)
-    stripped = {raw: _strip(raw, wrapper) for raw in raws}
+    stripped = bare_names(raws)
     if len(set(stripped.values())) < len(raws):
         return {raw: raw for raw in raws}
     return stripped
+
+
+def bare_names(raws: list[str]) -> dict[str, str]:
+    """Each name of a state_dict without the marks of wrappers."""
+    wrapper = _wrapper(raws)
+    return {raw: _strip(raw, wrapper) for raw in raws}
 
 
 def _wrapper(raws: list[str]) -> tuple[str, ...]:

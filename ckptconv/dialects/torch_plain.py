@@ -21,6 +21,7 @@ from ckptconv.catalog.schedule_source import with_epochs
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
+from ckptconv.dialects.torch_averages import with_averages
 from ckptconv.dialects.torch_counters import read_counters, settle_counters
 from ckptconv.dialects.torch_lower import rebuild_state, settle
 from ckptconv.dialects.torch_modules import Module, is_module, lift_module
@@ -107,7 +108,7 @@ class TrainingDictionary:
             ),
             oddities=(*odd, *odd_schedules, *odd_progress, *named_code(root)),
         )
-        return lift_note(checkpoint, root)
+        return lift_note(with_averages(checkpoint), root)
 
     def _progress(
         self, raw: RawTree, root: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.torch_modules import is_module, is_module_state, is_state_dict
@@ -102,6 +103,7 @@ def loose(root: DictNode) -> DictNode:
     )
 
 
+@lru_cache(maxsize=4096)
 def words(path: Path) -> frozenset[str]:
     """The words of a key: `optimizer_G`, `netG` and `ema.model` each have two."""
     text = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", ".".join(map(str, path)))
