@@ -156,7 +156,10 @@ def _planned(checkpoint: Checkpoint, goal: Goal, wishes: Wishes, source_name: st
     if not problems:
         try:
             raw = goal.dialect.lower(result.checkpoint)
-            if "opaque-globals" in wishes.allowed and raw.format == "pytorch":  # nothing else can hold any
+            if "opaque-globals" in wishes.allowed and raw.format in (
+                "pytorch",
+                "dcp",
+            ):  # nothing else holds any
                 raw = replace(raw, attributes={**raw.attributes, "allow_opaque_globals": True})
             if wishes.shard_nbytes is not None:
                 raw = replace(raw, attributes={**raw.attributes, "shard_nbytes": wishes.shard_nbytes})

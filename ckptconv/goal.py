@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptconv.detect import PathLike, dialect_named, format_named, load_registries, open, parse_target
-from ckptconv.dialects.base import DIALECTS, Dialect
+from ckptconv.dialects.base import DIALECTS, Dialect, fills
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
 from ckptconv.formats.base import FORMATS, Format
@@ -87,10 +87,10 @@ def _untold(path: Path) -> str:
 
 def _default_dialect(format_name: str, source: Checkpoint) -> Dialect:
     """The source's own dialect where it lives in the format, else the format's one that needs no template."""
-    residue = source.residue
-    if residue is not None and residue.format == format_name:
-        return DIALECTS[format_name, residue.dialect]
     there = [dialect for (fmt, _), dialect in sorted(DIALECTS.items()) if fmt == format_name]
+    for dialect in there:
+        if fills(dialect, source.residue):
+            return dialect
     free = [dialect for dialect in there if not dialect.needs_template]
     if len(there) == 1 or (len(free) == 1 and format_name not in ("pytorch", "tensorflow")):
         return (free or there)[0]

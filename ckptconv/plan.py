@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from ckptconv import dtypes, mapping, note
 from ckptconv.account import Transfer
-from ckptconv.dialects.base import DIALECTS
+from ckptconv.dialects.base import DIALECTS, fills
 from ckptconv.dialects.residue import scalar_tensor, untold
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
@@ -168,7 +168,7 @@ def _with_note(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
 def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) -> Transfer:
     """A target that takes its structure from the document: the way back, an archive, or weights."""
     residue = checkpoint.residue
-    own = residue is not None and (residue.format, residue.dialect) == (goal.format.name, goal.dialect.name)
+    own = fills(goal.dialect, residue)
     everything = own or goal.format.name == "neutral"
     ledger = [
         Entry(item=address, fate="copied", target=".".join(map(str, address[1:])))

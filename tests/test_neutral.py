@@ -11,9 +11,11 @@ import google_crc32c
 import pytest
 from hypothesis import given, settings
 
+import ckptconv
 from ckptconv import dtypes, schema
 from ckptconv.bitcast import AsBytes, FromBytes
 from ckptconv.conversion import convert
+from ckptconv.conversion import save as write
 from ckptconv.dialects.neutral import DIALECT, slot_key
 from ckptconv.document import Checkpoint, Group, Known, Optimizer, Param, Progress, Unknown
 from ckptconv.errors import CkptError
@@ -193,6 +195,17 @@ def test_any_document_comes_back(tmp_path_factory, checkpoint):
     path = save(checkpoint, tmp_path_factory.mktemp("any") / "run")
     assert check_directory(path) == []
     assert_equal(load(path), checkpoint)
+
+
+@pytest.mark.parametrize("target", ["neutral", "safetensors"])
+def test_a_tensor_without_elements_passes_the_check(tmp_path, target):
+    """It lies where the next one begins."""
+    tensors = {"a": array_tensor((0, 3)), "b": array_tensor((2,))}
+    params = {name: Param(name=name, tensor=tensor) for name, tensor in tensors.items()}
+    checkpoint = Checkpoint(progress=Progress(step=Unknown(reason="none")), params=params)
+    report = write(checkpoint, tmp_path / "run", to=target)
+    assert report.verified
+    assert [p.tensor.shape for p in ckptconv.open(tmp_path / "run").params.values()] == [(0, 3), (2,)]
 
 
 def test_an_empty_document(tmp_path):

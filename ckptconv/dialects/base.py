@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from ckptconv.document import Checkpoint
+from ckptconv.document import Checkpoint, Residue
 from ckptconv.errors import Problem
 from ckptconv.rawtree import RawTree
 
@@ -73,9 +73,19 @@ class Dialect(Protocol):
 
 
 DIALECTS: dict[tuple[str, str], Dialect] = {}
+_TREES: dict[tuple[str, str], tuple[str, str]] = {}
 
 
-def register(dialect: Dialect) -> Dialect:
-    """Make a dialect known under (format, name)."""
-    DIALECTS[dialect.format, dialect.name] = dialect
+def register(dialect: Dialect, *, tree: tuple[str, str] | None = None) -> Dialect:
+    """Make a dialect known under (format, name); `tree`: the one whose residue it fills, if not its own."""
+    key = dialect.format, dialect.name
+    DIALECTS[key] = dialect
+    _TREES[key] = tree or key
     return dialect
+
+
+def fills(dialect: Dialect, residue: Residue | None) -> bool:
+    """Whether a residue is of the kind that the dialect makes its tree from."""
+    if residue is None:
+        return False
+    return _TREES[dialect.format, dialect.name] == (residue.format, residue.dialect)

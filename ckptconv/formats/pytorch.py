@@ -141,9 +141,6 @@ class PyTorchFormat:
         """
         if raw.attributes.get("container") == DIRECTORY:
             return layout_folder(raw, path)
-        encoder = Encoder(raw.root)
-        pickled, names = pickle_tree(raw.root, encoder.encode)
-        _refuse_opaque(names, raw)
         alignment = _attribute_int(raw.attributes, "alignment", _ALIGNMENT)
         if not 1 <= alignment <= _MAX_ALIGNMENT:
             raise FormatError.of(
@@ -151,8 +148,13 @@ class PyTorchFormat:
                 f"an alignment of {alignment} bytes, 1 to {_MAX_ALIGNMENT} are possible",
                 "Leave the attribute 'alignment' out.",
             )
-        records = _records(pickled, encoder.storages, raw.note, alignment)
-        planned = plan_archive(_archive_name(raw, path), records, alignment)
+        planned, storages = plan_object(
+            raw.root,
+            _archive_name(raw, path),
+            note=raw.note,
+            alignment=alignment,
+            opaque_globals=raw.attributes.get("allow_opaque_globals") is True,
+        )
         offsets = {place.record.name: place.offset for place in planned}
         placements = tuple(
             Placement(
@@ -161,7 +163,7 @@ class PyTorchFormat:
                 tensor=storage.tensor,
                 checksum="crc32",
             )
-            for storage in encoder.storages
+            for storage in storages
             if storage.tensor.spec.nbytes
         )
         target = TargetFile(name="", placements=placements, finish=partial(_finish, planned))
@@ -302,6 +304,26 @@ def _note(source: ByteSource, raw: bytes | None) -> str | None:
 # Writing
 
 
+def plan_object(
+    root: Node,
+    archive: str,
+    *,
+    note: str | None = None,
+    alignment: int = _ALIGNMENT,
+    opaque_globals: bool = False,
+) -> tuple[tuple[PlannedRecord, ...], list[Storage]]:
+    """The archive of one saved object: where each record goes, and the storages whose bytes are to be placed.
+
+    Raises: unknown-dtype, opaque-globals, limit-exceeded, unsupported-feature, reference-broken.
+    """
+    encoder = Encoder(root)
+    pickled, names = pickle_tree(root, encoder.encode)
+    if not opaque_globals:
+        _refuse_opaque(names)
+    records = _records(pickled, encoder.storages, note, alignment)
+    return plan_archive(archive, records, alignment), encoder.storages
+
+
 def _records(
     pickled: bytes, storages: Iterable[Storage], note: str | None, alignment: int
 ) -> Iterator[NewRecord]:
@@ -344,10 +366,10 @@ def _attribute_int(attributes: Mapping[str, Scalar | tuple[str, ...]], key: str,
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
-def _refuse_opaque(names: frozenset[str], raw: RawTree) -> None:
+def _refuse_opaque(names: frozenset[str]) -> None:
     """Whoever loads the pickle calls what it names: only harmless names are written unasked."""
     opaque = sorted(names - torch_names.WEIGHTS_ONLY - torch_names.HARMLESS)
-    if opaque and raw.attributes.get("allow_opaque_globals") is not True:
+    if opaque:
         raise UnsafeContentError.of(
             "opaque-globals",
             f"the new pickle would name {', '.join(opaque[:20])}{' ...' if len(opaque) > 20 else ''}",

@@ -1,0 +1,105 @@
+"""What a torch.distributed.checkpoint folder holds: the same dictionaries that training loops save in files.
+
+Every convention of a PyTorch file is one of a folder too, since a folder is a flattened dictionary: these
+dialects are those of files, around them what the flattening makes of an optimizer (`dcp_forms`). Their
+residue is that of the file's dialect, so that a run goes from a folder into a file and back as it goes from a
+file into a file. Written to a folder, an optimizer is keyed by the names of its parameters wherever they are
+known: `torch.distributed.checkpoint.load` asks for them, into what `get_state_dict` gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckptconv.dialects import torch_plain, torch_state_dict
+from ckptconv.dialects.base import Detection, Dialect, register
+from ckptconv.dialects.dcp_forms import folded, unfolded
+from ckptconv.dialects.torch_values import places
+from ckptconv.document import Checkpoint
+from ckptconv.errors import FormatError, Problem
+from ckptconv.rawtree import DictNode, Path, RawTree
+
+_FORMS = "forms"
+"""Attribute of the residue: what was undone when the folder was lifted."""
+
+
+class InFolder:
+    """A dialect of PyTorch files, in a folder."""
+
+    format = "dcp"
+
+    def __init__(self, inner: Dialect) -> None:
+        self._inner = inner
+        self.name, self.summary = inner.name, inner.summary
+        self.needs_template, self.save_counter = inner.needs_template, inner.save_counter
+        self.framework = inner.framework
+
+    def detect(self, raw: RawTree) -> Detection | None:
+        """As in a file."""
+        return self._inner.detect(_as_file(raw)) if isinstance(raw.root, DictNode) else None
+
+    def lift(self, raw: RawTree) -> Checkpoint:
+        """As from a file. I/O and errors: those of the file's dialect."""
+        if not isinstance(raw.root, DictNode):
+            raise FormatError.of(
+                "unknown-dialect", "the folder holds no dictionary", "See: ckptconv inspect --raw.", loc=()
+            )
+        checkpoint = self._inner.lift(_as_file(raw))
+        provenance = replace(
+            checkpoint.provenance, format=self.format, producer="PyTorch, torch.distributed.checkpoint"
+        )
+        return replace(checkpoint, provenance=provenance)
+
+    def lower(self, checkpoint: Checkpoint) -> RawTree:
+        """The file's tree, an optimizer's parameters by their names."""
+        raw = self._inner.lower(checkpoint)
+        forms = raw.attributes.get(_FORMS, ())
+        assert isinstance(raw.root, DictNode)
+        root = folded(raw.root, forms if isinstance(forms, tuple) else (), _names(checkpoint))
+        return RawTree(format=self.format, root=root, note=raw.note)
+
+    def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
+        """Those of the file's dialect."""
+        return self._inner.template_problems(template)
+
+    def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
+        """Loading into what `get_state_dict` gives of a model and an optimizer."""
+        return "\n".join(
+            (
+                "import torch.distributed.checkpoint as dcp",
+                "from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict",
+                "",
+                "model_state, optimizer_state = get_state_dict(model, optimizer)",
+                'state = {"model": model_state, "optimizer": optimizer_state}',
+                f"dcp.load(state, checkpoint_id={target!r})",
+                'set_state_dict(model, optimizer, model_state_dict=state["model"], '
+                'optim_state_dict=state["optimizer"])',
+            )
+        )
+
+
+def _as_file(raw: RawTree) -> RawTree:
+    """The tree as a file of the same dictionary has it."""
+    assert isinstance(raw.root, DictNode)
+    root, forms = unfolded(raw.root)
+    attributes = {**raw.attributes, **({_FORMS: forms} if forms else {})}
+    return replace(raw, format="pytorch", root=root, attributes=attributes)
+
+
+def _names(checkpoint: Checkpoint) -> dict[Path, tuple[str, ...]]:
+    """Where optimizers stand whose parameters' names are known -> the names, in the order of groups."""
+    residue = checkpoint.residue
+    found: dict[Path, tuple[str, ...]] = {}
+    for path, lifted in places(residue.root) if residue is not None else ():
+        if lifted.to[0] != "hyperparameter" or "param_groups" not in path:
+            continue
+        where = path[: path.index("param_groups")]
+        if where not in found:
+            optimizer = checkpoint.optimizer(str(lifted.to[1]))
+            known = optimizer.param_order != "unknown" and len(set(optimizer.params)) == len(optimizer.params)
+            found[where] = optimizer.params if known else ()
+    return {path: names for path, names in found.items() if names}
+
+
+for _dialect in (torch_plain.Plain(), torch_state_dict.StateDict()):
+    register(InFolder(_dialect), tree=(_dialect.format, _dialect.name))

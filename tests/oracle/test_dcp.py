@@ -1,0 +1,261 @@
+"""torch.distributed.checkpoint folders against torch itself: what ranks wrote, and what it loads of ours."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torch.distributed.checkpoint")
+
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp  # noqa: E402
+from torch.distributed.checkpoint.state_dict import (  # noqa: E402
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+import ckptconv  # noqa: E402
+from ckptconv.detect import read_raw  # noqa: E402
+from ckptconv.document import value_of  # noqa: E402
+from ckptconv.rawtree import Node, walk  # noqa: E402
+from ckptconv.tensor import TensorRef, as_bytes  # noqa: E402
+from tests.support.torch_equal import assert_same, bits, tensors  # noqa: E402
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+DCP = FIXTURES / "dcp"
+FSDP = DCP / "fsdp-2-ranks" / "run"
+TITAN = DCP / "titan-2-ranks" / "run"
+FILES = sorted((FIXTURES / "plain").glob("*/run.pt"))
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def leaves(folder: Path) -> dict[str, Node]:
+    return {"/".join(map(str, path)): leaf for path, leaf in walk(read_raw(folder).root)}
+
+
+def load(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
+
+
+def items(node: Any, path: str = "") -> dict[str, Any]:
+    """Every leaf of nested dictionaries and lists."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else None
+    if pairs is None:
+        return {path: node}
+    return {key: leaf for step, part in pairs for key, leaf in items(part, f"{path}/{step}").items()}
+
+
+def assert_equal_items(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert (ours[key].dtype, ours[key].shape) == (value.dtype, value.shape), key
+            assert bits(ours[key]) == bits(value), key
+        else:
+            assert type(ours[key]) is type(value), key
+            assert ours[key] == value, key
+
+
+@pytest.mark.parametrize("case", ["fsdp-2-ranks", "titan-2-ranks", "grid-4-ranks", "safetensors-2-ranks"])
+def test_every_tensor_is_the_one_that_torch_loads(case: str) -> None:
+    truth = json.loads((DCP / case / "expected.json").read_text(encoding="utf-8"))["tensors"]
+    found = {key: leaf for key, leaf in leaves(DCP / case / "run").items() if isinstance(leaf, TensorRef)}
+    told = {
+        key: [leaf.dtype.name, list(leaf.shape), sha256(as_bytes(leaf.read())).hexdigest()]
+        for key, leaf in found.items()
+    }
+    assert told == truth
+
+
+def test_values_keep_their_types_and_places() -> None:
+    found = leaves(FSDP)
+    assert (found["epoch"], found["text"], found["nested/list/1"]) == (2, "two ranks", 4)
+    assert found["nested/list/2/deep"] is None
+    assert (found["nested/pair/0"], found["nested/pair/1"]) == (1, 2.5)
+    assert found["optim/param_groups/0/params/0"] == "fc1.weight"
+    assert found["optim/param_groups/0/amsgrad"] is False
+
+
+@pytest.mark.parametrize("folder", [FSDP, TITAN], ids=["nested", "flat"])
+def test_the_run_is_lifted(folder: Path) -> None:
+    truth = json.loads((folder.parent / "expected.json").read_text(encoding="utf-8"))
+    checkpoint = ckptconv.open(folder)
+    (optimizer,) = checkpoint.optimizers
+    assert value_of(checkpoint.progress.step) == truth["step"]
+    assert (optimizer.algorithm, optimizer.param_order) == (truth["optimizer"], "named")
+    trained = ["fc1.weight", "fc1.bias", "bn.weight", "bn.bias", "fc2.weight", "fc2.bias"]
+    assert list(optimizer.params) == trained
+    assert set(checkpoint.params) - set(trained) == {
+        "bn.running_mean",
+        "bn.running_var",
+        "bn.num_batches_tracked",
+    }
+
+
+def test_one_torch_file_equals_what_torch_consolidates(tmp_path: Path) -> None:
+    ckptconv.convert(FSDP, tmp_path / "ours.pt")
+    dcp_to_torch_save(FSDP, tmp_path / "theirs.pt")
+    assert_equal_items(items(load(tmp_path / "ours.pt")), items(load(tmp_path / "theirs.pt")))
+
+
+def test_weights_equal_what_torch_consolidates(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    ckptconv.convert(FSDP, tmp_path / "ours.safetensors")
+    dcp_to_torch_save(FSDP, tmp_path / "theirs.pt")
+    ours = safetensors.load_file(tmp_path / "ours.safetensors")
+    assert_equal_items(ours, load(tmp_path / "theirs.pt")["model"])
+
+
+@pytest.mark.parametrize("folder", [FSDP, TITAN, DCP / "grid-4-ranks" / "run"], ids=["fsdp", "titan", "grid"])
+def test_the_way_through_neutral_gives_the_same_folder(folder: Path, tmp_path: Path) -> None:
+    ckptconv.convert(folder, tmp_path / "neutral", to="neutral")
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "again", to="dcp")
+    dcp_to_torch_save(folder, tmp_path / "before.pt")
+    dcp_to_torch_save(tmp_path / "again", tmp_path / "after.pt")
+    ours = items(load(tmp_path / "after.pt"))
+    ours = {key: value for key, value in ours.items() if not key.startswith("/ckptconv.containers")}
+    assert_equal_items(ours, items(load(tmp_path / "before.pt")))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.parent.name)
+def test_a_file_comes_back_from_a_folder(path: Path, tmp_path: Path) -> None:
+    """Kinds of containers, attributes, numbers as keys, ties and strides too."""
+    ckptconv.convert(path, tmp_path / "folder", to="dcp")
+    ckptconv.convert(tmp_path / "folder", tmp_path / "again.pt")
+    before, after = load(path), load(tmp_path / "again.pt")
+    assert_same_but_for_storages(before, after)
+
+
+def assert_same_but_for_storages(a: Any, b: Any, path: str = "$") -> None:
+    """A folder has no storages: a view of a part comes back with one of its own."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert (a.dtype, a.shape, a.stride(), a.requires_grad) == (
+            b.dtype,
+            b.shape,
+            b.stride(),
+            b.requires_grad,
+        )
+        assert bits(a) == bits(b), path
+    elif isinstance(a, dict):
+        assert list(a) == list(b), path
+        for key in a:
+            assert_same_but_for_storages(a[key], b[key], f"{path}.{key}")
+        assert_same(getattr(a, "_metadata", None), getattr(b, "_metadata", None))
+    elif isinstance(a, (list, tuple)):
+        for position, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_but_for_storages(x, y, f"{path}.{position}")
+    else:
+        assert repr(a) == repr(b), path
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    ckptconv.convert(FIXTURES / "plain" / "tied" / "run.pt", tmp_path / "folder", to="dcp")
+    ckptconv.convert(tmp_path / "folder", tmp_path / "again.pt")
+
+    def shared(path: Path) -> int:
+        pointers = [t.data_ptr() for t in tensors(load(path)) if t.numel()]
+        return len(pointers) - len(set(pointers))
+
+    assert shared(tmp_path / "again.pt") == shared(FIXTURES / "plain" / "tied" / "run.pt") > 0
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.bn = nn.BatchNorm2d(3)
+        self.fc = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.fc(torch.relu(self.bn(self.conv(x))).flatten(1))
+        return out
+
+
+def build(steps: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(steps)
+    net = Net()
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    names = {id(p): name for name, p in net.named_parameters()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[id(p)] for p in group["params"]]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(3, 2, 4, 4)).pow(2).mean().backward()
+        optimizer.step()
+    return net, optimizer
+
+
+def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    by_name = {}
+    for name, parameter in net.named_parameters():
+        by_name[name] = {key: value.clone() for key, value in optimizer.state[parameter].items()}
+    return {"model": {k: v.clone() for k, v in net.state_dict().items()}, "state": by_name}
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one", "several"])
+def test_torch_loads_a_folder_of_ours_into_model_and_optimizer(sharded: bool, tmp_path: Path) -> None:
+    """From a file whose optimizer has numbers, in two groups that are not in the order of the model."""
+    net, optimizer = build(4)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    ckptconv.convert(tmp_path / "run.pt", tmp_path / "run", to="dcp", shard_size=600 if sharded else None)
+    assert (len(list((tmp_path / "run").glob("*.distcp"))) > 1) == sharded
+    fresh_net, fresh = build(1)
+    options = StateDictOptions()
+    model_state, optimizer_state = get_state_dict(fresh_net, fresh, options=options)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=tmp_path / "run")
+    set_state_dict(
+        fresh_net,
+        fresh,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=options,
+    )
+    assert_same(state_of(fresh_net, fresh), state_of(net, optimizer))
+    assert len(fresh.state) == len(list(net.parameters()))
+
+
+def test_a_file_through_a_folder_restores_state_for_all_parameters(tmp_path: Path) -> None:
+    """torch's own tool makes text of the numbers, and then restores none."""
+    net, optimizer = build(4)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    torch_save_to_dcp(tmp_path / "run.pt", tmp_path / "theirs")
+    dcp_to_torch_save(tmp_path / "theirs", tmp_path / "theirs.pt")
+    ckptconv.convert(tmp_path / "run.pt", tmp_path / "ours", to="dcp")
+    ckptconv.convert(tmp_path / "ours", tmp_path / "ours.pt")
+    ckptconv.convert(tmp_path / "theirs", tmp_path / "mended.pt")
+
+    def restored(path: Path) -> tuple[int, bool]:
+        fresh_net, fresh = build(0)
+        fresh.load_state_dict(load(path)["optimizer"])
+        mine = [fresh.state[p] for p in fresh_net.parameters() if p in fresh.state]
+        saved = [optimizer.state[p] for p in net.parameters()]
+        equal = len(mine) == len(saved) and all(
+            torch.equal(a[key], b[key]) for a, b in zip(mine, saved, strict=True) for key in b
+        )
+        return len(mine), equal
+
+    assert restored(tmp_path / "theirs.pt") == (0, False)
+    assert restored(tmp_path / "ours.pt") == (6, True)
+    assert restored(tmp_path / "mended.pt") == (6, True)
+
+
+def test_a_step_that_is_edited_is_written_to_every_parameter(tmp_path: Path) -> None:
+    ckptconv.convert(
+        FIXTURES / "plain" / "mlp-adamw" / "run.pt", tmp_path / "a", to="dcp", set_={"step": "41"}
+    )
+    dcp_to_torch_save(tmp_path / "a", tmp_path / "a.pt")
+    steps = [v for k, v in items(load(tmp_path / "a.pt")).items() if k.endswith("/step") and "/state/" in k]
+    assert {float(step) for step in steps} == {41.0}
