@@ -60,8 +60,18 @@ def weights_of(root: DictNode, names: tuple[str, ...] = WEIGHTS) -> tuple[str, t
     return None
 
 
-def lift_weights(root: DictNode, files: tuple[str, ...], lifter: Lifter) -> Module:
-    """The model in these files, its parameters in their order. Raises: duplicate-key."""
+def lift_weights(
+    root: DictNode,
+    files: tuple[str, ...],
+    lifter: Lifter,
+    *,
+    prefix: str = "",
+    seen: dict[object, str] | None = None,
+) -> Module:
+    """The model in these files, its parameters in their order; the rest as for `lift_module`.
+
+    Raises: duplicate-key.
+    """
     items: list[tuple[Node, Node]] = []
     home: dict[str | int, str] = {}
     for file in files:
@@ -70,7 +80,8 @@ def lift_weights(root: DictNode, files: tuple[str, ...], lifter: Lifter) -> Modu
             items.append((key, value))
             if isinstance(key, (str, int)):
                 home[key] = file
-    return lift_module(DictNode(items=tuple(items)), (files[0],), _Spread(root, lifter, home))
+    merged, spread = DictNode(items=tuple(items)), _Spread(root, lifter, home)
+    return lift_module(merged, (files[0],), spread, prefix=prefix, seen=seen)
 
 
 class _Spread(Lifter):

@@ -58,7 +58,7 @@ _EVIDENCE: Mapping[str, str] = {
 
 _ORDER: Mapping[str, str] = {
     "named": "by the names in the file",
-    "declaration-order": "by position: same count and shapes as the model's parameters, in their order",
+    "declaration-order": "by position and shapes, in the only way that fits the model's parameters",
     "skeleton": "by the template or source spec",
     "unknown": "not matched",
 }
