@@ -70,10 +70,14 @@ def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, 
 
 
 def _by_suffix(path: Path) -> str | None:
-    for candidate in FORMATS.values():
-        if any(path.name.endswith(suffix) for suffix in candidate.suffixes):
-            return candidate.name
-    return None
+    """The format whose suffix the name has: the longest, as `.weights.h5` ends in `.h5` too."""
+    fitting = [
+        (len(suffix), candidate.name)
+        for candidate in FORMATS.values()
+        for suffix in candidate.suffixes
+        if path.name.endswith(suffix)
+    ]
+    return max(fitting)[1] if fitting else None
 
 
 def _untold(path: Path) -> str:

@@ -54,6 +54,13 @@ KERAS3 = Generation(name="keras3", framework="keras3", package="keras", load="ke
 TF_KERAS = Generation(
     name="tf-keras", framework="tf_keras", package="tf_keras", load="tf_keras.models.load_model"
 )
+TF_KERAS_LEGACY = Generation(
+    name="tf-keras-legacy",
+    framework="tf_keras_legacy",
+    package="tf_keras",
+    load="tf_keras.models.load_model",
+    build="model.optimizer._create_all_weights(model.trainable_variables)",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +76,7 @@ class Parts:
     """Class of an optimizer that the file declares and has no variable of."""
     lacking: str = ""
     """Why there is no step, where there is no optimizer."""
+    oddities: tuple[str, ...] = ()
 
 
 class KerasFile:
@@ -139,6 +147,7 @@ class KerasFile:
             oddities=(
                 *(() if optimizer is None else optimizer.oddities),
                 *_unsaved(parts),
+                *parts.oddities,
                 *model.oddities,
             ),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckptconv.formats.base import ChecksumKind, Layout, Placement, TargetFile, register
+from ckptconv.formats.h5 import TELLING, names_at_root
 from ckptconv.formats.hdf5_file import MAGIC, failure
 from ckptconv.formats.hdf5_read import read_tree
 from ckptconv.formats.hdf5_write import lay_out
@@ -30,14 +31,15 @@ class WeightsH5:
     shards = False
 
     def sniff(self, path: Path) -> bool:
-        """Whether it begins as an HDF5 file does."""
+        """Whether it begins as an HDF5 file does, and is not in the layout of `h5`."""
         try:
             if not path.is_file():
                 return False
             with path.open("rb") as file:
-                return file.read(len(MAGIC)) == MAGIC
+                begins = file.read(len(MAGIC)) == MAGIC
         except OSError:
             return False
+        return begins and not names_at_root(path) & TELLING
 
     def read(self, path: Path) -> RawTree:
         """Groups, attributes and datasets.

@@ -63,6 +63,13 @@ CASES = {
         note=False,  # the manifest says all that a note would
     ),
     "weights-h5": Case(holds=_in_hdf5, suffix=".weights.h5", ties=False, separator="/"),
+    "h5": Case(
+        holds=_in_hdf5,
+        suffix=".h5",
+        beside=(("model_config", dict_of({})),),
+        ties=False,
+        separator="/",
+    ),
     "keras": Case(
         holds=_in_hdf5,
         suffix=".keras",
@@ -111,9 +118,10 @@ def layout_of(format_: Format, items: Items, path: Path, note: str | None = None
 
 def tree_of(format_: Format, pairs: list[tuple[str, TensorRef]], note: str | None = None) -> RawTree:
     case = CASES[format_.name]
-    root = DictNode(items=tuple(pairs))
+    items: tuple[tuple[Node, Node], ...] = tuple(pairs)
     if case.section is not None:
-        root = DictNode(items=(*case.beside, (case.section, root)))
+        items = ((case.section, DictNode(items=items)),)
+    root = DictNode(items=(*case.beside, *items))
     return RawTree(format=format_.name, root=root, note=note)
 
 

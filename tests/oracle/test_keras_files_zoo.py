@@ -13,6 +13,8 @@ pytest.importorskip("h5py")
 keras = pytest.importorskip("keras")
 tf_keras = pytest.importorskip("tf_keras")
 
+import h5py  # noqa: E402
+
 import ckptconv  # noqa: E402
 from ckptconv.catalog.optimizer_rows import row  # noqa: E402
 from ckptconv.document import Checkpoint, value_of  # noqa: E402
@@ -21,10 +23,16 @@ from tests.support import keras_zoo  # noqa: E402
 from tests.support.keras_zoo import ZOO, compiled, same  # noqa: E402
 
 KERAS = {"keras3": keras, "tf-keras": tf_keras}
+H5 = {**KERAS, "tf-keras-legacy": tf_keras}
+"""Generations that write `.h5`."""
 
 
-def adam(k: Any) -> Any:
-    return k.optimizers.Adam(0.01, beta_1=0.8)
+def adam(k: Any, generation: str = "") -> Any:
+    return optimizers(k, generation).Adam(0.01, beta_1=0.8)
+
+
+def optimizers(k: Any, generation: str) -> Any:
+    return k.optimizers.legacy if generation == "tf-keras-legacy" else k.optimizers
 
 
 def saved(model: Any, path: Path) -> Path:
@@ -39,6 +47,33 @@ def loaded(k: Any, path: Path, make: Callable[[], Any]) -> Any:
     model = make()
     model.load_weights(path)
     return model
+
+
+def whole(k: Any, path: Path, generation: str) -> Any:
+    """The model of an `.h5`; of a legacy optimizer tf_keras makes the new one of its name, unless told."""
+    names = ("Adam", "SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Nadam", "Ftrl")
+    legacy = generation == "tf-keras-legacy"
+    custom = {name: getattr(k.optimizers.legacy, name) for name in names} if legacy else {}
+    model = k.models.load_model(path, custom_objects=custom)
+    if generation == "keras3":
+        assert len(model.optimizer.variables) == 2, "Keras restores the slots itself: take the lines out"
+        scope = {"model": model}
+        _, _, lines = ckptconv.convert(path, path.with_name("again.h5")).restore.partition("import h5py")
+        exec("import h5py" + lines, scope)
+    return model
+
+
+def texts(path: Path) -> dict[str, Any]:
+    """Every attribute of an HDF5 file."""
+    found = {}
+    with h5py.File(path) as file:
+
+        def visit(name: str, node: Any) -> None:
+            found.update({f"{name}@{key}": np.asarray(value).tolist() for key, value in node.attrs.items()})
+
+        visit("", file)
+        file.visititems(visit)
+    return found
 
 
 def check(run: Checkpoint, model: Any, *, declared: bool = True) -> None:
@@ -106,3 +141,21 @@ def test_the_way_back_through_neutral(generation: str, name: str, tmp_path: Path
         ckptconv.convert(saved(model, tmp_path / f"a{suffix}"), archive, to="neutral")
         ckptconv.convert(archive, back)
         assert same(loaded(k, back, lambda: compiled(k, ZOO[name](k), adam(k), step=0)), model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", H5)
+@pytest.mark.parametrize("name", ZOO)
+def test_h5_every_variable_flag_and_slot_and_the_way_back(generation: str, name: str, tmp_path: Path) -> None:
+    k = H5[generation]
+    model = compiled(k, ZOO[name](k), adam(k, generation))
+    source, archive, back = saved(model, tmp_path / "a.h5"), tmp_path / "a.d", tmp_path / "b.h5"
+    run = ckptconv.open(source)
+    assert (run.provenance.dialect, value_of(run.progress.step)) == (generation, 3)
+    assert run.optimizers[0].slots
+    assert not run.extras
+    check(run, model)
+    ckptconv.convert(source, archive, to="neutral")
+    ckptconv.convert(archive, back)
+    assert same(whole(k, back, generation), model)
+    assert texts(back) == texts(source)
