@@ -72,6 +72,8 @@ class Row:
     """Where the step stands; None where the class counts none (torch SGD)."""
     step_per_param: bool
     """Whether every parameter has its own step."""
+    step_in_group: bool
+    """Whether every group has its own, among its hyperparameters."""
     open_slots: bool
     """Whether a file may be given slots that the template's file does not hold (torch)."""
     slots: Mapping[str, str]
@@ -250,6 +252,7 @@ def _row(
         scope=record.optional_text("scope"),
         step_key=record.optional_text("step"),
         step_per_param=record.flag("step_per_param", False),
+        step_in_group=record.flag("step_in_group", False),
         open_slots=record.flag("open_slots", False),
         slots=slots,
         slot_variables=variables,

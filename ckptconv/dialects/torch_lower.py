@@ -161,7 +161,7 @@ def _with_step(optimizer: Optimizer, step: int | None, *, edited: bool) -> Optim
     if edited:
         steps = dict.fromkeys(steps, step)
     table = row(optimizer.algorithm, "torch")
-    if table is None or table.step_key is not None:
+    if table is None or (table.step_key is not None and not table.step_in_group):
         for by_param in optimizer.slots.values():
             for name in by_param:
                 steps.setdefault(name, step)

@@ -78,6 +78,8 @@ def lift_optimizer(
             _lift_state(state, index, order.names[index], name, path, known, params, found, lifter)
         else:
             found.oddities.append(f"{dotted(path)} has state for {index!r}, which is in none of its groups")
+    if known is not None and known.step_in_group:
+        _group_steps(groups, str(known.step_key), name, path, order, found, lifter)
     lifted_groups = tuple(
         Group(
             params=order.groups[position],
@@ -93,12 +95,27 @@ def lift_optimizer(
         framework="torch",
         form=_form(rows, lifted_groups),
         step=_step(found, path, algorithm, known, bool(states)),
-        param_steps=found.steps,
+        param_steps={} if known is not None and known.step_in_group else found.steps,
         groups=lifted_groups,
         slots=found.slots,
         param_order=order.evidence,
     )
     return optimizer, (*found.oddities, *_step_oddities(found, name), *_order_oddities(order, name))
+
+
+def _group_steps(
+    groups: list[DictNode], key: str, name: str, path: Path, order: Order, found: _Found, lifter: Lifter
+) -> None:
+    """The counters of a class that counts per group."""
+    for position, group in enumerate(groups):
+        count = count_of(group.get(key))
+        where: Path = (*path, "param_groups", position, key)
+        if count is None or not 0 <= count[0] < _MAX_UPDATES:
+            found.oddities.append(f"{dotted(where)} is no count of updates; it is kept as it stands")
+            continue
+        found.steps.update(dict.fromkeys(order.groups[position], count[0]))
+        found.step_source = found.step_source or dotted(where)
+        lifter.take(where, ("step", name), **count[1], was=count[0])
 
 
 def _groups(node: DictNode) -> list[DictNode]:
@@ -186,6 +203,8 @@ def _hyperparameters(
         spots.update({n: (h.key, h.index) for n, h in known.hyperparameters.items() if h.key is not None})
     facts: dict[str, Fact] = {}
     used: set[str] = set(torch_keys.SWITCHES)
+    if known is not None and known.step_in_group:
+        used.add(str(known.step_key))
     for canonical, (key, index) in spots.items():
         if key not in group:
             continue
