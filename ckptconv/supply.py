@@ -137,9 +137,10 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
             continue
         fact = Known(value=value, status="supplied", source=who)
         if name in PROGRESS_FIELDS:
-            checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: fact}))
             if name == "step":
-                checkpoint = with_step(checkpoint, fact)
+                checkpoint = with_step(_without_derived(checkpoint, values), fact)
+            else:
+                checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: fact}))
         elif not checkpoint.optimizers:
             raise CkptError(
                 _usage(name, f"'{name}' belongs to an optimizer, and the source has none", "Leave it out.")
@@ -151,6 +152,21 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
             checkpoint = replace(checkpoint, optimizers=changed)
         checkpoint = _supplied(checkpoint, name, who)
     return checkpoint
+
+
+def _without_derived(checkpoint: Checkpoint, values: Mapping[str, Value]) -> Checkpoint:
+    """The document without what was derived from the step that is about to be set."""
+    step = checkpoint.progress.step
+    changed: dict[str, Fact] = {
+        name: Unknown(reason=f"it was derived from {fact.source}, and the step was set")
+        for name in PROGRESS_FIELDS
+        if isinstance(fact := getattr(checkpoint.progress, name), Known)
+        and fact.status == "derived"
+        and isinstance(step, Known)
+        and fact.source == step.source
+        and name not in ("step", *values)
+    }
+    return replace(checkpoint, progress=replace(checkpoint.progress, **changed))
 
 
 def _under_convention(checkpoint: Checkpoint, name: str, convention: str, who: str) -> Checkpoint:

@@ -237,11 +237,12 @@ def settle_counters(checkpoint: Checkpoint, root: DictNode) -> DictNode:
             isinstance(fact, Unknown) or (isinstance(fact, Known) and fact.status == "derived")
             for fact in (progress.epochs, progress.batch_in_epoch)
         )
-        if derived or (epochs, batch) == (was // length, was % length):
+        if derived:
             return node
         if not isinstance(epochs, (int, float)) or not isinstance(now, int):
             return node
-        wanted = epochs * length + (batch if isinstance(batch, int) else 0)
+        rest = now % length if now // length == epochs else 0
+        wanted = int(epochs * length) + (batch if isinstance(batch, int) else rest)
         if now != was and now != wanted:
             raise MappingError.of(
                 "progress-conflict",

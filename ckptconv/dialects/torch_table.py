@@ -52,6 +52,7 @@ ROWS: tuple[Row, ...] = (
         counters=(
             Counter(key=("epoch",), counts="epochs", when=When(file="recovery-*-*.pth.tar")),
             Counter(key=("epoch",), counts="epochs", plus=-1, when=When(key=("version",), at_least=2)),
+            Counter(key=("saver", "pending", 0), counts="epochs", plus=-1),
             Counter(key=("epoch",), counts="epochs", when=When(key=("version",), below=2)),
         ),
         source="https://github.com/huggingface/pytorch-image-models/blob/main/timm/utils/checkpoint_saver.py",
