@@ -375,6 +375,33 @@ def validate(
             write(f"{clean(path)}: no problems\n")
 
 
+@app.command(short_help="Say where the step is, and which restore would lose it.")
+def doctor(
+    path: Readable,
+    from_: From = None,
+    select: Select = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where the step of a checkpoint is, which restoring calls of which framework bring it back, leave it
+    at 0 or put optimizer state in the wrong place, why, and what mends that.
+
+    Nothing is written, nothing in the file is run.
+
+    Example: ckptconv doctor ckpts/ckpt-9
+    """
+    with outcome(as_json=as_json):
+        from ckptconv import doctor as doctors
+
+        format_, dialect = parse_container("--from", from_)
+        found = doctors.diagnose(path, format=format_, dialect=dialect, select=select or ())
+        if as_json:
+            print_json(doctors.to_json(found))
+            return
+        from ckptconv.rendering import doctor_view
+
+        show(doctor_view(found))
+
+
 @app.command(short_help="List what is read and written, and whose state converts.")
 def formats(
     directions: Directions = False,

@@ -1,0 +1,210 @@
+"""Each restoring call of the catalog's table, made for real, and what it left behind."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.restores.files import STEPS, Run, build, fresh, keras_of, slots
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the catalog says of a call."""
+
+    step: str
+    weights: str
+    state: str
+    signal: str
+
+
+Call = Callable[[Path, "Kept"], Run]
+
+
+@dataclass(slots=True)
+class Kept:
+    """What must live until the outcome is read, as in a training script."""
+
+    status: Any = None
+
+
+def restore(generation: str, *, built: bool, roots: Mapping[str, str] | None = None) -> Call:
+    """`tf.train.Checkpoint(...).restore`; `roots` gives the names, of model and optimizer by default."""
+    names = roots or {"model": "model", "optimizer": "optimizer"}
+
+    def call(path: Path, kept: Kept) -> Run:
+        import tensorflow as tf
+
+        run = fresh(generation, built=built)
+        objects = {name: getattr(run, what) for name, what in names.items()}
+        kept.status = tf.train.Checkpoint(**objects).restore(str(path))
+        return run
+
+    return call
+
+
+def load_weights(
+    generation: str, *, compiled: bool = True, built: bool = False, compile_after: bool = False
+) -> Call:
+    """`model.load_weights`."""
+
+    def call(path: Path, kept: Kept) -> Run:
+        run = fresh(generation, compiled=compiled, built=built)
+        kept.status = run.model.load_weights(str(path))
+        if compile_after:
+            keras = keras_of("keras3" if generation == "keras3" else "tf_keras")
+            run.model.compile(run.optimizer, keras.losses.MeanSquaredError())
+        return run
+
+    return call
+
+
+def load_model(generation: str) -> Call:
+    """`models.load_model`."""
+
+    def call(path: Path, kept: Kept) -> Run:
+        model = keras_of(generation).models.load_model(str(path))
+        return Run(model, model.optimizer)
+
+    return call
+
+
+MODEL_ONLY = {"model": "model"}
+RENAMED = {"model": "model", "opt": "optimizer"}
+
+CALLS: Mapping[str, tuple[str, Call]] = {
+    "legacy-same": ("checkpoint-legacy", restore("tf_keras_legacy", built=True)),
+    "legacy-unbuilt": ("checkpoint-legacy", restore("tf_keras_legacy", built=False)),
+    "legacy-renamed": ("checkpoint-legacy", restore("tf_keras_legacy", built=True, roots=RENAMED)),
+    "legacy-model-only": ("checkpoint-legacy", restore("tf_keras_legacy", built=True, roots=MODEL_ONLY)),
+    "legacy-into-new": ("checkpoint-legacy", restore("tf_keras", built=True)),
+    "legacy-into-keras3": ("checkpoint-legacy", restore("keras3", built=True)),
+    "legacy-load-weights-keras3": ("checkpoint-legacy", load_weights("keras3")),
+    "no-optimizer-tf-keras": ("checkpoint-legacy-unstepped", restore("tf_keras", built=True)),
+    "no-optimizer-keras3": ("checkpoint-legacy-unstepped", restore("keras3", built=True)),
+    "tf-keras-same": ("checkpoint-tf-keras", restore("tf_keras", built=True)),
+    "tf-keras-unbuilt": ("checkpoint-tf-keras", restore("tf_keras", built=False)),
+    "tf-keras-renamed": ("checkpoint-tf-keras", restore("tf_keras", built=True, roots=RENAMED)),
+    "tf-keras-model-only": ("checkpoint-tf-keras", restore("tf_keras", built=True, roots=MODEL_ONLY)),
+    "tf-keras-into-legacy": ("checkpoint-tf-keras", restore("tf_keras_legacy", built=True)),
+    "tf-keras-into-keras3-built": ("checkpoint-tf-keras", restore("keras3", built=True)),
+    "tf-keras-into-keras3-unbuilt": ("checkpoint-tf-keras", restore("keras3", built=False)),
+    "tf-keras-load-weights-keras3": ("checkpoint-tf-keras", load_weights("keras3")),
+    "keras3-same": ("checkpoint-keras3", restore("keras3", built=True)),
+    "keras3-unbuilt": ("checkpoint-keras3", restore("keras3", built=False)),
+    "keras3-renamed": ("checkpoint-keras3", restore("keras3", built=True, roots=RENAMED)),
+    "keras3-model-only": ("checkpoint-keras3", restore("keras3", built=True, roots=MODEL_ONLY)),
+    "keras3-into-tf-keras-built": ("checkpoint-keras3", restore("tf_keras", built=True)),
+    "keras3-into-tf-keras-unbuilt": ("checkpoint-keras3", restore("tf_keras", built=False)),
+    "keras3-into-legacy": ("checkpoint-keras3", restore("tf_keras_legacy", built=True)),
+    "prefix-compiled": ("weights-prefix-legacy", load_weights("tf_keras_legacy")),
+    "prefix-uncompiled": ("weights-prefix-legacy", load_weights("tf_keras_legacy", compiled=False)),
+    "prefix-compile-after": (
+        "weights-prefix-legacy",
+        load_weights("tf_keras_legacy", compiled=False, compile_after=True),
+    ),
+    "prefix-load-weights-keras3": ("weights-prefix-legacy", load_weights("keras3")),
+    "weights-h5-unbuilt": ("weights-h5-keras3", load_weights("keras3")),
+    "weights-h5-built": ("weights-h5-keras3", load_weights("keras3", built=True)),
+    "weights-h5-tf-keras": ("weights-h5-keras3", load_weights("tf_keras", built=True)),
+    "archive-load-model": ("archive-keras3", load_model("keras3")),
+    "archive-load-weights": ("archive-keras3", load_weights("keras3")),
+    "archive-tf-keras": ("archive-keras3", load_model("tf_keras")),
+    "tf-archive-load-model": ("archive-tf-keras", load_model("tf_keras")),
+    "tf-archive-keras3": ("archive-tf-keras", load_model("keras3")),
+    "tf-archive-load-weights-keras3": ("archive-tf-keras", load_weights("keras3", built=True)),
+    "legacy-archive-load-model": ("archive-legacy", load_model("tf_keras")),
+    "h5-load-model": ("h5-keras3", load_model("keras3")),
+    "h5-load-weights": ("h5-keras3", load_weights("keras3", built=True)),
+    "h5-tf-keras": ("h5-keras3", load_model("tf_keras")),
+    "tf-h5-load-model": ("h5-tf-keras", load_model("tf_keras")),
+    "tf-h5-load-weights": ("h5-tf-keras", load_weights("tf_keras", built=True)),
+    "tf-h5-keras3": ("h5-tf-keras", load_model("keras3")),
+    "tf-h5-load-weights-keras3": ("h5-tf-keras", load_weights("keras3", built=True)),
+}
+"""Name of the call -> the file it is made on, and the call."""
+
+
+class _Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def _listening() -> Iterator[_Log]:
+    log = _Log()
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "absl")]
+    for logger in loggers:
+        logger.addHandler(log)
+    try:
+        yield log
+    finally:
+        for logger in loggers:
+            logger.removeHandler(log)
+
+
+_LOSSES = ("Skipping variable loading", "could not be found", "unrestored")
+
+
+def observed(name: str, path: Path, saved: Run) -> Outcome:
+    """Make the call on the file and look at what it did."""
+    _, call = CALLS[name]
+    kept = Kept()
+    with _listening() as log, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        before = [np.array(v) for v in fresh("keras3", 1).model.get_weights()]
+        try:
+            run = call(path, kept)
+        except Exception:  # whatever class the framework has for a refusal
+            return Outcome("refused", "kept", "zero", "error")
+        at_once = [*log.lines, *(str(warning.message) for warning in caught)]
+        step = int(np.array(run.optimizer.iterations))
+        weights = [np.array(v) for v in run.model.get_weights()]
+        if not slots(run):
+            build(run)
+        state = slots(run)
+        log.lines.clear()
+        kept.status = None
+        del run
+        gc.collect()
+        later = list(log.lines)
+    assert step in (0, STEPS)
+    return Outcome(
+        step="restored" if step else "zero",
+        weights=_weights(weights, saved, before),
+        state=_state(state, saved.slots),
+        signal=_signal(at_once, later),
+    )
+
+
+def _weights(found: list[np.ndarray], saved: Run, before: list[np.ndarray]) -> str:
+    if all(np.array_equal(a, b) for a, b in zip(found, saved.weights, strict=True)):
+        return "restored"
+    kernels = [position for position, array in enumerate(before) if array.ndim > 1]
+    assert not any(np.array_equal(found[i], saved.weights[i]) for i in kernels)
+    return "kept"
+
+
+def _state(found: list[np.ndarray], saved: list[np.ndarray]) -> str:
+    same = [np.array_equal(a, b) for a, b in zip(found, saved, strict=False)]
+    if saved and len(found) == len(saved) and all(same):
+        return "restored"
+    return "wrong" if any(array.any() for array in found) else "zero"
+
+
+def _signal(at_once: list[str], later: list[str]) -> str:
+    if any(loss in line for line in at_once for loss in _LOSSES):
+        return "warning"
+    return "later" if any(loss in line for line in later for loss in _LOSSES) else "none"
