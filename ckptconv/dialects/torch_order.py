@@ -89,7 +89,7 @@ def _ruled(
 ) -> Order:
     found = [in_groups(indices, shapes, [m[name] for name in optimizable(m)], rule) for m in models]
     fits = [names for names in found if not isinstance(names, str)]
-    if len(fits) == 1:
+    if fits and all(names == fits[0] for names in fits):
         return _order(indices, fits[0], "declaration-order")
     reasons = [reason for reason in found if isinstance(reason, str)]
     return _unknown(indices, reasons[0] if reasons else f"they fit {len(fits)} models")

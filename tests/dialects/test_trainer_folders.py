@@ -1,0 +1,142 @@
+"""Folders of trainers as dialects, from fixtures: neither transformers nor accelerate is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ckptconv
+from ckptconv.document import Known, value_of
+from ckptconv.errors import CkptError
+from ckptconv.tensor import TensorRef
+from tests.support.command import FIXTURES
+
+TRAINER = FIXTURES / "hf-trainer"
+ACCELERATE = FIXTURES / "accelerate" / "two-models"
+OPAQUE = ("opaque-globals",)
+
+
+def expected(case: Path) -> dict[str, Any]:
+    truth: dict[str, Any] = json.loads((case / "expected.json").read_text(encoding="utf-8"))
+    return truth
+
+
+def digest(tensor: TensorRef) -> list[Any]:
+    return [tensor.dtype.name, list(tensor.shape), hashlib.sha256(tensor.read().tobytes()).hexdigest()]
+
+
+def json_of(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    return state
+
+
+@pytest.mark.parametrize("case", ["two-groups", "sharded"])
+def test_the_run_is_what_the_trainer_told(case: str) -> None:
+    truth, checkpoint = expected(TRAINER / case), ckptconv.open(TRAINER / case / "checkpoint")
+    assert checkpoint.provenance.dialect == "hf-trainer"
+    for name, value in truth["progress"].items():
+        assert value_of(getattr(checkpoint.progress, name)) == value, name
+    missing = set(truth["params"]) - set(checkpoint.params)
+    assert missing == ({"lm_head.weight"} if case == "sharded" else set())
+    for name, param in checkpoint.params.items():
+        assert digest(param.tensor) == truth["params"][name]
+    (optimizer,) = checkpoint.optimizers
+    assert [len(group.params) for group in optimizer.groups] == [len(group) for group in truth["groups"]]
+    assert value_of(optimizer.groups[0].hyperparameters["learning_rate"]) == truth["learning_rate"]
+    slots = [digest(tensor) for tensor in optimizer.slots["first_moment"].values()]
+    assert sorted(slots) == sorted(truth["slots"]["first_moment"].values())
+
+
+def test_the_groups_are_told_by_their_shapes() -> None:
+    truth = expected(TRAINER / "two-groups")
+    (optimizer,) = ckptconv.open(TRAINER / "two-groups" / "checkpoint").optimizers
+    assert [list(group.params) for group in optimizer.groups] == truth["groups"]
+    for slot, by_param in truth["slots"].items():
+        assert {name: digest(tensor) for name, tensor in optimizer.slots[slot].items()} == by_param
+
+
+def test_what_shapes_do_not_tell_is_not_guessed(tmp_path: Path) -> None:
+    source = TRAINER / "sharded" / "checkpoint"
+    (optimizer,) = ckptconv.open(source).optimizers
+    assert optimizer.param_order == "unknown"
+    ckptconv.convert(source, tmp_path / "neutral", to="neutral")
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "back", to="pytorch:hf-trainer", allow=OPAQUE)
+    for file in source.glob("*.safetensors*"):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_an_edited_step_and_what_moves_with_it(tmp_path: Path) -> None:
+    source = TRAINER / "two-groups" / "checkpoint"
+    ckptconv.convert(source, tmp_path / "neutral", to="neutral", set_={"step": "11"})
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "back", to="pytorch:hf-trainer", allow=OPAQUE)
+    before, after = json_of(source), json_of(tmp_path / "back")
+    assert {key for key in before if before[key] != after[key]} == {"global_step", "epoch"}
+    assert (after["global_step"], after["epoch"]) == (11, 11 / 6)
+    again = ckptconv.open(tmp_path / "back")
+    assert value_of(again.progress.step) == value_of(again.schedules[0].position) == 11
+    assert set(again.optimizers[0].param_steps.values()) == {11}
+
+
+def test_an_epoch_that_does_not_follow_is_stale(tmp_path: Path) -> None:
+    source = shutil.copytree(TRAINER / "two-groups" / "checkpoint", tmp_path / "checkpoint")
+    state = json_of(source)
+    (source / "trainer_state.json").write_text(json.dumps({**state, "epoch": 1.3}), encoding="utf-8")
+    checkpoint = ckptconv.open(source)
+    edited = replace(checkpoint, progress=replace(checkpoint.progress, step=Known(value=11)))
+    with pytest.raises(CkptError) as caught:
+        ckptconv.save(edited, tmp_path / "out", to="pytorch:hf-trainer", allow=OPAQUE)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [
+        ("residue-stale", ("trainer_state.json", "epoch"))
+    ]
+    told = replace(edited.progress, epochs=Known(value=1.75, status="supplied"))
+    ckptconv.save(replace(edited, progress=told), tmp_path / "out", to="pytorch:hf-trainer", allow=OPAQUE)
+    assert json_of(tmp_path / "out")["epoch"] == 1.75
+
+
+def test_a_file_without_the_models_weights_is_no_run(tmp_path: Path) -> None:
+    source = shutil.copytree(TRAINER / "two-groups" / "checkpoint", tmp_path / "checkpoint")
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(source)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("unknown-dialect", ("checkpoint",))]
+
+
+def test_a_folder_needs_a_template_to_be_written(tmp_path: Path) -> None:
+    for dialect in ("hf-trainer", "accelerate"):
+        with pytest.raises(CkptError) as caught:
+            ckptconv.convert(
+                FIXTURES / "plain" / "linear-adam-9-steps" / "run.pt",
+                tmp_path / "out",
+                to=f"pytorch:{dialect}",
+            )
+        assert {problem.code for problem in caught.value.problems} == {"template-required"}
+
+
+def test_two_models_of_accelerate() -> None:
+    truth, checkpoint = expected(ACCELERATE), ckptconv.open(ACCELERATE / "state")
+    assert checkpoint.provenance.dialect == "accelerate"
+    assert {name: digest(param.tensor) for name, param in checkpoint.params.items()} == truth["params"]
+    assert [value_of(o.step) for o in checkpoint.optimizers] == truth["steps"]
+    rates = [value_of(o.groups[0].hyperparameters["learning_rate"]) for o in checkpoint.optimizers]
+    assert rates == truth["learning_rates"]
+    assert [o.algorithm for o in checkpoint.optimizers] == ["adamw", "rmsprop"]
+    assert [o.params for o in checkpoint.optimizers] == [
+        ("weight", "bias"),
+        ("model_1.weight", "model_1.bias"),
+    ]
+
+
+def test_the_way_back_to_accelerate_is_exact(tmp_path: Path) -> None:
+    ckptconv.convert(ACCELERATE / "state", tmp_path / "neutral", to="neutral")
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "back", to="pytorch:accelerate")
+    theirs, ours = (ckptconv.open(folder) for folder in (ACCELERATE / "state", tmp_path / "back"))
+    assert [(a, digest(t)) for a, t in theirs.tensors()] == [(a, digest(t)) for a, t in ours.tensors()]
+    assert theirs.optimizers[1].param_steps == ours.optimizers[1].param_steps
+    assert (theirs.residue is not None) and (ours.residue is not None)
+    assert theirs.residue.root == ours.residue.root
