@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ckptconv.catalog.conversion import in_float64
 from ckptconv.catalog.schedule_forms import facts_of, held, scaled
 from ckptconv.catalog.schedule_keras import HELPERS, Code, keras_code
 from ckptconv.catalog.schedule_plateau import plateau_code
@@ -106,7 +107,10 @@ def _say(account: ScheduleAccount, code: Code, driven: Optimizer) -> None:
         account.requires.append(f"# learning_rate: {code.remark}")
     if code.call.name in HELPERS:
         account.requires.append("import ckptconv.keras")
-    account.requires.append(f"learning_rate = {code.call.text(_package(driven))}")
+    text = code.call.text(_package(driven), precise=in_float64(driven))
+    if "numpy." in text:
+        account.requires.append("import numpy")
+    account.requires.append(f"learning_rate = {text}")
 
 
 def _counts_updates(account: ScheduleAccount, origin: Schedule, target: Schedule, step: object) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ckptconv.catalog.schedule_forms import as_family, check_ends, into, lambda_code
 from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, curve_of, is_known, rate
 from ckptconv.catalog.schedule_settings import PLATEAU, UNIT
-from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES, driven_by, named_rates, placed
+from ckptconv.catalog.schedule_source import KEPT_IN_GROUPS, driven_by, named_rates, placed
 from ckptconv.catalog.schedules import family
 from ckptconv.document import Fact, Known, Optimizer, Schedule, value_of
 from ckptconv.errors import Problem
@@ -206,11 +206,7 @@ def _keep_rates(account: ScheduleAccount, origin: Schedule, driven: Optimizer | 
     groups = []
     for place, group in enumerate(driven.groups):
         own = theirs.groups[place if len(theirs.groups) == len(driven.groups) else 0].hyperparameters
-        kept = {
-            name: own[name]
-            for name in ("base_learning_rate", *ONE_CYCLE_RATES, "base_momentum", "max_momentum")
-            if name in own
-        }
+        kept = {name: own[name] for name in KEPT_IN_GROUPS if name in own}
         groups.append(replace(group, hyperparameters={**group.hyperparameters, **kept}))
     account.optimizers[driven.name] = replace(driven, groups=tuple(groups))
 

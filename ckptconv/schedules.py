@@ -10,12 +10,12 @@ position counts updates, epochs or backward passes: only updates are what Keras'
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from ckptconv.catalog.schedule_rates import NotExpressibleError
-from ckptconv.catalog.schedule_source import partner, with_rates
-from ckptconv.document import Checkpoint, Optimizer, Schedule
+from ckptconv.catalog.schedule_source import KEPT_IN_GROUPS, partner, with_rates
+from ckptconv.document import Checkpoint, Known, Optimizer, Schedule
 from ckptconv.errors import Problem
 from ckptconv.report import Entry
 from ckptconv.schedule_account import ANEW, IN_CODE, ScheduleAccount
@@ -57,9 +57,10 @@ def place_schedules(
     for schedule in source.schedules:
         if schedule.name not in account.taken:
             left(account, schedule)
+    theirs = {optimizer.name: optimizer for optimizer in template.optimizers}
     return Placed(
         schedules=schedules,
-        optimizers=tuple(account.optimizers.values()),
+        optimizers=tuple(_complete(o, theirs.get(o.name)) for o in account.optimizers.values()),
         ledger=tuple(account.ledger),
         problems=tuple(account.problems),
         requires=tuple(account.requires),
@@ -84,3 +85,19 @@ def _placed(account: ScheduleAccount, target: Schedule) -> Schedule:
         if origin is not None:
             account.taken.add(origin.name)
         return target
+
+
+def _complete(optimizer: Optimizer, template: Optimizer | None) -> Optimizer:
+    """The optimizer whose groups have what the template's keep for a scheduler that has no partner."""
+    if template is None or len(template.groups) != len(optimizer.groups):
+        return optimizer
+    groups = []
+    for group, offered in zip(optimizer.groups, template.groups, strict=True):
+        kept = {
+            name: Known(value=fact.value, status="supplied", source="template")
+            for name in KEPT_IN_GROUPS
+            if name not in group.hyperparameters
+            and isinstance(fact := offered.hyperparameters.get(name), Known)
+        }
+        groups.append(replace(group, hyperparameters={**group.hyperparameters, **kept}))
+    return replace(optimizer, groups=tuple(groups))

@@ -41,7 +41,10 @@ def test_every_parameter_of_a_torch_class_has_a_meaning() -> None:
         assert family.native.keys() <= family.parameters.keys()
         assert bool(family.classes) == bool(family.keys)
         assert family.definition
-        assert (family.keras_class is None) == (name in TABLED - {"lambda"})
+        for way in (*family.to_keras, *family.to_torch):
+            assert bool(way.made) == (way.verdict == "exact")
+            assert way.made or way.remark
+        assert (family.to_torch[0].verdict == "refused") == (name in TABLED - {"lambda"})
 
 
 def test_a_document_keeps_a_curve_with_its_parts() -> None:

@@ -8,6 +8,7 @@ compiled model is a part of the model; it is taken where no other is given.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -31,7 +32,7 @@ from ckptconv.adapters.live import (
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_config import from_keras_config
 from ckptconv.catalog.schedule_source import beside_it, described_as
-from ckptconv.catalog.schedules import UNKNOWN
+from ckptconv.catalog.schedules import CUSTOM
 from ckptconv.conversion import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw
 from ckptconv.dialects.graph_bundle import graph_of
@@ -128,7 +129,7 @@ def _scheduled(
     """The document with what a callback keeps, and with a table of rates that nothing else tells."""
     if callback is not None:
         checkpoint = beside_it(checkpoint, curve_of_callback(callback), DESCRIBED)
-    if remaining is None or optimizer is None or [s.family for s in checkpoint.schedules] != [UNKNOWN]:
+    if remaining is None or optimizer is None or [s.family for s in checkpoint.schedules] != [CUSTOM]:
         return checkpoint
     told = table_of(_inner(optimizer), remaining)
     return described_as(checkpoint, told.curve, told.base, DESCRIBED)
@@ -205,7 +206,8 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
     checkpoint = of_class(checkpoint, stock_class(inner), package, config, rules_of(inner))
     follows = from_keras_config(config.get("learning_rate"))
     if follows is None:
-        return checkpoint
+        custom = (replace(schedule, family=CUSTOM) for schedule in checkpoint.schedules)
+        return replace(checkpoint, schedules=tuple(custom))
     return described_as(checkpoint, follows.curve, follows.base, DESCRIBED, follows.named)
 
 

@@ -117,7 +117,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
         step=step,
         param_steps=param_steps,
         verdict=_verdict(source, target, f"{theirs.algorithm} ({theirs.framework})", findings),
-        target_requires=target_code(theirs, settings, form, step, exact=_in_float64(source)),
+        target_requires=target_code(theirs, settings, form, step, exact=in_float64(source)),
         residual=residual,
         problems=tuple(findings.problems),
     )
@@ -240,7 +240,7 @@ def nearest_form(
     return theirs, theirs.form(hyperparameters)
 
 
-def _in_float64(source: Optimizer) -> bool:
+def in_float64(source: Optimizer) -> bool:
     return any(t.dtype.name == "float64" for by_param in source.slots.values() for t in by_param.values())
 
 

@@ -32,9 +32,15 @@ class Call:
     """Keras' class, or one of `HELPERS`."""
     arguments: Mapping[str, object]
 
-    def text(self, package: str) -> str:
-        """The expression of the target's code. `package`: `keras` or `tf_keras`."""
-        inner = [f"{key}={_text(value, package)}" for key, value in self.arguments.items()]
+    def text(self, package: str, precise: bool = False) -> str:
+        """The expression of the target's code. `package`: `keras` or `tf_keras`.
+
+        `precise`: in float64, which Keras computes in where its first rate is one of numpy's.
+        """
+        inner = []
+        for key, value in self.arguments.items():
+            wrap = precise and self.name not in HELPERS and key in _FIRST
+            inner.append(f"{key}={_text(value, package, precise, _FLOAT64 if wrap else '{}')}")
         if self.name not in HELPERS:
             return f"{package}.optimizers.schedules.{self.name}({', '.join(inner)})"
         more = [] if package == "keras" else [f"package={package!r}"]
@@ -119,12 +125,18 @@ class _Place:
         return Call(name=name, arguments=arguments)
 
 
-def _text(value: object, package: str) -> str:
+_FIRST = frozenset({"initial_learning_rate", "values"})
+"""Arguments whose type is the one that a schedule of Keras computes in."""
+
+_FLOAT64 = "numpy.float64({})"
+
+
+def _text(value: object, package: str, precise: bool, form: str) -> str:
     if isinstance(value, Call):
-        return value.text(package)
+        return value.text(package, precise)
     if isinstance(value, list):
-        return "[" + ", ".join(_text(part, package) for part in value) + "]"
-    return repr(value)
+        return "[" + ", ".join(_text(part, package, precise, form) for part in value) + "]"
+    return form.format(repr(value))
 
 
 def _serialized(value: object) -> object:

@@ -12,7 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckptconv.catalog.schedules import UNKNOWN
+from ckptconv.catalog.schedules import CUSTOM, UNKNOWN
 from ckptconv.document import Known, Schedule, Value
 
 TICK = "updates_per_tick"
@@ -233,7 +233,7 @@ _FORMULAS: Mapping[str, Callable[[Curve, float, int, _Named], float | None]] = {
 }
 
 
-TABLED = frozenset({UNKNOWN, "lambda", "cyclic", "swa"})
+TABLED = frozenset({UNKNOWN, CUSTOM, "lambda", "cyclic", "swa"})
 """Families that go by a table of their next rates, sampled from a live scheduler, or not at all."""
 
 
@@ -324,4 +324,4 @@ def _cycle_state(curve: Curve, index: int, prefix: str) -> dict[str, Value]:
 
 def is_known(curve: Curve) -> bool:
     """Whether the curve says more than that there is one."""
-    return curve.family != UNKNOWN
+    return curve.family not in (UNKNOWN, CUSTOM)

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, cast
 
-from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, is_known, rate, state_at
+from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, rate, state_at
 from ckptconv.catalog.schedule_settings import UNIT, UNITS
+from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.document import Checkpoint, Fact, Known, Optimizer, Progress, Schedule, Unknown, value_of
 
 _STATE = ("position", "calls", "last_rate", "base_rate", "since_restart", "cycle")
@@ -19,6 +20,9 @@ _STATE = ("position", "calls", "last_rate", "base_rate", "since_restart", "cycle
 
 ONE_CYCLE_RATES = ("max_lr", "min_lr")
 """Rates that OneCycleLR keeps in each group, beside `initial_lr`."""
+
+KEPT_IN_GROUPS = ("base_learning_rate", *ONE_CYCLE_RATES, "swa_lr", "base_momentum", "max_momentum")
+"""What torch's schedulers keep in each group."""
 
 
 def with_rates(source: Checkpoint, template: Checkpoint, conventions: Mapping[str, str]) -> Checkpoint:
@@ -209,7 +213,7 @@ def _described(
     """The schedule with family and parameters, its own or the torch template's, and the base rate."""
     own = optimizer.groups[0].hyperparameters.get("base_learning_rate") if optimizer.groups else None
     base = own if isinstance(own, Known) else None
-    if is_known(curve_of(schedule)):
+    if schedule.family != UNKNOWN:
         return schedule, base
     offered = partner(schedule, template.schedules, source.schedules)
     driven = driven_by(offered, template) if offered is not None else None

@@ -1,7 +1,8 @@
 """The schedule table: families of schedules, their parameters, and what each framework calls them.
 
-`data/schedules.json` says what each parameter means and which keys of a torch state_dict hold it. A tick is
-one step of the schedule, in whatever unit it counts; index 0 is the rate of the first update everywhere.
+`data/schedules.json` says what each parameter means, which keys of a torch state_dict hold it, and what
+becomes of the family in the other framework. A tick is one step of the schedule, in whatever unit it counts;
+index 0 is the rate of the first update everywhere.
 """
 
 from __future__ import annotations
@@ -9,10 +10,36 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal, cast, get_args
 
-from ckptconv.catalog.loading import load
+from ckptconv.catalog.loading import Record, load
 
 UNKNOWN = "unknown"
+"""The source does not tell the family."""
+
+CUSTOM = "custom"
+"""The source tells that it is none of these."""
+
+
+Verdict = Literal["exact", "refused"]
+
+ALWAYS = "always"
+"""The case of a direction that no other case is told from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """What becomes of a family in the other framework."""
+
+    case: str
+    """Of which schedules of the family this is said."""
+    verdict: Verdict
+    """`refused` is `schedule-unsupported`: where that is allowed, the learning rate is frozen."""
+    made: str
+    """What follows it there."""
+    needs: str
+    """Where the source's file does not tell enough: what does."""
+    remark: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +58,10 @@ class Family:
     """Canonical name -> key of the state_dict, of parameters that are plain values there."""
     is_numeric: bool
     """Whether its state is numbers alone: then another object of the class goes on where it stood."""
-    keras_class: str | None
-    """The class of Keras or of this package that follows it; None where nothing does."""
-    keras_exact: str
-    """Where the two give the same rates, and where not."""
+    to_keras: tuple[Way, ...]
+    """From torch's scheduler."""
+    to_torch: tuple[Way, ...]
+    """From Keras' schedule or callback."""
 
 
 @cache
@@ -45,7 +72,6 @@ def _table() -> Mapping[str, Family]:
     for name, entry in record.records("families"):
         entry.text("source")
         torch = entry.record("torch")
-        keras = entry.record("keras") if entry.has("keras") else None
         table[name] = Family(
             name=name,
             definition=entry.text("definition"),
@@ -54,14 +80,32 @@ def _table() -> Mapping[str, Family]:
             keys=frozenset(torch.texts("keys")),
             native=torch.text_map("parameters"),
             is_numeric=torch.flag("numbers_alone", False),
-            keras_class=keras.text("class") if keras is not None else None,
-            keras_exact=keras.text("exact") if keras is not None else "",
+            to_keras=_ways(entry, "to_keras"),
+            to_torch=_ways(entry, "to_torch"),
         )
-        for part in (torch, keras, entry):
-            if part is not None:
-                part.close()
+        torch.close()
+        entry.close()
     record.close()
     return table
+
+
+def _ways(entry: Record, key: str) -> tuple[Way, ...]:
+    ways = []
+    for case, told in entry.records(key):
+        verdict = told.text("verdict")
+        if verdict not in get_args(Verdict):
+            raise ValueError(f"{told.where}: '{verdict}' is no verdict")
+        ways.append(
+            Way(
+                case=case,
+                verdict=cast("Verdict", verdict),
+                made=told.text("as"),
+                needs=told.text("needs", ""),
+                remark=told.text("remark", ""),
+            )
+        )
+        told.close()
+    return tuple(ways)
 
 
 def families() -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from ckptconv.catalog.completion import row_of_class
 from ckptconv.catalog.optimizers import Row, algorithms, row
 from ckptconv.catalog.schedule_rates import flat
+from ckptconv.catalog.schedules import CUSTOM, UNKNOWN
 from ckptconv.dialects.keras_config import flags, is_of_keras, plain_class
 from ckptconv.dialects.keras_file_model import Found
 from ckptconv.dialects.keras_file_schedule import declared
@@ -224,7 +225,8 @@ def _step(stored: Stored, known: _Class, taken: list[Taken]) -> tuple[Fact, Fact
 def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
     """The schedule of a file without a learning rate, as far as the config tells it."""
     facts["learning_rate"] = Unknown(reason="the optimizer follows a schedule")
-    told = declared(known.arguments.get("learning_rate"))
+    config = known.arguments.get("learning_rate")
+    told, family = declared(config), CUSTOM if isinstance(config, DictNode) else UNKNOWN
     parameters: dict[str, Fact] = {}
     if told is not None:
         source = "/".join((*known.at, "learning_rate"))
@@ -233,7 +235,7 @@ def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
         parameters = {name: Known(value=v, source=source) for name, v in flat(told.curve).items()}
     return Schedule(
         name=f"{NAME}.learning_rate",
-        family=told.curve.family if told is not None else "unknown",
+        family=told.curve.family if told is not None else family,
         position=step,
         unit="update",
         parameters=parameters,

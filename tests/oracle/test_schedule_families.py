@@ -14,22 +14,32 @@ import pytest
 
 import ckptconv
 from ckptconv.catalog import schedules
-from tests.support.schedule_families import FAMILIES, Case
+from tests.support.schedule_families import FAMILIES, Case, of_ones_own, warm_up
 from tests.support.schedule_runs import (
+    BASE,
     DONE,
     NEXT,
     PACKAGES,
+    SCHEDULE,
+    K,
+    Made,
+    S,
     close,
+    code_of,
     fresh_keras,
     keras_model,
+    keras_rates,
     keras_steps,
+    loaded,
     resumed,
     same,
     saved,
     schedule_of,
     scheduler_of,
     tf,
+    torch,
     torch_objects,
+    torch_run,
     torch_steps,
     torch_template,
     written,
@@ -132,6 +142,140 @@ def like_torchs_own(state: dict[str, Any], case: Case, at: int) -> None:
     same([theirs[n] for n in rates if n in theirs], [ours[n] for n in rates if n in ours], 1e-6)
 
 
-def test_every_family_is_resumed() -> None:
-    told = {case.family for case in FAMILIES.values()} | {"plateau"}
-    assert told == set(schedules.families())
+def made_of(parts: Any) -> Made:
+    return lambda optimizer: S.ChainedScheduler(parts(optimizer))
+
+
+NOT_BY_KERAS: dict[tuple[str, str], tuple[Made, int]] = {
+    ("one-cycle", "cycle_momentum=True"): (lambda o: S.OneCycleLR(o, 0.4, total_steps=60), DONE),
+    ("cosine", "beyond its minimum"): (lambda o: S.CosineAnnealingLR(o, 60, eta_min=0.003), 61),
+    ("lambda", "no table"): (lambda o: S.LambdaLR(o, lambda t: 0.95**t), DONE),
+    ("cyclic", "no table"): (lambda o: S.CyclicLR(o, 0.01, 0.2, 7, cycle_momentum=False), DONE),
+    ("swa", "no table"): (lambda o: torch.optim.swa_utils.SWALR(o, 0.01, 9), DONE),
+    ("chained", "a cosine with a minimum, restarts"): (
+        made_of(lambda o: [S.StepLR(o, 2), S.CosineAnnealingLR(o, 9, 0.01)]),
+        3,
+    ),
+    ("chained", "restarts"): (
+        made_of(lambda o: [S.ConstantLR(o), S.CosineAnnealingWarmRestarts(o, 4)]),
+        3,
+    ),
+}
+"""(family, case) -> scheduler and updates, which no schedule of Keras goes on with."""
+
+
+@pytest.mark.parametrize("case", NOT_BY_KERAS, ids=" ".join)
+def test_what_keras_cannot_follow(case: tuple[str, str], tmp_path: Path) -> None:
+    """Refused by its code; where that is allowed, a plain learning rate is that of the next update."""
+    make, updates = NOT_BY_KERAS[case]
+    optimizer, _ = torch_run(tmp_path / "run.pt", make, updates)
+    for name, rate in (("schedule", K.CosineDecay(1.0, 2)), ("plain", 0.5)):
+        template = fresh_keras(tmp_path / name, rate)
+        assert code_of(tmp_path / "run.pt", tmp_path / "no", template=template) == (
+            "schedule-unsupported",
+            SCHEDULE,
+        )
+    allow = ["schedule-unsupported"]
+    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "ckpt", template=template, allow=allow)
+    model, restored = keras_model("keras", 0.5)
+    tf.train.Checkpoint(model=model, optimizer=restored).read(str(tmp_path / "ckpt")).assert_consumed()
+    assert float(restored.learning_rate) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+    (entry,) = [e for e in report.ledger if e.item == ("position", "scheduler")]
+    assert (entry.fate, entry.allowed_by) == ("noted", "schedule-unsupported")
+
+
+NOT_BY_TORCH: dict[tuple[str, str], tuple[Any, int, Made]] = {
+    ("cosine", "beyond its minimum"): (
+        K.CosineDecay(BASE, 10),
+        12,
+        lambda o: S.CosineAnnealingLR(o, 60),
+    ),
+    ("cosine-restarts", "m_mul, or a t_mul that is not whole"): (
+        K.CosineDecayRestarts(BASE, 9, m_mul=0.5),
+        4,
+        lambda o: S.CosineAnnealingWarmRestarts(o, 9),
+    ),
+    ("cosine-restarts", "t_mul"): (
+        K.CosineDecayRestarts(BASE, 9, t_mul=1.5),
+        4,
+        lambda o: S.CosineAnnealingWarmRestarts(o, 9),
+    ),
+    ("cyclic", schedules.ALWAYS): (
+        K.CosineDecay(BASE, 60),
+        4,
+        lambda o: S.CyclicLR(o, 0.01, 0.2, 7, cycle_momentum=False),
+    ),
+    ("swa", schedules.ALWAYS): (K.CosineDecay(BASE, 60), 4, lambda o: torch.optim.swa_utils.SWALR(o, 0.01)),
+    ("sequential", "a line from 0"): (
+        K.CosineDecay(0.0, 10, warmup_target=BASE, warmup_steps=5),
+        0,
+        warm_up,
+    ),
+    ("sequential", "other parts"): (
+        ckptconv.keras.sequential([K.ExponentialDecay(BASE, 1, 0.9), K.CosineDecay(BASE, 9)], [20]),
+        4,
+        warm_up,
+    ),
+    ("sequential", "parts of two base rates"): (
+        ckptconv.keras.sequential([K.CosineDecay(BASE, 9), K.CosineDecay(BASE / 2, 9)], [20]),
+        4,
+        lambda o: S.SequentialLR(o, [S.CosineAnnealingLR(o, 9), S.CosineAnnealingLR(o, 9)], [20]),
+    ),
+    ("polynomial", "an end"): (
+        K.PolynomialDecay(BASE, 9, 0.01, power=2.0),
+        4,
+        lambda o: S.PolynomialLR(o, 9),
+    ),
+    ("piecewise", "no series"): (
+        K.PiecewiseConstantDecay([3, 11], [BASE, 0.07, 0.06]),
+        4,
+        lambda o: S.MultiStepLR(o, [3]),
+    ),
+    ("one-cycle", "momentum"): (
+        ckptconv.keras.one_cycle(60, [(17.0, 0.016, 0.4), (59.0, 0.4, 1.6e-6)]),
+        4,
+        lambda o: S.OneCycleLR(o, 0.4, total_steps=60),
+    ),
+    ("lambda", "of one's own"): (of_ones_own(K, "keras"), 4, lambda o: S.LambdaLR(o, lambda t: 0.9)),
+    ("inverse-time", "another class"): (K.InverseTimeDecay(BASE, 9, 0.5), 4, lambda o: S.StepLR(o, 9)),
+}
+"""(family, case) -> schedule, updates, and the torch class that cannot go on with it."""
+
+
+@pytest.mark.parametrize("case", NOT_BY_TORCH, ids=" ".join)
+def test_what_torch_cannot_follow(case: tuple[str, str], tmp_path: Path) -> None:
+    """Refused by its code; where that is allowed the optimizer's rate is that of the next update."""
+    schedule, at, make = NOT_BY_TORCH[case]
+    model, optimizer = keras_model("keras", schedule)
+    optimizer.iterations.assign(at)
+    source, spec = saved(tmp_path / "ckpt", model, optimizer), ckptconv.keras.describe(model, optimizer)
+    torch_template(tmp_path / "fresh.pt", make)
+    arguments: dict[str, Any] = {"template": tmp_path / "fresh.pt", "source_spec": spec}
+    loc = ("schedules", "optimizer.learning_rate")
+    assert code_of(source, tmp_path / "no.pt", **arguments) == ("schedule-unsupported", loc)
+    if case[1] in ("parts of two base rates", "of one's own"):
+        return  # its rate is not known either
+    report = ckptconv.convert(source, tmp_path / "run.pt", **arguments, allow=["schedule-unsupported"])
+    group = loaded(tmp_path / "run.pt")["optimizer"]["param_groups"][0]
+    assert group["lr"] == pytest.approx(keras_rates(schedule, at, 1)[0], rel=1e-6)
+    (entry,) = [e for e in report.ledger if e.item == ("position", "optimizer.learning_rate")]
+    assert (entry.fate, entry.allowed_by) == ("noted", "schedule-unsupported")
+
+
+ELSEWHERE = {("plateau", case) for case in (schedules.ALWAYS, "neither of these")}
+"""Of `test_schedule_plateau`."""
+
+
+def test_every_way_of_the_table_is_gone() -> None:
+    """What the table calls exact is resumed by a case of the family, what it refuses is refused above."""
+    for name in schedules.families():
+        family = schedules.family(name)
+        assert family is not None
+        own = [case for case in FAMILIES.values() if case.family == name]
+        for ways, there, refused in (
+            (family.to_keras, any(case.torch for case in own), NOT_BY_KERAS),
+            (family.to_torch, any(case.keras for case in own), NOT_BY_TORCH),
+        ):
+            for way in ways:
+                tested = there if way.verdict == "exact" else (name, way.case) in refused
+                assert tested or (name, way.case) in ELSEWHERE, (name, way)

@@ -125,28 +125,6 @@ def test_there_and_back_by_the_note(name: str, family: str, tmp_path: Path) -> N
     close(torch_rates(fresh, again), torch_rates(optimizer, scheduler))
 
 
-FAR = 61
-
-
-@pytest.mark.parametrize(
-    ("make", "updates"),
-    [
-        (ALL["lambda"], DONE),
-        (ALL["one-cycle-momentum"], DONE),
-        (ALL["cyclic"], DONE),
-        (TORCH["cosine"], FAR),
-        (lambda o: S.ChainedScheduler([S.StepLR(o, 2), S.CosineAnnealingLR(o, 9, 0.01)]), 3),
-    ],
-)
-def test_what_keras_cannot_follow_is_refused(make: Any, updates: int, tmp_path: Path) -> None:
-    torch_run(tmp_path / "run.pt", make, updates=updates)
-    template = fresh_keras(tmp_path / "fresh", K.CosineDecay(1.0, 2))
-    assert code_of(tmp_path / "run.pt", tmp_path / "ckpt", template=template) == (
-        "schedule-unsupported",
-        SCHEDULE,
-    )
-
-
 def test_the_templates_form_decides(tmp_path: Path) -> None:
     optimizer, _ = torch_run(tmp_path / "run.pt", TORCH["cosine"])
     template = fresh_keras(tmp_path / "fresh", 0.5)
@@ -248,26 +226,6 @@ def test_a_plain_rate_and_a_templates_schedule(tmp_path: Path) -> None:
     optimizer.learning_rate.assign(0.2)
     source = saved(tmp_path / "moved", model, optimizer)
     assert code_of(source, tmp_path / "no.pt", **arguments) == ("schedule-unsupported", SCHEDULE)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "at", "make"),
-    [
-        (K.CosineDecay(BASE, 10), 12, TORCH["cosine"]),
-        (K.CosineDecay(0.0, 10, warmup_target=BASE, warmup_steps=5), 0, warm_up),
-        (K.CosineDecayRestarts(BASE, 9, m_mul=0.5), 4, TORCH["cosine-restarts"]),
-        (K.PolynomialDecay(BASE, 9, 0.01, power=2.0), 4, TORCH["polynomial"]),
-    ],
-)
-def test_what_torch_cannot_follow_is_refused(schedule: Any, at: int, make: Any, tmp_path: Path) -> None:
-    model, optimizer = keras_model("keras", schedule)
-    optimizer.iterations.assign(at)
-    source, spec = saved(tmp_path / "ckpt", model, optimizer), ckptconv.keras.describe(model, optimizer)
-    torch_template(tmp_path / "fresh.pt", make)
-    assert code_of(source, tmp_path / "no.pt", template=tmp_path / "fresh.pt", source_spec=spec) == (
-        "schedule-unsupported",
-        ("schedules", "optimizer.learning_rate"),
-    )
 
 
 def test_live_objects_take_schedules_both_ways(tmp_path: Path) -> None:
