@@ -138,5 +138,6 @@ def test_the_way_back_to_accelerate_is_exact(tmp_path: Path) -> None:
     theirs, ours = (ckptconv.open(folder) for folder in (ACCELERATE / "state", tmp_path / "back"))
     assert [(a, digest(t)) for a, t in theirs.tensors()] == [(a, digest(t)) for a, t in ours.tensors()]
     assert theirs.optimizers[1].param_steps == ours.optimizers[1].param_steps
-    assert (theirs.residue is not None) and (ours.residue is not None)
+    assert theirs.residue is not None
+    assert ours.residue is not None
     assert theirs.residue.root == ours.residue.root
