@@ -46,11 +46,12 @@ _OUTER = {KERAS3.framework: 4}
 _SLOTS = """
 import h5py
 
-model.optimizer.built = False  # load_model has built it for no parameters
-model.optimizer.build(model.trainable_variables)
+optimizer = type(model.optimizer).from_config(model.optimizer.get_config())
+optimizer.build(model.trainable_variables)
 with h5py.File({target!r}) as file:
     state = file["optimizer_weights"]
-    model.optimizer.set_weights([state[name][()] for name in state.attrs["weight_names"]])"""
+    optimizer.set_weights([state[name][()] for name in state.attrs["weight_names"]])
+model.optimizer = optimizer"""
 """What makes up for Keras 3, whose `load_model` builds the optimizer of an `.h5` for no parameters."""
 _LOST = "load_model of Keras 3 restores the counter of an .h5 and leaves its slots out"
 

@@ -11,7 +11,7 @@ import numpy as np
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-from ckptconv.catalog.optimizer_rows import Row
+from ckptconv.catalog.optimizer_rows import Row, shape_of_slot
 
 Keras = Any
 """The module `keras` or `tf_keras`."""
@@ -226,6 +226,8 @@ def slots_of(optimizer: Any, row: Row, variables: list[Any]) -> Iterator[SlotOf]
     inner = getattr(optimizer, "inner_optimizer", optimizer)
     for slot, key in row.slots.items():
         for number, variable in enumerate(variables):
+            if shape_of_slot(row.slot_shapes.get(slot, "param"), tuple(variable.shape)) is None:
+                continue  # Adafactor's placeholder
             if hasattr(inner, "_create_all_weights"):
                 if key in inner.get_slot_names():
                     yield SlotOf(slot, variable, np.asarray(inner.get_slot(variable, key)))
