@@ -19,7 +19,7 @@ import pytest
 import typer
 
 from ckptconv.cli import app
-from ckptconv.dialects.torch_table import LIGHTNING, ROWS
+from ckptconv.dialects.torch_table import TABLE
 from ckptconv.errors import CODES, Code
 from ckptconv.report import ALLOWABLE
 
@@ -77,7 +77,7 @@ def torch_dialects_block() -> str:
             "; ".join(str(counter) for counter in row.counters),
             f"[{row.producer}]({row.source})",
         )
-        for row in (LIGHTNING, *ROWS)
+        for row in TABLE
     ]
     return table(("dialect", "told by", "counters", "as written by"), *rows)
 

@@ -13,14 +13,15 @@ from dataclasses import replace
 
 from ckptconv.dialects import torch_plain, torch_state_dict
 from ckptconv.dialects.base import Detection, Dialect, register
-from ckptconv.dialects.dcp_forms import folded, unfolded
+from ckptconv.dialects.dcp_forms import FORMS, folded, unfolded
+from ckptconv.dialects.torch_table import ROWS, TORCHTITAN
 from ckptconv.dialects.torch_values import places
 from ckptconv.document import Checkpoint
 from ckptconv.errors import FormatError, Problem
 from ckptconv.rawtree import DictNode, Path, RawTree
 
-_FORMS = "forms"
-"""Attribute of the residue: what was undone when the folder was lifted."""
+IN_FOLDERS = frozenset({"composer"})
+"""Rows of files whose programs save folders, too."""
 
 
 class InFolder:
@@ -53,7 +54,7 @@ class InFolder:
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The file's tree, an optimizer's parameters by their names."""
         raw = self._inner.lower(checkpoint)
-        forms = raw.attributes.get(_FORMS, ())
+        forms = raw.attributes.get(FORMS, ())
         assert isinstance(raw.root, DictNode)
         root = folded(raw.root, forms if isinstance(forms, tuple) else (), _names(checkpoint))
         return RawTree(format=self.format, root=root, note=raw.note)
@@ -82,7 +83,7 @@ def _as_file(raw: RawTree) -> RawTree:
     """The tree as a file of the same dictionary has it."""
     assert isinstance(raw.root, DictNode)
     root, forms = unfolded(raw.root)
-    attributes = {**raw.attributes, **({_FORMS: forms} if forms else {})}
+    attributes = {**raw.attributes, **({FORMS: forms} if forms else {})}
     return replace(raw, format="pytorch", root=root, attributes=attributes)
 
 
@@ -101,5 +102,11 @@ def _names(checkpoint: Checkpoint) -> dict[Path, tuple[str, ...]]:
     return {path: names for path, names in found.items() if names}
 
 
-for _dialect in (torch_plain.Plain(), torch_state_dict.StateDict()):
+_INNER: tuple[Dialect, ...] = (
+    torch_plain.Plain(),
+    torch_state_dict.StateDict(),
+    torch_plain.TrainingDictionary(TORCHTITAN),
+    *(torch_plain.TrainingDictionary(row) for row in ROWS if row.name in IN_FOLDERS),
+)
+for _dialect in _INNER:
     register(InFolder(_dialect), tree=(_dialect.format, _dialect.name))

@@ -31,6 +31,9 @@ from ckptconv.tensor import TensorRef
 NAMED: Final = "ckptconv.named"
 """Key at the root of a folder that we write: the optimizers whose names were numbers."""
 
+FORMS: Final = "forms"
+"""Attribute of the residue: what was undone when the tree was lifted."""
+
 _STATE = "state."
 _GROUPS = "param_groups."
 _SEPARATOR = ":"

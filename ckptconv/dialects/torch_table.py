@@ -35,6 +35,20 @@ LIGHTNING = Row(
 )
 """What `lightning` reads: its loops, which need more than a row, stand in `lightning_loops`."""
 
+TORCHTITAN = Row(
+    name="torchtitan",
+    summary="torchtitan: weights at the root, optimizer, lr_scheduler, dataloader, train_state",
+    producer="torchtitan",
+    signature=Signature(has=(("train_state", "step"), ("optimizer",), ("dataloader",))),
+    models=(("model",),),
+    optimizers=(("optimizer",),),
+    schedulers=(("lr_scheduler",),),
+    schedule_unit="update",
+    counters=(Counter(key=("train_state", "step"), counts="updates"),),
+    source="https://github.com/pytorch/torchtitan/blob/main/torchtitan/trainer.py",
+)
+"""Folders of torch.distributed.checkpoint, and what `dcp_to_torch_save` makes of one (`torch_titan`)."""
+
 ROWS: tuple[Row, ...] = (
     Row(
         name="timm",
@@ -267,3 +281,6 @@ ROWS: tuple[Row, ...] = (
         source="https://github.com/mosaicml/composer/blob/main/composer/core/time.py",
     ),
 )
+
+TABLE: tuple[Row, ...] = (LIGHTNING, TORCHTITAN, *ROWS)
+"""Every row, for people."""

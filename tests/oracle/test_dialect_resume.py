@@ -1,4 +1,4 @@
-"""Ignite and timm themselves go on from what is written, where the document says the run stands."""
+"""Ignite, timm and torch's own loader go on from what is written, where the document says the run stands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ckptconv  # noqa: E402
 from ckptconv.conversion import convert  # noqa: E402
 from ckptconv.document import Unknown, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
-from tests.support.producers import Net  # noqa: E402
+from tests.support.producers import Net, Run  # noqa: E402
 from tests.support.torch_equal import assert_same  # noqa: E402
 
 LENGTH = 5
@@ -143,6 +143,73 @@ def test_ignite_with_an_optimizer_that_stores_no_step(tmp_path: Path) -> None:
     assert [c.value for c in progress.step.candidates] == [8]
     assert value_of(progress.micro_steps) == 8
     assert (value_of(progress.epochs), value_of(progress.batch_in_epoch)) == (1, 3)
+
+
+def torchtitan_folder(folder: Path, run: Run) -> Path:
+    """torchtitan/components/checkpoint.py: weights at the root, a flat optimizer, `train_state`."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+
+    flat = state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    saved = {
+        **state_dict.get_model_state_dict(run.model),
+        "optimizer": state_dict.get_optimizer_state_dict(run.model, run.optimizer, options=flat),
+        "lr_scheduler": run.scheduler.state_dict(),
+        "dataloader": {"dp_rank_0": b"state", "world_size": 1},
+        "train_state": {"step": run.updates, "ntokens_seen": 99},
+    }
+    checkpoint.save(saved, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def torchtitan_resumed(folder: Path) -> tuple[Run, int]:
+    """What torch itself loads of a folder."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint import state_dict
+
+    run = Run(seed=5, per_epoch=False)
+    run.update()
+    flat = state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    state = {
+        **state_dict.get_model_state_dict(run.model),
+        "optimizer": state_dict.get_optimizer_state_dict(run.model, run.optimizer, options=flat),
+        "train_state": {"step": 0, "ntokens_seen": 0},
+    }
+    checkpoint.load(state, checkpoint_id=str(folder), no_dist=True)
+    run.model.load_state_dict({name: state[name] for name in run.model.state_dict()})
+    state_dict.set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"], options=flat)
+    return run, state["train_state"]["step"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchtitan_in_a_folder_and_in_the_file_that_torch_makes_of_it(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    run = Run(per_epoch=False)
+    for _ in range(4):
+        run.update()
+    folder, file = torchtitan_folder(tmp_path / "step-4", run), tmp_path / "step-4.pt"
+    dcp_to_torch_save(folder, file)
+    for path in (folder, file):
+        checkpoint = ckptconv.open(path)
+        assert checkpoint.provenance.dialect == "torchtitan"
+        assert (value_of(checkpoint.progress.step), checkpoint.optimizers[0].param_order) == (4, "named")
+        assert list(checkpoint.params) == list(run.model.state_dict())
+    convert(file, tmp_path / "run.neutral", to="neutral")
+    convert(tmp_path / "run.neutral", tmp_path / "same.pt", to="pytorch:torchtitan")
+    whole = torch.load(file, weights_only=True)
+    assert_same(whole, torch.load(tmp_path / "same.pt", weights_only=True))
+    for set_, wanted in (({}, 4), ({"step": "40"}, 40)):
+        back = tmp_path / f"step-{wanted}-again"
+        convert(tmp_path / "run.neutral", back, to="dcp:torchtitan", set_=set_)
+        again, step = torchtitan_resumed(back)
+        assert step == wanted
+        assert_same(dict(run.model.state_dict()), dict(again.model.state_dict()))
+        for mine, theirs in zip(run.model.parameters(), again.model.parameters(), strict=True):
+            state, resumed = run.optimizer.state[mine], again.optimizer.state[theirs]
+            assert torch.equal(state["exp_avg"], resumed["exp_avg"])
+            assert float(resumed["step"]) == wanted
+        assert again.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**wanted)
 
 
 def alone(name: str, *path: str, **stubs: Any) -> ModuleType:
