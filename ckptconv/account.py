@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ckptconv.catalog.findings import worst
 from ckptconv.catalog.residuals import Residual
 from ckptconv.document import (
     Checkpoint,
 )
 from ckptconv.errors import Loc, Problem
 from ckptconv.ops import Cast
-from ckptconv.report import Entry, OptimizerVerdict
+from ckptconv.rawtree import Path
+from ckptconv.report import Entry, OptimizerVerdict, Verdict
 from ckptconv.tensor import Op, TensorRef, TensorSpec
+
+Addresses = frozenset[Path]
+"""The places that a file has, by `Checkpoint.lookup` address."""
 
 MASTER = "master"
 """The slot that holds a parameter in higher precision than the model does."""
@@ -42,6 +47,13 @@ class Account:
     residuals: list[tuple[int, Residual]] = field(default_factory=list)
     merged: frozenset[str] = frozenset()
     """Parameters of the source in whose place another one stands."""
+
+    def differ(self, verdict: Verdict, residual: str) -> None:
+        """A difference beside the rule, which belongs to the optimizer that was judged last."""
+        if self.verdicts:
+            one = self.verdicts[-1]
+            residuals = (*one.residuals, residual)
+            self.verdicts[-1] = replace(one, verdict=worst(one.verdict, verdict), residuals=residuals)
 
     def refuse(self, problem: Problem) -> bool:
         """Note a loss; True where the caller allowed it by its code."""

@@ -233,6 +233,9 @@ class Checkpoint:
     """In the source's order."""
     optimizers: tuple[Optimizer, ...] = ()
     schedules: tuple[Schedule, ...] = ()
+    loss_scaling: Mapping[str, Fact] = field(default_factory=dict)
+    """What a loss scaler keeps beside the scale: `growth_tracker`, `growth_interval`, ... of
+    `catalog/wrappers.json`; empty where the run has none, or its file does not tell."""
     rng: tuple[Block, ...] = ()
     data: tuple[Block, ...] = ()
     extras: Mapping[str, TensorRef] = field(default_factory=dict)
@@ -266,8 +269,8 @@ class Checkpoint:
 
         Addresses: `("param", name)`, `("slot", optimizer, slot, param)`, `("param_step", optimizer, param)`,
         `("step", optimizer)`, `("hyperparameter", optimizer, group, name)`, `("scalar", optimizer, name)`,
-        `("progress", field)`, `("position", schedule)`, `("schedule", schedule, parameter)`,
-        `("extra", key)`.
+        `("progress", field)`, `("loss_scaling", name)`, `("position", schedule)`,
+        `("schedule", schedule, parameter)`, `("extra", key)`.
         A value is None where the fact is not known; KeyError where there is no such place.
         """
         match address:
@@ -285,6 +288,8 @@ class Checkpoint:
                 return value_of(self.optimizer(optimizer).scalars[name])
             case ("progress", str(name)) if name in PROGRESS_FIELDS:
                 return value_of(getattr(self.progress, name))
+            case ("loss_scaling", str(name)):
+                return value_of(self.loss_scaling[name])
             case ("position", str(schedule)):
                 return value_of(self.schedule(schedule).position)
             case ("schedule", str(schedule), str(name)):

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptconv.catalog import layers
-from ckptconv.document import Block, Checkpoint
+from ckptconv.catalog.wrappers import EXTRA
+from ckptconv.document import Block, Checkpoint, Param
 from ckptconv.errors import Problem
 from ckptconv.report import Entry
 from ckptconv.tensor import FilledTensor, MissingTensor, TensorRef
@@ -29,19 +30,31 @@ class Extras:
     problems: tuple[Problem, ...]
 
 
-def place_extras(source: Checkpoint, template: Checkpoint) -> Extras:
-    """The template's extras, with the source's values where both are of one dialect."""
+def place_extras(source: Checkpoint, template: Checkpoint, params: Mapping[str, Param]) -> Extras:
+    """The template's extras, with the source's values where both are of one dialect.
+
+    `params`: the target's. The average of one that no optimizer trains is the parameter itself.
+    """
     carried = {key: source.extras[key] for key in _in_place(source, template)}
     ledger = [Entry(item=("extra", key), fate="copied", target=key) for key in carried]
     ledger += _left(source, carried)
     problems = []
+    averages = {}
     for key, tensor in template.extras.items():
         if key in carried:
+            continue
+        param = params.get(key.removeprefix(EXTRA)) if key.startswith(EXTRA) else None
+        if param is not None and param.tensor.spec == tensor.spec:
+            averages[key] = param.tensor
+            detail = "no optimizer trains it: its average is the parameter"
+            ledger.append(Entry(item=("template", key), fate="created", target=key, detail=detail))
             continue
         ledger.append(kept_from_template(key))
         if isinstance(tensor, MissingTensor):
             problems.append(_no_value(("template", key), key))
-    return Extras(tensors={**template.extras, **carried}, ledger=tuple(ledger), problems=tuple(problems))
+    return Extras(
+        tensors={**template.extras, **averages, **carried}, ledger=tuple(ledger), problems=tuple(problems)
+    )
 
 
 def kept_from_template(name: str) -> Entry:

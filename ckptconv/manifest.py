@@ -71,6 +71,7 @@ def to_json(
         "params": [_param_to_json(param, values) for param in checkpoint.params.values()],
         "optimizers": [optimizer_to_json(o, checkpoint) for o in checkpoint.optimizers],
         "schedules": [schedule_to_json(schedule) for schedule in checkpoint.schedules],
+        **({"loss_scaling": facts_to_json(checkpoint.loss_scaling)} if checkpoint.loss_scaling else {}),
         "rng": [_block_to_json(block) for block in checkpoint.rng],
         "data": [_block_to_json(block) for block in checkpoint.data],
         "extras": [
@@ -110,6 +111,7 @@ def from_json(obj: Json, tensors: Tensors = None, state: bytes | None = None) ->
         params=params,
         optimizers=tuple(optimizer_from_json(o, progress, specs, find) for o in manifest["optimizers"]),
         schedules=tuple(schedule_from_json(schedule) for schedule in manifest["schedules"]),
+        loss_scaling=facts_from_json(manifest.get("loss_scaling", {})),
         rng=tuple(_block_from_json(block) for block in manifest["rng"]),
         data=tuple(_block_from_json(block) for block in manifest["data"]),
         extras={e["name"]: _tensor_from_json(e, ("extra", e["name"]), find) for e in manifest["extras"]},

@@ -61,6 +61,7 @@ class Note:
     noted_slots: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Optimizer -> the slots that the run had, whether or not the container holds them."""
     schedules: tuple[Schedule, ...] = ()
+    loss_scaling: Mapping[str, Fact] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     """Parameter -> the first of its tie group."""
     provenance: Provenance = field(default_factory=Provenance)
@@ -76,6 +77,11 @@ def write_note(checkpoint: Checkpoint) -> str:
             "progress": progress_to_json(checkpoint.progress),
             "optimizers": [_optimizer(optimizer, checkpoint) for optimizer in checkpoint.optimizers],
             "schedules": [schedule_to_json(schedule) for schedule in checkpoint.schedules],
+            **(
+                {"loss_scaling": facts.facts_to_json(checkpoint.loss_scaling)}
+                if checkpoint.loss_scaling
+                else {}
+            ),
             "ties": ties,
             "provenance": provenance_to_json(checkpoint.provenance),
         }
@@ -115,6 +121,7 @@ def read_note(text: str, location: str = KEY) -> Note:
         optimizers=tuple(_noted_optimizer(optimizer) for optimizer in optimizers),
         noted_slots={o["name"]: tuple(slot["slot"] for slot in o["slots"]) for o in obj["optimizers"]},
         schedules=tuple(_noted_schedule(schedule_from_json(item)) for item in obj["schedules"]),
+        loss_scaling=_noted_facts(facts.facts_from_json(obj.get("loss_scaling", {}))),
         ties=dict(obj["ties"]),
         provenance=provenance_from_json(obj["provenance"]),
     )

@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ckptconv.catalog import completion, schedule_settings
+from ckptconv.catalog import completion, schedule_settings, wrappers
 from ckptconv.catalog.optimizer_rows import algorithms, row
 from ckptconv.catalog.schedule_settings import UNIT as SCHEDULE_UNIT
+from ckptconv.catalog.wrappers import loss_scaling
 from ckptconv.document import (
     PROGRESS_FIELDS,
     Checkpoint,
@@ -22,6 +23,7 @@ from ckptconv.document import (
     Schedule,
     Unknown,
     Value,
+    value_of,
 )
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.rawtree import Lifted, Node, Path, transform
@@ -35,7 +37,7 @@ CONVENTIONS = {"epoch_convention": "epochs", "step_convention": "step"}
 COUNT, LAST = "count", "last"
 """A bare counter's two readings: how many are finished, or the 0-based number of the last finished one."""
 
-_FRACTIONAL = frozenset({"epochs", "loss_scale"})
+_FRACTIONAL = frozenset({"epochs", "loss_scale", "growth_factor", "backoff_factor"})
 
 
 def settings(texts: Mapping[str, str]) -> dict[str, Value]:
@@ -73,7 +75,8 @@ def settings(texts: Mapping[str, str]) -> dict[str, Value]:
 def settable_fields() -> tuple[str, ...]:
     """Names that `--set` accepts."""
     ours = (*PROGRESS_FIELDS, *CONVENTIONS, *schedule_settings.NAMES)
-    return (*ours, "optimizer", *completion.hyperparameter_names())
+    wrapped = (*loss_scaling(), *wrappers.settings())
+    return (*ours, "optimizer", *completion.hyperparameter_names(), *wrapped)
 
 
 def _kind(name: str) -> str:
@@ -81,8 +84,7 @@ def _kind(name: str) -> str:
         return f"'{COUNT}' or '{LAST}'"
     if name in schedule_settings.NAMES:
         return schedule_settings.kind(name)
-    whole = name in PROGRESS_FIELDS and name not in _FRACTIONAL
-    return "a whole number from 0 on" if whole else "a number"
+    return "a whole number from 0 on" if _is_count(name) else "a number"
 
 
 def _example(name: str) -> str:
@@ -91,7 +93,11 @@ def _example(name: str) -> str:
         return COUNT
     if name in schedule_settings.NAMES:
         return schedule_settings.example(name)
-    return "9" if name in PROGRESS_FIELDS else "0.001"
+    return "9" if name in (*PROGRESS_FIELDS, *loss_scaling()) else "0.001"
+
+
+def _is_count(name: str) -> bool:
+    return name in (*PROGRESS_FIELDS, *loss_scaling()) and name not in _FRACTIONAL
 
 
 def _parsed(name: str, text: str) -> Value:
@@ -103,7 +109,7 @@ def _parsed(name: str, text: str) -> Value:
         return text
     if name in schedule_settings.NAMES:
         return schedule_settings.parsed(name, text)
-    if name in PROGRESS_FIELDS and name not in _FRACTIONAL:
+    if _is_count(name):
         if not (text.isascii() and text.isdigit()):
             raise ValueError(text)
         return int(text)
@@ -141,6 +147,10 @@ def set_fields(checkpoint: Checkpoint, values: Mapping[str, Value], *, who: str 
                 checkpoint = with_step(_without_derived(checkpoint, values), fact)
             else:
                 checkpoint = replace(checkpoint, progress=replace(checkpoint.progress, **{name: fact}))
+                checkpoint = _with_updates(checkpoint, name, who)
+        elif name in loss_scaling():
+            scaling = {**checkpoint.loss_scaling, name: fact}
+            checkpoint = replace(checkpoint, loss_scaling=scaling)
         elif not checkpoint.optimizers:
             raise CkptError(
                 _usage(name, f"'{name}' belongs to an optimizer, and the source has none", "Leave it out.")
@@ -204,6 +214,19 @@ def conventions(values: Mapping[str, Value]) -> dict[str, str]:
     """
     units = {name: str(values[name]) for name in schedule_settings.NAMES if name in values}
     return {**units, **{field: str(values[name]) for name, field in CONVENTIONS.items() if name in values}}
+
+
+def _with_updates(checkpoint: Checkpoint, name: str, who: str) -> Checkpoint:
+    """The document whose updates follow from its batches, where nothing else tells them."""
+    progress = checkpoint.progress
+    micro, per_update = value_of(progress.micro_steps), value_of(progress.accumulation)
+    if name not in ("micro_steps", "accumulation") or isinstance(progress.step, Known):
+        return checkpoint
+    if not isinstance(micro, int) or not isinstance(per_update, int):
+        return checkpoint
+    done = micro // max(per_update, 1)
+    fact = Known(value=done, status="derived", source=who, formula="micro_steps // accumulation")
+    return with_step(checkpoint, fact)
 
 
 def with_step(checkpoint: Checkpoint, fact: Known) -> Checkpoint:

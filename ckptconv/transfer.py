@@ -27,6 +27,7 @@ from ckptconv.schedules import place_schedules, with_rates
 from ckptconv.supply import CONVENTIONS, COUNT, LAST
 from ckptconv.tensor import TensorRef
 from ckptconv.ties import Pair
+from ckptconv.wrappers import unwrapped, wrap
 
 
 def transfer(
@@ -60,20 +61,22 @@ def transfer(
     }
     _source_only(source, cover, account)
     account.merged = frozenset(merge.source for merge in cover.merged)
-    optimizers = transfer_optimizers(source, template, pairs, account)
+    optimizers = transfer_optimizers(unwrapped(source), unwrapped(template), pairs, account)
+    wrapped = wrap(source, template, optimizers, params, pairs, account)
     schedules = place_schedules(
-        source, template, account.allow, optimizers=optimizers, conventions=conventions
+        source, template, account.allow, optimizers=wrapped.optimizers, conventions=conventions
     )
     for rate, code in schedules.codes.items():
         account.requires = [line.replace(rate, code) for line in account.requires]
     account.requires = [*schedules.requires, *account.requires]
-    extras = place_extras(source, template)
+    extras = place_extras(source, template, params)
     account.ledger += (*schedules.ledger, *extras.ledger)
     account.problems += (*schedules.problems, *extras.problems)
-    account.ledger += progress_entries(replace(template, progress=source.progress))
+    account.ledger += progress_entries(replace(template, progress=wrapped.progress))
     checkpoint = replace(
         template,
-        progress=source.progress,
+        progress=wrapped.progress,
+        loss_scaling=wrapped.loss_scaling,
         params=params,
         optimizers=schedules.optimizers,
         schedules=schedules.schedules,

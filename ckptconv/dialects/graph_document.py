@@ -21,7 +21,7 @@ from ckptconv.dialects.graph_model import (
 )
 from ckptconv.dialects.graph_note import with_note
 from ckptconv.dialects.graph_optimizer import STATISTICS, lift_optimizer
-from ckptconv.dialects.graph_progress import progress_of, user_counters
+from ckptconv.dialects.graph_progress import progress_of, scaling_of, user_counters
 from ckptconv.dialects.keras_layers import Reading
 from ckptconv.dialects.keras_optimizers import OptimizerNode, optimizer_nodes, optimizers
 from ckptconv.dialects.object_paths import Reach, reach
@@ -59,6 +59,7 @@ def lift(raw: RawTree, dialect: str, evidence: str, layers: str | None = None) -
     lifted = [lift_optimizer(bundle, node, nodes, named, params, read) for node in nodes]
     progress = progress_of(bundle, nodes, [one.optimizer for one in lifted])
     user = user_counters(bundle, [one.optimizer for one in lifted], sorted_out.user)
+    scaling = scaling_of(bundle, nodes)
     extras = _extras(bundle)
     blocks = tuple(
         Block(name=bundle.source(node), library="tensorflow", tensors=(bundle.key(node),))
@@ -72,6 +73,7 @@ def lift(raw: RawTree, dialect: str, evidence: str, layers: str | None = None) -
         params=documents,
         optimizers=tuple(one.optimizer for one in lifted),
         schedules=tuple(one.schedule for one in lifted if one.schedule is not None),
+        loss_scaling=scaling,
         rng=blocks,
         extras=extras,
         residue=Residue(

@@ -53,6 +53,7 @@ def with_note(checkpoint: Checkpoint, text: str | None) -> Checkpoint:
         result,
         optimizers=tuple(_with_rates(one, checkpoint, note) for one in optimizers),
         schedules=tuple(_described(one, checkpoint, note) for one in checkpoint.schedules),
+        loss_scaling={**note.loss_scaling, **checkpoint.loss_scaling},
         provenance=replace(checkpoint.provenance, history=note.provenance.history),
     )
 

@@ -41,8 +41,9 @@ def lift_optimizer(
         found for found in (row(candidate, node.generation) for candidate in candidates) if found is not None
     ]
     slots = {}
-    for native, pairs in node.slots.items():
-        slot = _canonical(rows, native, by_variable=node.named_slots)
+    named_slots = [(_canonical(rows, one, by_variable=node.named_slots), one) for one in node.slots]
+    held = {**{slot: node.slots[native] for slot, native in named_slots}, **node.around}
+    for slot, pairs in held.items():
         kind = rows[0].slot_shapes.get(slot, "param") if len(rows) == 1 else "param"
         # Adafactor keeps for a matrix, too, what it reads of vectors alone.
         pairs = tuple(p for p in pairs if shape_of_slot(kind, bundle.tensor(p[0]).shape) is not None)
@@ -64,8 +65,6 @@ def lift_optimizer(
             f"'{name}' accumulates gradients: its counter counts batches, not updates, and the "
             "number of batches per update is not in the file"
         )
-    if node.averages:
-        oddities.append(f"'{name}' keeps moving averages of the parameters; they stay as extra arrays")
     if node.order == "declaration-order":
         oddities.append(f"variables of one name share '{name}': their slots are matched by order")
     return LiftedOptimizer(
@@ -182,7 +181,7 @@ def _hyperparameters(
         name=f"{name}.learning_rate",
         family="unknown",
         position=position,
-        unit="micro-step" if node.accumulators else "update",
+        unit="micro-step" if node.accumulates else "update",
         optimizer=name,
     )
     return facts, schedule
@@ -193,7 +192,7 @@ def _step(bundle: Bundle, node: OptimizerNode, name: str, *, alone: bool) -> tup
     if node.step is None:
         return Unknown(reason="the optimizer has made no variables yet: it has not done an update"), False
     value = bundle.number(node.step)
-    if node.accumulators:
+    if node.accumulates:
         if alone:
             bundle.take_number(node.step, ("progress", "micro_steps"))
         return Unknown(

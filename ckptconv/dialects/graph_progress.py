@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from ckptconv.dialects.graph_bundle import Bundle
 from ckptconv.dialects.keras_optimizers import OptimizerNode
+from ckptconv.dialects.keras_scaling import UNSCALED, fixed_scaling
 from ckptconv.document import Absent, Candidate, Fact, Known, Optimizer, Progress, Unknown, value_of
 
 _STEP_NAMES = frozenset({"step", "global_step", "steps", "iteration", "iterations", "iter"})
@@ -38,14 +39,24 @@ def progress_of(bundle: Bundle, nodes: Sequence[OptimizerNode], lifted: Sequence
     accumulation: Fact = micro
     if node.generation != "keras3":
         micro = accumulation = Unknown(reason="tf_keras does not accumulate gradients itself; a loop may")
-    elif node.accumulators and node.step is not None:
+    elif node.accumulates and node.step is not None:
         micro = Known(value=bundle.number(node.step), source=bundle.source(node.step))
         accumulation = Unknown(reason="gradient_accumulation_steps is not stored")
-    scale: Fact = Absent(reason="the optimizer is not in a LossScaleOptimizer")
+    scale: Fact = UNSCALED
     if node.loss_scale is not None:
         scale = Known(value=bundle.number(node.loss_scale), source=bundle.source(node.loss_scale))
         bundle.take_number(node.loss_scale, ("progress", "loss_scale"))
     return Progress(step=optimizer.step, micro_steps=micro, accumulation=accumulation, loss_scale=scale)
+
+
+def scaling_of(bundle: Bundle, nodes: Sequence[OptimizerNode]) -> Mapping[str, Fact]:
+    """What the loss scaling of the only optimizer keeps beside the scale."""
+    if len(nodes) != 1 or nodes[0].growth_tracker is None:
+        return {}
+    tracker = nodes[0].growth_tracker
+    bundle.take_number(tracker, ("loss_scaling", "growth_tracker"))
+    counted = Known(value=bundle.number(tracker), source=bundle.source(tracker))
+    return {"growth_tracker": counted, **fixed_scaling(nodes[0].generation)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, rate
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.hf_schedule import curve_of_arguments
-from ckptconv.dialects.hf_trainer_state import ARGUMENTS, STATE, read_state, settle_state
+from ckptconv.dialects.hf_trainer_state import ARGUMENTS, SCALER, STATE, read_state, settle_state
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_folder_parts import (
     folder_of,
@@ -37,6 +37,7 @@ from ckptconv.dialects.torch_note import lift_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_plain import blocks, filled_with, provenance, trained
+from ckptconv.dialects.torch_scaler import lift_scaling
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_survey import is_rng
 from ckptconv.dialects.torch_values import lift_rest, own_residue
@@ -90,12 +91,14 @@ class HFTrainer:
         optimizers = () if optimizer is None else (optimizer,)
         schedule, odd_schedule = _schedule(root, optimizer, lifter)
         progress, odd_progress = read_state(root, optimizers, lifter)
+        scaling = lift_scaling([((SCALER,), root.get(SCALER))], lifter)
         extras = lift_rest(root, lifter)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(module.params, optimizers),
             optimizers=optimizers,
             schedules=() if schedule is None else (schedule,),
+            loss_scaling=scaling,
             rng=blocks(root, extras, is_rng),
             extras=extras,
             residue=Residue(

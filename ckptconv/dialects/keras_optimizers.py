@@ -19,19 +19,18 @@ Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py`, `loss_scale_optim
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
-from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_kinds, slot_shapes
+from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_shapes
+from ckptconv.catalog.wrappers import ACCUMULATED, AVERAGE
+from ckptconv.dialects.keras_slot_names import Order, Shapes, match_by_name
 from ckptconv.dialects.object_paths import Graph
-from ckptconv.errors import CkptError, MappingError
 
 Generation = Literal["keras3", "tf_keras", "tf_keras_legacy"]
-Shapes = Mapping[int, tuple[int, ...]]
-"""Shape of every variable node."""
 
 _LEGACY_MARKS = frozenset(
     {
@@ -43,9 +42,13 @@ _BOOKKEEPING = frozenset(
     {"_variables", "_trainable_variables", "_trainable_variables_indices", "_index_dict", "_model_variables"}
 )
 _SETTINGS = frozenset({"_iterations", "iterations", "_learning_rate", "_current_learning_rate"})
-AVERAGES = "_model_variables_moving_average"
-ACCUMULATORS = "_accumulated_gradients"
-_NOT_SLOTS = frozenset({AVERAGES, ACCUMULATORS, "average", "gradient_accumulator"})
+_AROUND: Mapping[str, str] = {
+    "_model_variables_moving_average": AVERAGE,
+    "_accumulated_gradients": ACCUMULATED,
+    "average": AVERAGE,
+    "gradient_accumulator": ACCUMULATED,
+}
+"""Lists, and the names of their variables, that belong to no rule -> canonical slot."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,14 +76,21 @@ class OptimizerNode:
     """The slots' own names, where their variables' full names have them."""
     scalar_state: Mapping[str, int] = field(default_factory=dict)
     """Edges to single variables beside counter and learning rate (Nadam's `_u_product`)."""
-    averages: tuple[int, ...] = ()
-    accumulators: tuple[int, ...] = ()
+    around: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """Canonical slot that belongs to no rule -> (variable, slot variable)."""
     scope: str | None = None
     """What its variables' names begin with: the name the class gives itself."""
     built: bool = True
-    order: Literal["named", "declaration-order", "unknown"] = "named"
+    order: Order = "named"
     loss_scale: int | None = None
     """Variable of the current loss scale."""
+    growth_tracker: int | None = None
+    """Variable that counts the updates since the scale last changed."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether it counts batches, and makes an update of several."""
+        return ACCUMULATED in self.around
 
 
 @lru_cache(maxsize=2)
@@ -128,14 +138,21 @@ def optimizers(graph: Graph, model_variables: Sequence[int], shapes: Shapes) -> 
         if node in wrappers:
             continue
         outer = inner.get(node)
-        scale = graph.child(outer, "dynamic_scale") if outer is not None else None
-        if scale is None:
-            scale = graph.child(node, "loss_scale", "current_loss_scale")
         reader = _READERS[generation_of(graph, node)]
-        result.append(
-            reader(graph, node, paths[outer] if outer is not None else path, model_variables, shapes, scale)
-        )
+        found = reader(graph, node, path if outer is None else paths[outer], model_variables, shapes)
+        scale, tracker = _scaling(graph, node, outer)
+        result.append(replace(found, loss_scale=scale, growth_tracker=tracker))
     return tuple(result)
+
+
+def _scaling(graph: Graph, node: int, outer: int | None) -> tuple[int | None, int | None]:
+    """(scale, counter): Keras 3 keeps them in the wrapper, tf_keras in an object of their own."""
+    if outer is not None:
+        return graph.child(outer, "dynamic_scale"), graph.child(outer, "step_counter")
+    scale = graph.child(node, "loss_scale")
+    if scale is None:
+        return None, None
+    return graph.child(scale, "current_loss_scale"), graph.child(scale, "good_steps")
 
 
 def generation_of(graph: Graph, node: int) -> Generation:
@@ -156,7 +173,6 @@ def _keras3(
     path: tuple[str, ...],
     model_variables: Sequence[int],
     shapes: Shapes,
-    loss_scale: int | None,
 ) -> OptimizerNode:
     edges = graph.edges(node)
     own = graph.elements(edges.get("_variables"))
@@ -171,7 +187,7 @@ def _keras3(
     }
     entries = {edge: _numbered(graph, edges[edge]) for edge in lists}
     beside = {edges.get("_iterations"), edges.get("_learning_rate")}
-    beside.update(v for edge in _NOT_SLOTS for v in lists.get(edge, ()))
+    beside.update(v for edge in _AROUND for v in lists.get(edge, ()))
     rest = [v for v in own if v not in beside]
     for order in interleaved("keras3"):
         if variables and all(edge in lists and not lists[edge] for edge in order):
@@ -181,8 +197,9 @@ def _keras3(
     slots = {}
     for edge, elements in lists.items():
         pairs = _pairs(entries[edge], variables, shapes, kinds.get(edge, "param"))
-        if edge not in _NOT_SLOTS and elements and pairs is not None:
+        if elements and pairs is not None:
             slots[edge] = pairs
+    around = {_AROUND[edge]: slots.pop(edge) for edge in _AROUND if edge in slots}
     step = edges.get("_iterations", edges.get("iterations", own[0] if own else None))
     return OptimizerNode(
         node=node,
@@ -192,13 +209,11 @@ def _keras3(
         learning_rate=edges.get("_learning_rate"),
         variables=variables,
         slots=slots,
-        lists=frozenset(lists) - _NOT_SLOTS,
+        lists=frozenset(lists) - _AROUND.keys(),
         scalar_state=_scalar_state(graph, edges),
-        averages=lists.get(AVERAGES, ()),
-        accumulators=lists.get(ACCUMULATORS, ()),
+        around=around,
         scope=_scope(graph, step, ("iteration", "iterations")),
         built=bool(variables),
-        loss_scale=loss_scale,
     )
 
 
@@ -265,27 +280,27 @@ def _tf_keras(
     path: tuple[str, ...],
     model_variables: Sequence[int],
     shapes: Shapes,
-    loss_scale: int | None,
 ) -> OptimizerNode:
     edges = graph.edges(node)
     step = edges.get("_iterations")
     own = tuple(v for v in graph.elements(edges.get("_variables")) if v != step)
-    matched, scope, order = _match_by_name(graph, own, model_variables, shapes)
+    matched, scope, order = match_by_name(graph, own, model_variables, shapes)
     lists = {
         edge: graph.elements(child)
         for edge, child in edges.items()
         if edge not in _BOOKKEEPING and graph.is_list(child) and set(graph.elements(child)) <= set(own)
     }
     list_of = {slot: edge for edge, elements in lists.items() for slot in elements}
-    by_edge = all(slot in list_of for slot, (name, _) in matched.items() if name not in _NOT_SLOTS)
+    by_edge = all(slot in list_of for slot, (name, _) in matched.items() if name not in _AROUND)
     slots: dict[str, list[tuple[int, int]]] = {}
-    averages = []
+    around: dict[str, list[tuple[int, int]]] = {}
     for slot, (name, variable) in matched.items():
-        if name in _NOT_SLOTS:
-            averages.append(slot)
+        if name in _AROUND:
+            around.setdefault(_AROUND[name], []).append((variable, slot))
         else:
             slots.setdefault(list_of[slot] if by_edge else name, []).append((variable, slot))
-    variables = tuple(dict.fromkeys(variable for pairs in slots.values() for variable, _ in pairs))
+    held = [pair for pairs in (*slots.values(), *around.values()) for pair in pairs]
+    variables = tuple(dict.fromkeys(variable for variable, _ in held))
     return OptimizerNode(
         node=node,
         generation="tf_keras",
@@ -294,81 +309,14 @@ def _tf_keras(
         learning_rate=edges.get("_learning_rate"),
         variables=variables,
         slots={name: tuple(pairs) for name, pairs in slots.items()},
-        lists=frozenset(lists) if by_edge else frozenset(slots),
+        lists=frozenset(lists) - _AROUND.keys() if by_edge else frozenset(slots),
         named_slots=not by_edge,
-        slot_names=frozenset(name for name, _ in matched.values()) - _NOT_SLOTS,
+        slot_names=frozenset(name for name, _ in matched.values()) - _AROUND.keys(),
         scalar_state=_scalar_state(graph, edges),
-        averages=tuple(averages),
+        around={slot: tuple(pairs) for slot, pairs in around.items()},
         scope=scope,
         built=bool(own),
         order=order,
-        loss_scale=loss_scale,
-    )
-
-
-Matches = dict[int, tuple[str, int]]
-"""Slot variable -> (name of the slot, the variable it belongs to)."""
-
-
-def _match_by_name(
-    graph: Graph, own: Sequence[int], model_variables: Sequence[int], shapes: Shapes
-) -> tuple[Matches, str | None, Literal["named", "declaration-order", "unknown"]]:
-    """Give each slot variable to the variable whose full name its own ends with.
-
-    Variables of one name are told apart by order: slots follow the model's variables. That needs as many
-    slots as variables, and equal shapes.
-
-    Raises: order-ambiguous.
-    """
-    by_name: dict[str, list[int]] = {}
-    for variable in model_variables:
-        full_name = graph.variables[variable].full_name
-        if full_name:
-            by_name.setdefault(full_name, []).append(variable)
-    named: dict[tuple[str, str], list[int]] = {}
-    scopes: Counter[str] = Counter()
-    for slot in own:
-        parsed = _parse_slot_name(graph.variables[slot].full_name, by_name)
-        if parsed is None:
-            continue
-        scope, name, variable_name = parsed
-        scopes[scope] += 1
-        named.setdefault((name, variable_name), []).append(slot)
-    kinds = slot_kinds("tf_keras")
-    matched: Matches = {}
-    order: Literal["named", "declaration-order", "unknown"] = "named"
-    for (name, variable_name), slots in named.items():
-        variables = by_name[variable_name]
-        if len(variables) > 1:
-            order = "declaration-order"
-        same = len(slots) == len(variables) and all(
-            shapes.get(slot) in {shape_of_slot(kind, shapes[variable]) for kind in kinds.get(name, {"param"})}
-            for slot, variable in zip(slots, variables, strict=True)
-        )
-        if not same:
-            raise _ambiguous(name, variable_name, len(slots), len(variables))
-        matched.update({slot: (name, variable) for slot, variable in zip(slots, variables, strict=True)})
-    ordered = {slot: matched[slot] for slot in own if slot in matched}
-    scope = scopes.most_common(1)[0][0] if scopes else ""
-    return ordered, scope or None, order
-
-
-def _parse_slot_name(full_name: str, by_name: Mapping[str, list[int]]) -> tuple[str, str, str] | None:
-    """`Adam/m/dense/kernel` -> (`Adam`, `m`, `dense/kernel`), by the longest variable name at its end."""
-    parts = full_name.split("/")
-    for start in range(1, len(parts)):
-        rest = "/".join(parts[start:])
-        if rest in by_name:
-            return "/".join(parts[: start - 1]).rpartition("/")[2], parts[start - 1], rest
-    return None
-
-
-def _ambiguous(slot: str, variable: str, slots: int, variables: int) -> CkptError:
-    return MappingError.of(
-        "order-ambiguous",
-        f"{slots} slots '{slot}' are named after '{variable}', which is the name of {variables} variables",
-        "Give the model's layers distinct names and save again.",
-        loc=("optimizer", slot, variable),
     )
 
 
@@ -378,7 +326,6 @@ def _legacy(
     path: tuple[str, ...],
     model_variables: Sequence[int],
     shapes: Shapes,
-    loss_scale: int | None,
 ) -> OptimizerNode:
     edges = graph.edges(node)
     position = {variable: place for place, variable in enumerate(model_variables)}
@@ -404,7 +351,6 @@ def _legacy(
         lists=frozenset(slots),
         scope=_scope(graph, step, ("iter",)),
         built=len(edges) > 1,
-        loss_scale=loss_scale,
     )
 
 

@@ -28,7 +28,9 @@ from ckptconv.dialects.torch_note import lift_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_plain import filled_with, provenance, trained, unit_names
+from ckptconv.dialects.torch_scaler import lift_scaling
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
+from ckptconv.dialects.torch_survey import scalers
 from ckptconv.dialects.torch_table import LIGHTNING
 from ckptconv.dialects.torch_values import lift_rest, number_of, own_residue
 from ckptconv.document import Block, Checkpoint, Optimizer, Residue, Schedule, value_of
@@ -77,12 +79,14 @@ class Lightning:
         schedules, odd_schedules = _schedules(root, optimizers, lifter)
         progress, odd_progress = read_loops(root, optimizers, schedules, lifter)
         schedules = tuple(with_epochs(schedule, progress) for schedule in schedules)
+        scaling = lift_scaling(scalers(root, LIGHTNING), lifter)
         extras = lift_rest(root, lifter)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(module.params, optimizers),
             optimizers=optimizers,
             schedules=schedules,
+            loss_scaling=scaling,
             data=_loaders(root, extras),
             extras=extras,
             residue=Residue(

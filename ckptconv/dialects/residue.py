@@ -203,7 +203,7 @@ def _how_to_supply(address: Path) -> str:
     match address:
         case ("step", *_) | ("param_step", *_):
             return "Pass --set step=N."
-        case ("progress", name):
+        case ("progress" | "loss_scaling", name):
             return f"Pass --set {name}=N."
         case ("hyperparameter", _, _, name):
             return f"Pass --set {name}=VALUE."

@@ -9,17 +9,21 @@ compared without dots, as those of latent-diffusion's `LitEma` are; a bare list 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ckptconv.catalog.wrappers import AVERAGE, AVERAGED, EXTRA
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.torch_modules import PARTS, bare_names, optimizable
 from ckptconv.dialects.torch_survey import words
-from ckptconv.document import Checkpoint, Param
+from ckptconv.dialects.torch_values import number_of
+from ckptconv.document import Checkpoint, Fact, Known, Param
+from ckptconv.rawtree import Lifted, Node, Path, transform, walk
 from ckptconv.tensor import TensorRef
 
 _INSIDE = frozenset({*PARTS, "@state", "@args0"})
 """Steps of a path that a pickled module's state_dict does not have."""
+_COUNT = "/n_averaged"
 _MOST_OUTER = 2
 """Components that a wrapper may put before the model's own names."""
 
@@ -38,10 +42,11 @@ class Average:
 
 def averages(checkpoint: Checkpoint) -> tuple[Average, ...]:
     """Every average of the document's weights. I/O: none."""
-    own: dict[str, dict[str, TensorRef]] = {}
+    own = _slots(checkpoint)
+    counted = {name.removesuffix(_COUNT) for name in checkpoint.extras if name.endswith(_COUNT)}
     for name, tensor in _named(checkpoint):
         steps = name.split("/")
-        depth = next((i for i, step in enumerate(steps) if words((step,)) & torch_keys.AVERAGE_WORDS), None)
+        depth = next((i for i in range(len(steps)) if _is_average(steps[: i + 1], counted)), None)
         if depth is None or depth + 1 == len(steps):
             continue
         rest = [step for step in steps[depth + 1 :] if step not in _INSIDE]
@@ -57,14 +62,81 @@ def averages(checkpoint: Checkpoint) -> tuple[Average, ...]:
 
 
 def with_averages(checkpoint: Checkpoint) -> Checkpoint:
-    """The document that says which averages of its weights there are, and how one is taken."""
+    """The document that says which averages of its weights there are, and how one is taken.
+
+    What its optimizers train has its average, of the first, in a slot of theirs. I/O: reads a count.
+    """
     found = averages(checkpoint)
     said = [
         f"An average of the weights stands under '{average.key}': --select "
         f"{'ema' if len(found) == 1 else average.key} takes it instead of the trained ones."
         for average in found
     ]
-    return replace(checkpoint, oddities=(*checkpoint.oddities, *said))
+    checkpoint = replace(checkpoint, oddities=(*checkpoint.oddities, *said))
+    return _in_slots(checkpoint, found[0]) if found else checkpoint
+
+
+def _in_slots(checkpoint: Checkpoint, average: Average) -> Checkpoint:
+    """The document whose optimizers hold the average of what they train; the rest are extras by its name."""
+    owners = {name: o.name for o in reversed(checkpoint.optimizers) for name in o.params}
+    keys = {id(tensor): key for key, tensor in checkpoint.extras.items()}
+    moved: dict[Path, Lifted] = {}
+    extras = dict(checkpoint.extras)
+    held: dict[str, dict[str, TensorRef]] = {}
+    for name, tensor in average.tensors.items():
+        key = keys.get(id(tensor))
+        if key is None or not owners:
+            continue  # parameters of the same state_dict, or nothing that an optimizer trains
+        del extras[key]
+        if name in owners:
+            held.setdefault(owners[name], {})[name] = tensor
+            moved["extra", key] = Lifted(to=("slot", owners[name], AVERAGE, name))
+        else:
+            extras[EXTRA + name] = tensor
+            moved["extra", key] = Lifted(to=("extra", EXTRA + name))
+    scalars: dict[str, Fact] = {}
+    count, counter = average.key + _COUNT, extras.get(average.key + _COUNT)
+    number = number_of(counter) if counter is not None else None
+    if held and number is not None:
+        del extras[count]
+        moved["extra", count] = Lifted(to=("scalar", next(iter(held)), AVERAGED), encoding=number[1])
+        scalars[AVERAGED] = Known(value=number[0], source=count.replace("/", "."))
+
+    def settle(_: Path, node: Node) -> Node:
+        there = moved.get(node.to) if isinstance(node, Lifted) else None
+        if there is None or not isinstance(node, Lifted):
+            return node
+        return replace(there, encoding={**node.encoding, **there.encoding})
+
+    residue = checkpoint.residue
+    return replace(
+        checkpoint,
+        extras=extras,
+        residue=replace(residue, root=transform(residue.root, settle)) if residue is not None else None,
+        optimizers=tuple(
+            replace(o, slots={**o.slots, AVERAGE: held[o.name]}, scalars={**o.scalars, **scalars})
+            if o.name in held
+            else o
+            for o in checkpoint.optimizers
+        ),
+    )
+
+
+def _slots(checkpoint: Checkpoint) -> dict[str, dict[str, TensorRef]]:
+    """The average that the optimizers hold, by its key in the file."""
+    tensors = {n: t for o in checkpoint.optimizers for n, t in o.slots.get(AVERAGE, {}).items()}
+    if not tensors:
+        return {}
+    rest = {n.removeprefix(EXTRA): t for n, t in checkpoint.extras.items() if n.startswith(EXTRA)}
+    root = checkpoint.residue.root if checkpoint.residue is not None else None
+    path = next((p for p, leaf in walk(root) if isinstance(leaf, Lifted) and AVERAGE in leaf.to), (AVERAGE,))
+    depth = next((i for i in range(len(path)) if _is_average(list(map(str, path[: i + 1])), set())), 0)
+    return {"/".join(map(str, path[: depth + 1])): {**tensors, **rest}}
+
+
+def _is_average(steps: list[str], counted: Collection[str]) -> bool:
+    """Whether a place holds an average, as its last step says or as a count of averages in it tells."""
+    return bool(words((steps[-1],)) & torch_keys.AVERAGE_WORDS) or "/".join(steps) in counted
 
 
 def _named(checkpoint: Checkpoint) -> Iterator[tuple[str, TensorRef]]:

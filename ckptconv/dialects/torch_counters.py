@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_progress import loss_scale_at, step_of_optimizers
 from ckptconv.dialects.torch_rows import Counter, Quantity, Row, matching
+from ckptconv.dialects.torch_survey import scalers
 from ckptconv.dialects.torch_values import Encoding, Number, count_of, dotted, number_of
 from ckptconv.document import (
     NOT_RECORDED,
@@ -98,7 +99,7 @@ def read_counters(
     `file`: the file's name. I/O: reads 0-d counters.
     """
     reading = _Reading(root, row, file, lifter)
-    scale = loss_scale_at([found for pattern in row.scaler for found in matching(root, pattern)], lifter)
+    scale = loss_scale_at(scalers(root, row), lifter)
     loop = reading.places("updates", "iterations")
     optimizers = _with_step(optimizers, loop, scale)
     step, micro, skipped = _updates(reading, optimizers, loop, scale)

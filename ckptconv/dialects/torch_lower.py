@@ -14,6 +14,7 @@ from dataclasses import replace
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.catalog.schedule_rates import NotExpressibleError
 from ckptconv.catalog.schedule_source import named_rates, placed
+from ckptconv.catalog.wrappers import bare
 from ckptconv.dialects.torch_scheduler import moved, rate_at
 from ckptconv.dialects.torch_values import Encoding, dotted, places
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, Unknown, value_of
@@ -162,7 +163,7 @@ def _with_step(optimizer: Optimizer, step: int | None, *, edited: bool) -> Optim
         steps = dict.fromkeys(steps, step)
     table = row(optimizer.algorithm, "torch")
     if table is None or (table.step_key is not None and not table.step_in_group):
-        for by_param in optimizer.slots.values():
+        for by_param in bare(optimizer).slots.values():
             for name in by_param:
                 steps.setdefault(name, step)
     return replace(optimizer, step=known, param_steps=steps)
@@ -282,6 +283,7 @@ def rebuild_state(
     `layouts`: parameter -> how its tensor lies in the target; torch makes slots alike.
     Raises: template-mismatch, state-dropped, order-ambiguous.
     """
+    optimizer = bare(optimizer)  # averages stand beside the optimizer
     state = node.get("state")
     entries = dict(state.items) if isinstance(state, DictNode) else {}
     names = _names(node, optimizer, path)

@@ -30,7 +30,7 @@ from ckptconv.tensor import TensorRef
 
 Shape = tuple[int, ...]
 
-_DDP = "module"
+_DDP, _AVERAGED = "module", "n_averaged"
 _PEFT = ("base_model", "model")
 
 PARTS = ("_parameters", "_buffers", "_modules")
@@ -95,6 +95,14 @@ def is_module(node: Node) -> bool:
     """Whether a node is a pickled module."""
     attributes = node.state if isinstance(node, Opaque) else None
     return isinstance(attributes, DictNode) and all(isinstance(attributes.get(p), DictNode) for p in PARTS)
+
+
+def is_averaged_model(node: Node) -> bool:
+    """Whether a node is the state of an `AveragedModel`: a count, and every name behind `module.`."""
+    if not isinstance(node, DictNode) or _AVERAGED not in node or len(node.items) < 2:
+        return False
+    begin = f"{_DDP}."
+    return all(isinstance(key, str) and (key == _AVERAGED or key.startswith(begin)) for key in node.keys)
 
 
 def lift_module(

@@ -21,7 +21,8 @@ def lift_note(checkpoint: Checkpoint, root: DictNode) -> Checkpoint:
     text = root.get(KEY)
     if not isinstance(text, str):
         return checkpoint
-    progress, stale = settled(checkpoint.progress, read_note(text))
+    note = read_note(text)
+    progress, stale = settled(checkpoint.progress, note)
     optimizers = checkpoint.optimizers
     if len(optimizers) == 1 and isinstance(optimizers[0].step, Unknown):
         optimizers = (replace(optimizers[0], step=progress.step),)
@@ -29,6 +30,7 @@ def lift_note(checkpoint: Checkpoint, root: DictNode) -> Checkpoint:
         checkpoint,
         progress=progress,
         optimizers=optimizers,
+        loss_scaling=checkpoint.loss_scaling if stale else {**note.loss_scaling, **checkpoint.loss_scaling},
         oddities=(*checkpoint.oddities, *stale),
         extensions={**checkpoint.extensions, EXTENSION: text},
     )

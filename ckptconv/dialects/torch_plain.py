@@ -30,8 +30,9 @@ from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import lift_optimizer
 from ckptconv.dialects.torch_progress import read_progress
 from ckptconv.dialects.torch_rows import Row
+from ckptconv.dialects.torch_scaler import lift_scaling
 from ckptconv.dialects.torch_scheduler import lift_schedule
-from ckptconv.dialects.torch_survey import Survey, is_rng, loose, same_owner, survey, words
+from ckptconv.dialects.torch_survey import Survey, is_rng, loose, same_owner, scalers, survey, words
 from ckptconv.dialects.torch_table import ROWS
 from ckptconv.dialects.torch_values import dotted, lift_rest, own_residue, places, with_layouts
 from ckptconv.document import (
@@ -91,12 +92,14 @@ class TrainingDictionary:
         unit = self._row.schedule_unit if self._row is not None else "unknown"
         if unit != "unknown":
             schedules, odd_schedules = tuple(replace(s, unit=unit) for s in schedules), ()
+        scaling = lift_scaling(scalers(root, self._row), lifter)
         extras = lift_rest(root, lifter)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(params, optimizers),
             optimizers=optimizers,
             schedules=tuple(with_epochs(schedule, progress) for schedule in schedules),
+            loss_scaling=scaling,
             rng=blocks(root, extras, is_rng),
             data=blocks(root, extras, lambda key: key in torch_keys.DATA),
             extras=extras,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ckptconv.dialects import torch_keys
-from ckptconv.dialects.torch_modules import is_module, is_module_state, is_state_dict
+from ckptconv.dialects.torch_modules import is_averaged_model, is_module, is_module_state, is_state_dict
 from ckptconv.dialects.torch_optimizer import is_optimizer
 from ckptconv.dialects.torch_rows import Row, matching
 from ckptconv.dialects.torch_scheduler import is_scheduler
@@ -69,6 +69,7 @@ def _is_model(node: Node) -> bool:
 def _models(root: DictNode, depth: int, taken: tuple[Path, ...]) -> tuple[Path, ...]:
     """The entries at one depth that are models: by key and module's mark, else by content."""
     found = list(_like_models(root, depth, taken))
+    found = [(path, node) for path, node in found if not is_averaged_model(node)] or found
     by_key = [path for path, _ in found if path[-1] in torch_keys.MODEL]
     by_mark = [
         path for path, node in found if path not in by_key and (is_module_state(node) or is_module(node))
@@ -84,6 +85,14 @@ def _like_models(root: DictNode, depth: int, taken: tuple[Path, ...]) -> Iterato
             continue
         if not any(isinstance(step, str) and _is_no_model(step) for step in path):
             yield path, node
+
+
+def scalers(root: DictNode, row: Row | None = None) -> Iterator[tuple[Path, Node]]:
+    """Where the state of a loss scaler may stand, the best first."""
+    if row is None:
+        yield from (((key,), root.get(key)) for key in torch_keys.SCALER)
+    else:
+        yield from (found for pattern in row.scaler for found in matching(root, pattern))
 
 
 def _is_no_model(key: str) -> bool:

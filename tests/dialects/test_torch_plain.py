@@ -362,6 +362,7 @@ def test_scaler_generators_averages_and_the_rest_are_kept() -> None:
         ("rng/torch", "torch-cpu"),
     ]
     assert {"ema/weight", "rng_state", "rng/torch"} == set(checkpoint.extras)
+    assert value_of(checkpoint.loss_scaling["growth_tracker"]) == 3
     assert list(checkpoint.params) == ["weight", "bias"]
     assert comparable(Plain().lower(checkpoint).root) == comparable(raw.root)
 
