@@ -1,23 +1,21 @@
 """JSON values as trees, and trees as JSON texts that are byte for byte what was read, where Python wrote it.
 
-A text is told by the options of `json.dumps` that give it again; one that none gives keeps its values and is
-written with the first options. `NaN` and `Infinity`, which Python writes, are read where the caller says so.
+A style is the options of `json.dumps` as one text, `2 ascii newline`: indent, charset, end. It is told by the
+text's first line break, its bytes and its end; a text that Python did not write keeps its values and gets the
+style that comes nearest. `NaN` and `Infinity`, which Python writes, are read too.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import product
+import re
 
 from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, ListNode, Node
 from ckptconv.strictjson import Json, parse
 
-_STYLES: tuple[str, ...] = tuple(
-    f"{indent} {charset} {end}"
-    for indent, charset, end in product(("2", "none", "4", "1"), ("ascii", "unicode"), ("newline", "bare"))
-)
-"""Indent, charset and end of a text, as an attribute of its file."""
+_STYLE = re.compile(r"(\d|none) (ascii|unicode) (newline|bare)")
+_DEFAULT = "2 ascii newline"
 
 
 def read_text(data: bytes, name: str) -> tuple[Node, str]:
@@ -25,9 +23,14 @@ def read_text(data: bytes, name: str) -> tuple[Node, str]:
 
     Raises: corrupt-file, duplicate-key, limit-exceeded.
     """
-    value = parse(data, name, constants=True)
-    style = next((style for style in _STYLES if _dump(value, style) == data), _STYLES[0])
-    return node_of(value), style
+    return node_of(parse(data, name, constants=True)), _style_of(data)
+
+
+def _style_of(data: bytes) -> str:
+    first = re.match(rb"[\[{]\n( {1,9})\S", data)
+    indent = str(len(first[1])) if first is not None else "none"
+    end = "newline" if data.endswith(b"\n") else "bare"
+    return f"{indent} {'ascii' if data.isascii() else 'unicode'} {end}"
 
 
 def text_of(node: Node, style: object, name: str) -> bytes:
@@ -35,15 +38,11 @@ def text_of(node: Node, style: object, name: str) -> bytes:
 
     Raises: unsupported-feature for what is not JSON.
     """
-    return _dump(value_of(node, name), style if isinstance(style, str) and style in _STYLES else _STYLES[0])
-
-
-def _dump(value: Json, style: str) -> bytes:
-    indent, charset, end = style.split()
-    text = json.dumps(
-        value, indent=int(indent) if indent.isdigit() else None, ensure_ascii=charset == "ascii"
-    )
-    return (text + ("\n" if end == "newline" else "")).encode("utf-8", "surrogatepass")
+    told = _STYLE.fullmatch(style if isinstance(style, str) else "") or _STYLE.fullmatch(_DEFAULT)
+    assert told is not None
+    indent = None if told[1] == "none" else int(told[1])
+    text = json.dumps(value_of(node, name), indent=indent, ensure_ascii=told[2] == "ascii")
+    return (text + ("\n" if told[3] == "newline" else "")).encode("utf-8", "surrogatepass")
 
 
 def node_of(value: Json) -> Node:

@@ -214,6 +214,11 @@ def _text(path: Path) -> str:
 def _check_indexes(root: DictNode) -> None:
     """Every tensor of an index is in the file that the index names. Raises: all that do not fit."""
     members = {name: node for name, node in root.items if isinstance(name, str)}
+    keys = {
+        name: {key for key in node.keys if isinstance(key, str)}
+        for name, node in members.items()
+        if isinstance(node, DictNode)
+    }
     problems = []
     hint = "Index and shards do not belong together: copy all of them again."
     for name, node in members.items():
@@ -221,11 +226,11 @@ def _check_indexes(root: DictNode) -> None:
         if not _INDEX.fullmatch(name) or not isinstance(weight_map, DictNode):
             continue
         for key, file in weight_map.items:
-            shard = members.get(sibling(name, file)) if isinstance(file, str) else None
-            if shard is None:
+            shard = sibling(name, file) if isinstance(file, str) else ""
+            if shard not in members:
                 message = f"'{name}' has {key!r:.80} in {file!r:.80}, which is no file of the folder"
                 problems.append(Problem(code="missing-file", loc=(name,), message=message, hint=hint))
-            elif not isinstance(shard, DictNode) or key not in shard:
+            elif key not in keys.get(shard, ()):
                 message = f"'{name}' has {key!r:.80} in {file!r:.80}, where it is not"
                 problems.append(Problem(code="corrupt-file", loc=(name,), message=message, hint=hint))
     if problems:
