@@ -119,6 +119,9 @@ MARKS: frozenset[str] = frozenset(
 )
 """Components that wrappers put into parameter names; nobody names a module so."""
 
+FLAT: frozenset[str] = frozenset({"_flat_param", "flat_param"})
+"""Last components of names that FSDP gives to several parameters in one."""
+
 MASTER: tuple[str, ...] = ("master_param", "master_params", "master_weight", "fp32_param", "master")
 """Keys of a parameter's state that hold its float32 copy."""
 

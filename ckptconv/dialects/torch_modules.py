@@ -148,6 +148,17 @@ def lift_module(
     return Module(key=path, params=params, raw_names=raw_names)
 
 
+def flat_shards(params: Iterable[str]) -> tuple[str, ...]:
+    """A sentence about the parameters that FSDP flattened, if any: a rank's share of several in one."""
+    flat = [name for name in params if name.rpartition(".")[2] in torch_keys.FLAT]
+    if not flat:
+        return ()
+    return (
+        f"'{flat[0]}' is a flat parameter of FSDP, one rank's share of several parameters whose names and "
+        "shapes the file does not have. Save with StateDictType.FULL_STATE_DICT, or as a sharded folder.",
+    )
+
+
 def optimizable(params: Mapping[str, Param]) -> tuple[str, ...]:
     """Names that an optimizer over `model.parameters()` would hold, in order: no buffers, ties once."""
     return tuple(p.name for p in params.values() if p.trainable is not False and p.tied_to is None)

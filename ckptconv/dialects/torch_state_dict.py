@@ -12,7 +12,13 @@ from collections.abc import Mapping
 
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill, untold
-from ckptconv.dialects.torch_modules import is_module, is_module_state, is_state_dict, lift_module
+from ckptconv.dialects.torch_modules import (
+    flat_shards,
+    is_module,
+    is_module_state,
+    is_state_dict,
+    lift_module,
+)
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
@@ -64,7 +70,7 @@ class StateDict:
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),
             provenance=provenance(raw, self.name, self.detect(raw)),
-            oddities=named_code(raw.root),
+            oddities=(*flat_shards(module.params), *named_code(raw.root)),
         )
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
