@@ -18,10 +18,12 @@ from ckptconv.dialects.torch_table import ROWS, TORCHTITAN
 from ckptconv.dialects.torch_values import places
 from ckptconv.document import Checkpoint
 from ckptconv.errors import FormatError, Problem
+from ckptconv.formats.dcp_shards import UNSEEN
 from ckptconv.rawtree import DictNode, Path, RawTree
 
 IN_FOLDERS = frozenset({"composer"})
 """Rows of files whose programs save folders, too."""
+_UNSEEN = "The shards do not record how large the tensors are: a missing last shard cannot be seen."
 
 
 class InFolder:
@@ -49,7 +51,8 @@ class InFolder:
         provenance = replace(
             checkpoint.provenance, format=self.format, producer="PyTorch, torch.distributed.checkpoint"
         )
-        return replace(checkpoint, provenance=provenance)
+        unseen = (_UNSEEN,) if raw.attributes.get(UNSEEN) is True else ()
+        return replace(checkpoint, provenance=provenance, oddities=(*checkpoint.oddities, *unseen))
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The file's tree, an optimizer's parameters by their names."""

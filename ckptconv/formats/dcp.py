@@ -10,6 +10,8 @@ value, as `pytorch` has it. Two entries at one place of one file share their mem
 `files` (number of data files). `RawTree.note` is the entry `ckptconv.note`, which whoever loads the folder
 passes over.
 
+Folders of the HuggingFace writer without `.metadata` are `dcp_shards`.
+
 Written: one data file, or `__0_N.distcp` of at most `shard_nbytes` (an attribute of the tree) of tensors
 each; values first, as torch orders them; tensors with their strides, shared ones once. Refused: a missing
 data file, items beyond their file, names that leave the folder, chunks that overlap or leave holes, items
@@ -28,6 +30,7 @@ from ckptconv.formats.bundle_slices import Box, assemble
 from ckptconv.formats.dcp_items import Items
 from ckptconv.formats.dcp_metadata import FILE, Place, TensorEntry, read_metadata
 from ckptconv.formats.dcp_paths import NOTE, nested
+from ckptconv.formats.dcp_shards import read_shards, shards_of
 from ckptconv.formats.dcp_write import lay_folder
 from ckptconv.formats.safetensors_file import shard_limit
 from ckptconv.rawtree import Node, RawTree
@@ -47,8 +50,8 @@ class DistributedCheckpoint:
     shards = True
 
     def sniff(self, path: Path) -> bool:
-        """Whether a directory has a `.metadata`."""
-        return path.is_dir() and (path / FILE).is_file()
+        """Whether a directory has a `.metadata`, or the shards that have none."""
+        return path.is_dir() and ((path / FILE).is_file() or bool(shards_of(path)))
 
     def read(self, path: Path) -> RawTree:
         """The dictionary that was saved.
@@ -57,6 +60,9 @@ class DistributedCheckpoint:
         Raises: see `read_metadata`, `Items`, `nested`; corrupt-file for items that are not what the metadata
         says, for holes and overlaps; unsupported-feature for chunks that no cuts along whole axes make.
         """
+        if not (path / FILE).exists() and shards_of(path):
+            root, attributes = read_shards(path)
+            return RawTree(format=self.name, root=root, attributes=attributes, location=str(path))
         metadata = read_metadata(_whole(path / FILE), FILE)
         items = Items(path)
         leaves: dict[str, Node] = {}

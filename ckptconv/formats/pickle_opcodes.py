@@ -364,6 +364,10 @@ def run(machine: Machine) -> Value:
             memo[uint32(data, at + 1)[0]] = stack[-1]
             at += 5
             continue
+        if opcode == 0x94 and len(stack) > floor:  # MEMOIZE
+            memo[len(memo)] = stack[-1]
+            at += 1
+            continue
         if opcode == 0x4B and at + 1 < end:  # BININT1
             push(data[at + 1])
             at += 2
@@ -371,6 +375,10 @@ def run(machine: Machine) -> Value:
         if opcode == 0x68 and at + 1 < end and data[at + 1] in memo:  # BINGET
             push(memo[data[at + 1]])
             at += 2
+            continue
+        if opcode == 0x6A and at + 5 <= end and (key := uint32(data, at + 1)[0]) in memo:  # LONG_BINGET
+            push(memo[key])
+            at += 5
             continue
         if opcode == 0x28:  # MARK
             floor = len(stack)
@@ -401,6 +409,20 @@ def run(machine: Machine) -> Value:
             continue
         if opcode == 0x89:  # NEWFALSE
             push(False)
+            at += 1
+            continue
+        if opcode == 0x8C and at + 2 <= end and (stop := at + 2 + data[at + 1]) <= end:  # SHORT_BINUNICODE
+            push(machine.text(data[at + 2 : stop]))
+            at = stop
+            continue
+        if opcode == 0x81 and len(stack) > floor + 1:  # NEWOBJ
+            machine.op_at = at
+            args = stack.pop()
+            stack[-1] = machine.call(stack[-1], args, "object")
+            at += 1
+            continue
+        if opcode == 0x7D:  # EMPTY_DICT
+            push(Made("dict"))
             at += 1
             continue
         if opcode == 0x51 and len(stack) > floor:  # BINPERSID

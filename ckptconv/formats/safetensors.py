@@ -165,6 +165,8 @@ class Safetensors:
 
     def sniff(self, path: Path) -> bool:
         """Whether it is a safetensors file, an index, a directory with one, or the name beside one."""
+        if path.is_dir() and (path / "sharded").is_dir():
+            return False  # torch.distributed.checkpoint's: the shards below hold what consolidating spoils
         index = _index_of(path)
         if index is not None or not path.is_file():
             return index is not None and index.is_file()

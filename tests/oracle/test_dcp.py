@@ -75,6 +75,22 @@ def test_every_tensor_is_the_one_that_torch_loads(case: str) -> None:
     assert told == truth
 
 
+@pytest.mark.parametrize("name", ["shards", "both"])
+def test_shards_of_the_huggingface_writer(name: str) -> None:
+    """The 0-d float too, which torch consolidates to 0."""
+    case = DCP / "hf-2-ranks"
+    truth = json.loads((case / "expected.json").read_text(encoding="utf-8"))["tensors"]
+    found = {key: leaf for key, leaf in leaves(case / "run" / name).items() if isinstance(leaf, TensorRef)}
+    told = {
+        key: [leaf.dtype.name, list(leaf.shape), sha256(as_bytes(leaf.read())).hexdigest()]
+        for key, leaf in found.items()
+    }
+    assert told == truth
+    assert float(found["temperature"].read()) == 123.0
+    odd = ckptconv.open(case / "run" / name).oddities
+    assert bool(odd) == (name == "shards")
+
+
 def test_values_keep_their_types_and_places() -> None:
     found = leaves(FSDP)
     assert (found["epoch"], found["text"], found["nested/list/1"]) == (2, "two ranks", 4)
