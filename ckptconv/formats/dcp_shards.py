@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckptconv.dtypes import DType
-from ckptconv.errors import Code, FormatError
+from ckptconv.errors import CkptError, Code, FormatError, Problem
 from ckptconv.formats.bundle_slices import Box, assemble
 from ckptconv.formats.pickle_checks import INT64
 from ckptconv.formats.safetensors import FORMAT as SAFETENSORS
@@ -61,7 +61,15 @@ def read_shards(path: Path) -> tuple[DictNode, dict[str, bool | int]]:
                 raise _problem("corrupt-file", file.name, name, message)
             stop = tuple([low + size for low, size in zip(start, tensor.shape, strict=True)])
             boxes.setdefault(name, []).append(Box(start, stop, tensor))
-    tensors = {name: _whole(parts, name, path.name) for name, parts in boxes.items()}
+    tensors: dict[str, TensorRef] = {}
+    problems: list[Problem] = []
+    for name, parts in boxes.items():
+        try:
+            tensors[name] = _whole(parts, name, path.name)
+        except CkptError as error:
+            problems += error.problems
+    if problems:
+        raise FormatError(*problems)
     beside = files[0].parent.parent
     consolidated = files[0].parent.name == _BELOW and any(beside.glob(f"*{INDEX_SUFFIX}"))
     if consolidated:
