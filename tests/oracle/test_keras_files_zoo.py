@@ -185,7 +185,7 @@ def test_every_optimizer_of_the_catalog(generation: str, name: str, tmp_path: Pa
     k, known = H5[generation], row(name, generation.replace("-", "_"))
     assert known is not None
     make = getattr(optimizers(k, generation), known.class_name.rpartition(".")[2])
-    model = compiled(k, ZOO["embedding_lstm"](k), make(0.01, **ARGUMENTS.get(name, {})))
+    model = compiled(k, ZOO["mlp"](k), make(0.01, **ARGUMENTS.get(name, {})))
     suffixes = [".h5"] if generation == "tf-keras-legacy" else [".keras", ".weights.h5", ".h5"]
     if (generation, name) == ("keras3", "adafactor"):
         suffixes.remove(".h5")  # Keras itself fails: its placeholders have one name
@@ -204,7 +204,7 @@ def test_every_optimizer_of_the_catalog(generation: str, name: str, tmp_path: Pa
         if suffix == ".h5":
             assert same(whole(k, back, generation), model)
         else:
-            again = compiled(k, ZOO["embedding_lstm"](k), make(0.01, **ARGUMENTS.get(name, {})), step=0)
+            again = compiled(k, ZOO["mlp"](k), make(0.01, **ARGUMENTS.get(name, {})), step=0)
             assert same(loaded(k, back, lambda again=again: again), model)
 
 

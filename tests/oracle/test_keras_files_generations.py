@@ -1,0 +1,203 @@
+"""From the files of one generation of Keras to those of another: values, and training that goes on alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("h5py")
+keras = pytest.importorskip("keras")
+tf_keras = pytest.importorskip("tf_keras")
+
+import ckptconv  # noqa: E402
+from ckptconv.document import value_of  # noqa: E402
+from ckptconv.errors import CkptError  # noqa: E402
+from tests.support.keras_zoo import ZOO, compiled  # noqa: E402
+
+Model = Any
+LEGACY = tf_keras.optimizers.legacy
+
+
+def trained(k: Any, optimizer: Any, updates: int = 5) -> Model:
+    """An MLP after some real updates."""
+    model = compiled(k, ZOO["mlp"](k), optimizer, step=0)
+    for variable in model.optimizer.variables[1:] if k is keras else ():
+        if "learning_rate" not in variable.path:
+            variable.assign(np.zeros(variable.shape))
+    go_on(model, updates)
+    return model
+
+
+def go_on(model: Model, updates: int) -> None:
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(6, 4)).astype("float32"), random.normal(size=(6, 2)).astype("float32")
+    for _ in range(updates):
+        model.train_on_batch(x, y)
+
+
+def weights(model: Model) -> list[np.ndarray[Any, Any]]:
+    return [np.asarray(variable) for variable in model.trainable_variables]
+
+
+def template(k: Any, optimizer: Any, path: Path) -> Path:
+    model = compiled(k, ZOO["mlp"](k), optimizer, step=0)
+    model.save_weights(path) if ".weights." in path.name else model.save(path)
+    return path
+
+
+def resumed(path: Path, optimizer: Any) -> Model:
+    """The Keras 3 model of a file."""
+    if path.suffix == ".keras":
+        return keras.models.load_model(path)
+    model = compiled(keras, ZOO["mlp"](keras), optimizer, step=0)
+    model.load_weights(path)
+    return model
+
+
+PAIRS: dict[str, tuple[Callable[[Any], Any], Callable[[], Any]]] = {
+    "adam": (lambda o: o.Adam(0.01, beta_1=0.8, amsgrad=True), lambda: keras.optimizers.Adam(amsgrad=True)),
+    "sgd": (
+        lambda o: o.SGD(0.01, momentum=0.9, nesterov=True),
+        lambda: keras.optimizers.SGD(0.1, momentum=0.5),
+    ),
+    "rmsprop": (lambda o: o.RMSprop(0.01), lambda: keras.optimizers.RMSprop()),
+    "adagrad": (lambda o: o.Adagrad(0.01), lambda: keras.optimizers.Adagrad()),
+}
+KINDS = [
+    (tf_keras.optimizers, ".keras"),
+    (tf_keras.optimizers, ".h5"),
+    (LEGACY, ".h5"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind", "target"),
+    [
+        *((name, kind, ".keras") for name in PAIRS for kind in range(len(KINDS)) if name == "adam" or kind),
+        *(("adam", 2, target) for target in (".weights.h5", ".h5")),
+    ],
+)
+def test_keras_2_goes_on_in_keras_3(name: str, kind: int, target: str, tmp_path: Path) -> None:
+    """The weights after more updates are those of the run that was never converted; not a cold start's."""
+    (source, fresh), (module, suffix) = PAIRS[name], KINDS[kind]
+    model = trained(tf_keras, source(module))
+    model.save(tmp_path / f"run{suffix}")
+    made = template(keras, fresh(), tmp_path / f"template{target}")
+    out = tmp_path / f"out{target}"
+    report = ckptconv.convert(tmp_path / f"run{suffix}", out, template=made)
+    assert report.progress["step"] == 5
+    if target == ".h5":
+        scope: dict[str, Any] = {}
+        exec(report.restore, scope)
+        again = scope["model"]
+    else:
+        again = resumed(out, source(keras.optimizers))
+    assert int(again.optimizer.iterations) == 5
+    for one, other in zip(weights(model), weights(again), strict=True):
+        assert np.array_equal(one, other)
+    cold = keras.models.clone_model(again)
+    cold.set_weights(again.get_weights())
+    cold.compile(source(keras.optimizers), keras.losses.MeanSquaredError())
+    for each in (model, again, cold):
+        go_on(each, 5)
+    error, control = (
+        max(float(np.abs(a - b).max()) for a, b in zip(weights(model), weights(other), strict=True))
+        for other in (again, cold)
+    )
+    assert error < 2e-6
+    assert control > 20 * error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "suffix"), KINDS, ids=["new-keras", "new-h5", "legacy-h5"])
+def test_keras_3_goes_on_in_keras_2(module: Any, suffix: str, tmp_path: Path) -> None:
+    model = trained(keras, keras.optimizers.Adam(0.01, beta_1=0.8))
+    model.save(tmp_path / "run.keras")
+    made = template(tf_keras, module.Adam(), tmp_path / f"template{suffix}")
+    ckptconv.convert(tmp_path / "run.keras", tmp_path / f"out{suffix}", template=made)
+    custom = {"Adam": module.Adam} if suffix == ".h5" else {}
+    again = tf_keras.models.load_model(tmp_path / f"out{suffix}", custom_objects=custom)
+    assert int(again.optimizer.iterations) == 5
+    assert float(again.optimizer.beta_1) == pytest.approx(0.8)
+    assert float(again.optimizer.learning_rate) == pytest.approx(0.01)
+    for each in (model, again):
+        go_on(each, 5)
+    for one, other in zip(weights(model), weights(again), strict=True):
+        assert np.abs(one - other).max() < 2e-6
+
+
+@pytest.mark.slow
+def test_keras_2_to_a_bundle_of_keras_3_and_back(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    model = trained(tf_keras, LEGACY.Adam(0.01))
+    model.save(tmp_path / "run.h5")
+    other = compiled(keras, ZOO["mlp"](keras), keras.optimizers.Adam(0.01), step=0)
+    checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
+    made = checkpoint.save(str(tmp_path / "template"))
+    ckptconv.convert(tmp_path / "run.h5", tmp_path / "out", template=made)
+    checkpoint.restore(str(tmp_path / "out")).assert_consumed()
+    assert int(other.optimizer.iterations) == 5
+    assert all(np.array_equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
+    back = ckptconv.convert(tmp_path / "out", tmp_path / "back.h5", template=tmp_path / "run.h5")
+    assert back.progress["step"] == 5
+    again = tf_keras.models.load_model(tmp_path / "back.h5", custom_objects={"Adam": LEGACY.Adam})
+    for one, same in zip(model.optimizer.variables(), again.optimizer.variables(), strict=True):
+        assert np.array_equal(np.asarray(one), np.asarray(same))
+
+
+def test_a_legacy_optimizer_in_keras_is_said_to_be_lost(tmp_path: Path) -> None:
+    trained(tf_keras, LEGACY.Adam(0.01)).save(tmp_path / "run.keras")
+    run = ckptconv.open(tmp_path / "run.keras")
+    assert run.optimizers == ()
+    assert value_of(run.progress.step) is None
+    assert any("legacy" in said for said in run.oddities)
+    made = template(keras, keras.optimizers.Adam(), tmp_path / "template.keras")
+    with pytest.raises(CkptError) as caught:
+        ckptconv.convert(tmp_path / "run.keras", tmp_path / "out.keras", template=made)
+    assert "progress-unknown" in {problem.code for problem in caught.value.problems}
+
+
+def test_weights_alone_have_names_and_kinds_and_no_step(tmp_path: Path) -> None:
+    model = trained(tf_keras, tf_keras.optimizers.Adam(0.01))
+    model.save_weights(tmp_path / "w.h5")
+    run = ckptconv.open(tmp_path / "w.h5")
+    assert (run.kind, run.provenance.dialect) == ("weights", "tf-keras")
+    assert value_of(run.progress.step) is None
+    kernel = run.params["first/kernel"]
+    assert (kernel.layer, kernel.axes, kernel.evidence) == ("dense", ("in", "out"), "named")
+    ckptconv.convert(tmp_path / "w.h5", tmp_path / "back.h5")
+    other = compiled(tf_keras, ZOO["mlp"](tf_keras), tf_keras.optimizers.Adam(0.01))
+    other.load_weights(tmp_path / "back.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["keras3", "tf_keras", "tf_keras_legacy"])
+def test_a_loss_scale_optimizer_counts_inside(kind: str, tmp_path: Path) -> None:
+    k = keras if kind == "keras3" else tf_keras
+    inner = (LEGACY if kind == "tf_keras_legacy" else k.optimizers).Adam(0.01)
+    wrapper = k.optimizers.LossScaleOptimizer if k is keras else k.mixed_precision.LossScaleOptimizer
+    model = ZOO["mlp"](k)
+    model.compile(wrapper(inner), k.losses.MeanSquaredError())
+    go_on(model, 4)
+    suffixes = [".keras", ".weights.h5", ".h5"] if kind != "tf_keras_legacy" else [".h5"]
+    for suffix in suffixes:
+        path = tmp_path / f"run{suffix}"
+        model.save_weights(path) if ".weights." in suffix else model.save(path)
+        run = ckptconv.open(path)
+        assert value_of(run.progress.step) == 4
+        moments = [np.asarray(v) for v in (inner._momentums if kind != "tf_keras_legacy" else ())]
+        ours = [tensor.read() for tensor in next(iter(run.optimizers[0].slots.values())).values()]
+        assert len(ours) == 5
+        assert all(np.array_equal(a, b) for a, b in zip(moments, ours, strict=bool(moments)))
+        ckptconv.convert(path, tmp_path / f"back{suffix}", set_={"step": "9"})
+        assert value_of(ckptconv.open(tmp_path / f"back{suffix}").progress.step) == 9
+    if kind == "tf_keras":
+        again = tf_keras.models.load_model(tmp_path / "back.keras")
+        assert int(again.optimizer.iterations) == 9
