@@ -121,7 +121,7 @@ def test_a_template_of_a_dialect_holds_another_run_as_it_counts(case: str, raw: 
     torch.save({"net": run.model.state_dict(), "optim": run.optimizer.state_dict(), "epoch": 6}, source)
     template = PRODUCERS[case][1](Run(), tmp_path)
     fresh = torch.load(template, weights_only=False)
-    for key in ("scheduler", "lr_scheduler", "scaler", "amp_scaler"):
+    for key in ("scheduler", "lr_scheduler", "scaler", "amp_scaler", "model_ema", "state_dict_ema"):
         fresh.pop(key, None)
     torch.save(fresh, template)
     options: dict[str, Any] = {"template": template, "allow": ["opaque-globals"]}
