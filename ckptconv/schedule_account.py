@@ -104,14 +104,24 @@ class ScheduleAccount:
 
 
 def _refused(schedule: Schedule, side: str, why: str) -> Problem:
-    return Problem(
-        code=_CODE,
-        loc=("schedules", schedule.name),
-        message=f"the {side}'s learning-rate schedule ({schedule.family}, position "
-        f"{value_of(schedule.position)}) cannot go on in the target: {why}",
-        hint="Use a template whose optimizer follows this schedule, or --allow schedule-unsupported: the "
+    what = f"the {side}'s learning-rate schedule ({schedule.family}, position {value_of(schedule.position)})"
+    fails, hint = _SIDES[side]
+    return Problem(code=_CODE, loc=("schedules", schedule.name), message=f"{what} {fails}: {why}", hint=hint)
+
+
+_SIDES = {
+    "source": (
+        "cannot go on in the target",
+        "Use a template whose optimizer follows this schedule, or --allow schedule-unsupported: the "
         "learning rate of the next update is carried and the schedule left to the target's code.",
-    )
+    ),
+    "template": (
+        "has no counterpart in the source",
+        "Use a template without it, or --allow schedule-unsupported: it keeps the state that it has in the "
+        "template, and the source's learning rate.",
+    ),
+}
+"""Side -> what its schedule cannot do, and the next step."""
 
 
 def _left(schedule: Schedule, side: str, fate: str) -> Entry:

@@ -280,3 +280,19 @@ def test_sizes(nbytes: int, text: str) -> None:
 def test_long_values_are_cut_with_their_length_and_names_are_not() -> None:
     assert "1,000 characters" in clip("x" * 1000)
     assert clean("x" * 1000) == "x" * 1000
+
+
+def test_the_parts_of_a_schedule_have_a_line_each_and_a_table_its_length() -> None:
+    parameters = {
+        "milestones": Known(value=(6,)),
+        "0.family": Known(value="step", status="derived", source="keys"),
+        "0.last_rate.0": Known(value=0.5),
+        "1.family": Known(value="lambda"),
+        "1.factors": Known(value=tuple(range(1000))),
+    }
+    schedule = Schedule(name="scheduler", family="sequential", position=Known(value=4), parameters=parameters)
+    lines = plain(inspect_view(run(schedules=(schedule,)), path="run.pt")).splitlines()
+    (first, second) = [line for line in lines if line.strip().startswith("part ")]
+    assert first.split() == ["part", "0", "step,", "last_rate.0", "0.5"]
+    assert second.split() == ["part", "1", "lambda,", "factors", "1000", "numbers"]
+    assert any(line.split() == ["settings", "milestones", "(6)"] for line in lines)

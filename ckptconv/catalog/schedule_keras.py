@@ -93,9 +93,8 @@ def _by_the_tick(curve: Curve, base: float, index: int, named: Mapping[str, floa
     if stretch is not None:
         return keras_code(replace(inner, parameters=stretch(inner, ticks)), base, index, named)
     code = keras_code(inner, base, index // ticks, named)
-    remark = f"of the index {ticks} updates long: {code.remark}" if code.remark else ""
     arguments = {"schedule": code.call, "steps_per_epoch": ticks}
-    return Code(call=Call(name="Epochs", arguments=arguments), remark=remark)
+    return Code(call=Call(name="Epochs", arguments=arguments), remark=code.remark.replace("update", "epoch"))
 
 
 _STRETCHED: Mapping[str, Callable[[Curve, int], dict[str, Value]]] = {

@@ -18,6 +18,7 @@ from ckptconv.document import (
     Param,
     Schedule,
     Unknown,
+    value_of,
 )
 from ckptconv.rendering.text import (
     LISTED,
@@ -220,12 +221,27 @@ def _counted_in(unit: str) -> str:
     return "in a unit that the file does not tell" if unit == "unknown" else f"counted in {unit}s"
 
 
+def _of_schedule(name: str, fact: Fact) -> str:
+    """A setting of a schedule; its family is its name, and a table is told by its length."""
+    value = value_of(fact)
+    if name == "family":
+        return clean(str(value))
+    if isinstance(value, tuple) and len(value) > LISTED:
+        return f"{clean(name)} {len(value)} numbers"
+    return _short(clean(name), fact)
+
+
 def _schedule(schedule: Schedule) -> list[View]:
     value, note = _fact("position", schedule.position, _counted_in(schedule.unit))
     rows: list[tuple[str, str | Text]] = [("position", Text.assemble(value, "  ", note))]
-    if schedule.parameters:
-        settings = ", ".join(_short(clean(k), fact) for k, fact in schedule.parameters.items())
-        rows.append(("settings", settings))
+    told = dict[str, list[tuple[str, Fact]]]()
+    for name, fact in schedule.parameters.items():
+        part, dot, own = name.partition(".")
+        place = part if dot and part.isdigit() else ""
+        told.setdefault(place, []).append((own if place else name, fact))
+    for place, facts in told.items():
+        label = f"part {place}" if place else "settings"
+        rows.append((label, ", ".join(_of_schedule(name, fact) for name, fact in facts)))
     rows.append(("drives", clean(schedule.optimizer)))
     return [heading(f"Schedule '{clean(schedule.name)}': {clean(schedule.family)}"), fields(rows)]
 
