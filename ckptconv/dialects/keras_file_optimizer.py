@@ -204,8 +204,13 @@ def _step(stored: Stored, known: _Class, taken: list[Taken]) -> tuple[Fact, Fact
         return Unknown(reason="this class of Keras before 2.3 saves no counter"), micro, micro
     path, tensor = stored.variables[0]
     count = _number(tensor, path)
-    if isinstance(count, float) and not count.is_integer():
-        raise _no_number(tensor, path)
+    if count < 0 or not float(count).is_integer():
+        raise FormatError.of(
+            "corrupt-file",
+            f"'{'/'.join(path)}' is {count}, which is no count of updates",
+            "Save the model again.",
+            loc=path,
+        )
     per_update = known.arguments.get("gradient_accumulation_steps")
     source = "/".join(path)
     if isinstance(per_update, int) and not isinstance(per_update, bool) and per_update > 0:

@@ -8,8 +8,11 @@ name=<numpy dtype>, args=(shape, bytes))`.
 Dtypes that HDF5 has no type for are opaque elements with an attribute `dtype` that names them, as Keras
 writes bfloat16; that attribute is the tensor's dtype and does not appear as an attribute.
 
-Refused: links to other files (`unsafe-path`), soft links, groups that stand in two places, datasets of texts
-or records, integers of unusual width, datasets of fewer bytes than their shape needs.
+Refused: links to other files, datasets that lie in others or are put together from them (`unsafe-path`); soft
+links, groups and datasets that stand in two places, filters that are plugins, datasets of texts or records,
+integers of unusual width (`unsupported-feature`, `unknown-dtype`); datasets of fewer bytes than their shape
+needs (`truncated-tensor`); those that would inflate more than deflate can, chunks of more than may be held in
+memory, attributes larger than the file (`limit-exceeded`).
 
 Source: HDF5 1.14 file format specification; keras 3.15.1 `keras/src/saving/saving_lib.py` (`H5Entry`).
 """
@@ -34,6 +37,10 @@ NOTE = "ckptconv"
 _MAX_DEPTH = 64
 _MAX_RATIO = 1032
 """What deflate can inflate at most; a dataset that claims more than this is refused."""
+_CHUNK_NBYTES = 64 << 20
+"""A chunk is held in memory whole; one of more is read where the file is larger still."""
+_FILTERS = frozenset({1, 2, 3, 4, 5, 6, 32000})
+"""Of the library and h5py: deflate, shuffle, fletcher32, szip, nbit, scaleoffset, lzf. Others are plugins."""
 
 
 def read_tree(extent: Extent, name: str) -> tuple[DictNode, str | None]:
@@ -78,17 +85,13 @@ class _Reader:
         with reported(self._name, *path):
             address = int(self._h5py.h5o.get_info(group.id).addr)
             names = [str(name) for name in group]
-        if address in self._seen:
-            raise failure(
-                "unsupported-feature", self._name, f"the group '{where}' stands in two places", *path
-            )
+        self._once(address, f"the group '{where}'", path)
         if len(path) > _MAX_DEPTH:
             raise failure("limit-exceeded", self._name, f"groups are nested deeper than {_MAX_DEPTH}", *path)
-        self._seen.add(address)
         items: list[tuple[Node, Node]] = []
         attributes: list[tuple[Node, Node]] = []
         for name in names:
-            inner = (*path, name)
+            inner = (*path, _text(name, self._name))
             child = self._child(group, name, inner)
             if isinstance(child, self._h5py.Group):
                 items.append((name, self.group(child, inner)))
@@ -109,6 +112,12 @@ class _Reader:
             state=DictNode(items=own) if own else None,
         )
 
+    def _once(self, address: int, what: str, path: tuple[str, ...]) -> None:
+        """Raises: unsupported-feature where the object was met before."""
+        if address in self._seen:
+            raise failure("unsupported-feature", self._name, f"{what} stands in two places", *path)
+        self._seen.add(address)
+
     def _child(self, group: Object, name: str, path: tuple[str, ...]) -> Object:
         with reported(self._name, *path):
             link = group.get(name, getlink=True)
@@ -127,7 +136,17 @@ class _Reader:
         with reported(self._name, *path):
             names = [str(name) for name in owner.attrs]
         for name in names:
+            _text(name, self._name)
             with reported(self._name, *path, f"@{name}"):
+                nbytes = int(owner.attrs.get_id(name).get_storage_size())
+                if nbytes > self._handle.extent.nbytes:
+                    raise failure(
+                        "limit-exceeded",
+                        self._name,
+                        f"the attribute '{name}' claims {nbytes} bytes, more than the file has",
+                        *path,
+                        f"@{name}",
+                    )
                 yield name, self._attribute(owner.attrs[name], path, name)
 
     def _attribute(self, value: Any, path: tuple[str, ...], name: str) -> Node:
@@ -158,10 +177,12 @@ class _Reader:
             if dataset.shape is None:
                 raise failure("unsupported-feature", self._name, f"'{joined(path)}' has no shape", *path)
             spec = TensorSpec(dtype=row, shape=tuple(int(size) for size in dataset.shape))
-            layout = dataset.id.get_create_plist().get_layout()
-            external = dataset.id.get_create_plist().get_external_count()
+            made = dataset.id.get_create_plist()
+            layout, external = made.get_layout(), made.get_external_count()
             offset, stored = dataset.id.get_offset(), int(dataset.id.get_storage_size())
-        if external:
+            address = int(self._h5py.h5o.get_info(dataset.id).addr)
+        self._once(address, f"'{joined(path)}'", path)
+        if external or layout == self._h5py.h5d.VIRTUAL:
             raise failure("unsafe-path", self._name, f"'{joined(path)}' lies in another file", *path)
         whole = self._handle.extent
         if layout == self._h5py.h5d.CONTIGUOUS and offset is not None:
@@ -191,7 +212,30 @@ class _Reader:
                 f"'{joined(path)}' claims {spec.nbytes} bytes, {stored} are stored",
                 *path,
             )
+        self._check_chunks(dataset, made, spec, path)
         return LibraryTensor(spec=spec, handle=self._handle, path=joined(path))
+
+    def _check_chunks(self, dataset: Object, made: Object, spec: TensorSpec, path: tuple[str, ...]) -> None:
+        """Raises: limit-exceeded, unsupported-feature."""
+        with reported(self._name, *path):
+            filters = {int(made.get_filter(number)[0]) for number in range(made.get_nfilters())}
+            nbytes = math.prod(dataset.chunks or (0,)) * spec.dtype.itemsize
+        if filters - _FILTERS:
+            code = min(filters - _FILTERS)
+            raise failure(
+                "unsupported-feature",
+                self._name,
+                f"'{joined(path)}' needs the filter {code}, a plugin",
+                *path,
+            )
+        limit = max(_CHUNK_NBYTES, self._handle.extent.nbytes)
+        if nbytes > limit:
+            raise failure(
+                "limit-exceeded",
+                self._name,
+                f"'{joined(path)}' has chunks of {nbytes} bytes, {limit} are read at once",
+                *path,
+            )
 
     def _dtype(self, dataset: Object, path: tuple[str, ...]) -> tuple[dtypes.DType, bool]:
         """The row of a dataset's type, and whether its bytes are in the other order."""
@@ -213,6 +257,15 @@ class _Reader:
         return failure(
             "unknown-dtype", self._name, f"'{joined(path)}' has elements of the type {found}", *path
         )
+
+
+def _text(name: str, file: str) -> str:
+    """A name, which has to be text. Raises: corrupt-file."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise failure("corrupt-file", file, f"the name {name!r} is not UTF-8", repr(name)) from None
+    return name
 
 
 def _begin(node: Node) -> float:
