@@ -18,6 +18,7 @@ import typer
 from ckptconv.console import (
     DONE,
     PROBLEMS,
+    USAGE,
     end_cleanly_on_signals,
     outcome,
     prepare_streams,
@@ -30,6 +31,7 @@ from ckptconv.console import (
 )
 from ckptconv.errors import CkptError, TargetError
 from ckptconv.options import (
+    Absolute,
     Allow,
     AsJson,
     Digest,
@@ -37,6 +39,7 @@ from ckptconv.options import (
     DryRun,
     DType,
     Exclude,
+    First,
     Force,
     From,
     Jobs,
@@ -45,8 +48,10 @@ from ckptconv.options import (
     Only,
     Raw,
     Readable,
+    Relative,
     ReportFile,
     Require,
+    Second,
     Select,
     Set,
     ShardSize,
@@ -373,6 +378,45 @@ def validate(
             from ckptconv.rendering.text import clean
 
             write(f"{clean(path)}: no problems\n")
+
+
+@app.command(short_help="Say in what two checkpoints differ, across formats.")
+def diff(
+    first: First,
+    second: Second,
+    absolute: Absolute = 0.0,
+    relative: Relative = 0.0,
+    allow: Allow = None,
+    verbose: Verbose = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say in what two checkpoints differ: progress, optimizers, names, shapes, dtypes and values.
+
+    They may be in different formats and of different frameworks: then A is carried onto B's names, layouts
+    and optimizer, as convert would do it, and the result is compared. Exit codes: 0 the same, 1 different,
+    2 trouble.
+
+    Example: ckptconv diff run.pt out/ckpt-1 --rtol 1e-6
+    """
+    with outcome(as_json=as_json, code=USAGE):
+        from ckptconv import difference
+
+        with progress_bar("comparing") as progress:
+            found = difference.compare(
+                first,
+                second,
+                tolerance=difference.Tolerance(absolute=absolute, relative=relative),
+                allow=allow or (),
+                progress=progress,
+            )
+        if as_json:
+            print_json(difference.to_json(found))
+        else:
+            from ckptconv.rendering import difference_view
+
+            show(difference_view(found, verbose=verbose))
+        if not found.same:
+            raise typer.Exit(PROBLEMS)
 
 
 @app.command(short_help="Say where the step is, and which restore would lose it.")

@@ -108,19 +108,19 @@ def show_problems(problems: Sequence[Problem], *, as_json: bool) -> None:
         console.print(view)
 
 
-def stop(problems: Sequence[Problem], *, as_json: bool) -> NoReturn:
-    """Shows the problems and leaves with the exit code that they mean."""
+def stop(problems: Sequence[Problem], *, as_json: bool, code: int = PROBLEMS) -> NoReturn:
+    """Shows the problems and leaves with `code`, or that of wrong usage where that is all they are."""
     show_problems(problems, as_json=as_json)
-    raise typer.Exit(USAGE if all(problem.code == "usage" for problem in problems) else PROBLEMS)
+    raise typer.Exit(USAGE if all(problem.code == "usage" for problem in problems) else code)
 
 
 @contextlib.contextmanager
-def outcome(*, as_json: bool) -> Iterator[None]:
+def outcome(*, as_json: bool, code: int = PROBLEMS) -> Iterator[None]:
     """Turns what the library raises into text and an exit code."""
     try:
         yield
     except CkptError as error:
-        stop(error.problems, as_json=as_json)
+        stop(error.problems, as_json=as_json, code=code)
     except KeyboardInterrupt as interrupt:
         sys.stderr.write("interrupted; nothing was written\n")
         raise typer.Exit(interrupt.code if isinstance(interrupt, Terminated) else INTERRUPTED) from None

@@ -60,6 +60,22 @@ Readable = Annotated[
         metavar="PATH", help="A checkpoint file, prefix or directory, e.g. run.pt or ckpts/ckpt-9."
     ),
 ]
+First = Annotated[
+    Path, typer.Argument(metavar="A", help="A checkpoint in any format, e.g. run.pt or ckpts/ckpt-9.")
+]
+Second = Annotated[Path, typer.Argument(metavar="B", help="Another one, in the same format or another.")]
+Absolute = Annotated[
+    float,
+    typer.Option(
+        "--atol", metavar="X", min=0, help="Values may be apart by X, e.g. --atol 1e-6. Default: equal bits."
+    ),
+]
+Relative = Annotated[
+    float,
+    typer.Option(
+        "--rtol", metavar="X", min=0, help="And by X times the size of B's value, e.g. --rtol 1e-5."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, problems too, e.g. for jq.")]
 From = Annotated[
     str | None,

@@ -6,6 +6,7 @@ with its control characters escaped, so that a name cannot write to the terminal
 """
 
 from ckptconv.rendering.checkpoint import inspect_view
+from ckptconv.rendering.difference import difference_view
 from ckptconv.rendering.doctor import doctor_view
 from ckptconv.rendering.problems import problems_view
 from ckptconv.rendering.registry import directions_view, formats_view, raw_view
@@ -14,6 +15,7 @@ from ckptconv.rendering.text import View, plain
 
 __all__ = [
     "View",
+    "difference_view",
     "directions_view",
     "doctor_view",
     "formats_view",
