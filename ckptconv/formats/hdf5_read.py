@@ -51,14 +51,12 @@ def read_tree(extent: Extent, name: str) -> tuple[DictNode, str | None]:
     unsafe-path, limit-exceeded.
     """
     reader = _Reader(Handle(extent, name))
-    root = reader.file["/"]
-    note = None
-    with reported(name):
-        if NOTE in root:
-            note = reader.note(root[NOTE])
-    tree = reader.group(root, ())
-    items = tuple((key, node) for key, node in tree.items if note is None or key != NOTE)
-    return DictNode(items=items, args=tree.args, state=tree.state), note
+    tree = reader.group(reader.file["/"], ())
+    stored = tree.get(NOTE)
+    if not isinstance(stored, TensorRef):
+        return tree, None
+    items = tuple((key, node) for key, node in tree.items if key != NOTE)
+    return DictNode(items=items, args=tree.args, state=tree.state), reader.note(stored)
 
 
 class _Reader:
@@ -69,8 +67,7 @@ class _Reader:
         self._seen: set[int] = set()
         self.file = handle.file
 
-    def note(self, dataset: Object) -> str:
-        tensor = self.dataset(dataset, (NOTE,))
+    def note(self, tensor: TensorRef) -> str:
         if tensor.dtype.name != "uint8":
             raise failure("corrupt-file", self._name, f"the note is {tensor.dtype.name}, no text", NOTE)
         try:
@@ -138,7 +135,8 @@ class _Reader:
         for name in names:
             _text(name, self._name)
             with reported(self._name, *path, f"@{name}"):
-                nbytes = int(owner.attrs.get_id(name).get_storage_size())
+                stored = owner.attrs.get_id(name)
+                nbytes = int(stored.get_space().get_simple_extent_npoints()) * stored.get_type().get_size()
                 if nbytes > self._handle.extent.nbytes:
                     raise failure(
                         "limit-exceeded",
