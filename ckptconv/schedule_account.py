@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from ckptconv import errors
+from ckptconv.catalog.schedule_rates import curve_of, is_known
 from ckptconv.catalog.schedule_source import driven_by, named_rates
 from ckptconv.document import Checkpoint, Fact, Group, Known, Optimizer, Schedule, value_of
 from ckptconv.errors import Problem
@@ -16,6 +17,8 @@ _CODE: errors.Code = "schedule-unsupported"
 FROZEN = "the learning rate is frozen"
 IN_CODE = "the target's code says the schedule, its file only counts for one"
 ANEW = "the template's goes on from its own state, with the source's learning rate"
+
+RATE_OF_TEMPLATE = "the learning rate that it gives is not told: the template's stands"
 
 ALIKE = 1e-6
 """Relative difference within which two rates are the same."""
@@ -45,8 +48,15 @@ class ScheduleAccount:
         """A schedule that cannot go on. `fate`: what becomes of it where the caller allows that."""
         if _CODE not in self.allow:
             self.problems.append(_refused(schedule, side, why))
+        elif side == "source" and not self._tells_rate(schedule):
+            self.ledger.append(_left(schedule, side, RATE_OF_TEMPLATE))
         else:
             self.ledger.append(_left(schedule, side, fate))
+
+    def _tells_rate(self, schedule: Schedule) -> bool:
+        driven = driven_by(schedule, self.source)
+        groups = driven.groups if driven is not None else ()
+        return all(isinstance(g.hyperparameters.get("learning_rate"), Known) for g in groups)
 
     def take(self, origin: Schedule, target: Schedule, remark: str) -> None:
         self.taken.add(origin.name)
@@ -105,7 +115,7 @@ class ScheduleAccount:
 
 def _refused(schedule: Schedule, side: str, why: str) -> Problem:
     what = f"the {side}'s learning-rate schedule ({schedule.family}, position {value_of(schedule.position)})"
-    fails, hint = _SIDES[side]
+    fails, hint = _SIDES["untold" if side == "source" and not is_known(curve_of(schedule)) else side]
     return Problem(code=_CODE, loc=("schedules", schedule.name), message=f"{what} {fails}: {why}", hint=hint)
 
 
@@ -114,6 +124,12 @@ _SIDES = {
         "cannot go on in the target",
         "Use a template whose optimizer follows this schedule, or --allow schedule-unsupported: the "
         "learning rate of the next update is carried and the schedule left to the target's code.",
+    ),
+    "untold": (
+        "cannot go on in the target",
+        "Tell what it is by --source-spec: a skeleton that describe() makes of the live objects, with "
+        "remaining=N for a function or a class of your own. Or --allow schedule-unsupported: it is "
+        "left to the target's code, and a learning rate that is not told to the template.",
     ),
     "template": (
         "has no counterpart in the source",

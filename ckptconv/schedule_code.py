@@ -34,6 +34,10 @@ def in_code(
         raise NotExpressibleError(
             "the target's optimizer follows a schedule and the source's has a plain learning rate"
         )
+    if origin.family == "plateau":
+        raise NotExpressibleError(
+            "it follows a metric: that is a callback's, which needs an optimizer with a plain learning rate"
+        )
     step = value_of(driven.step)
     if not is_known(curve_of(origin)):
         theirs = driven_by(origin, account.source)

@@ -146,7 +146,7 @@ def _converted(
 ) -> Schedule:
     curve, base = curve_of(origin), value_of(account.base(origin))
     if not is_known(curve):
-        raise NotExpressibleError("the source does not tell its family")
+        raise NotExpressibleError("the source's file does not tell what it is")
     if curve.family == target.family == "plateau":
         parameters = into(target, _for_groups(curve, target), origin)
         return replace(target, position=origin.position, unit=origin.unit, parameters=parameters)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, cast
 
-from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, rate, state_at
+from ckptconv.catalog.schedule_rates import TABLED, Curve, curve_of, flat, rate, state_at
 from ckptconv.catalog.schedule_settings import UNIT, UNITS
 from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.document import Checkpoint, Fact, Known, Optimizer, Progress, Schedule, Unknown, value_of
@@ -218,6 +218,8 @@ def _described(
     offered = partner(schedule, template.schedules, source.schedules)
     driven = driven_by(offered, template) if offered is not None else None
     if offered is None or driven is None or driven.framework != "torch" or optimizer.framework == "torch":
+        return schedule, base
+    if offered.family in TABLED:
         return schedule, base
     bases = {value_of(group.hyperparameters.get("base_learning_rate")) for group in driven.groups}
     if len(bases) != 1 or not isinstance(value := bases.pop(), (int, float)):

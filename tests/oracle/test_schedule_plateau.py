@@ -210,3 +210,11 @@ def test_a_file_of_torch_says_where_torch_stops_falling(tmp_path: Path) -> None:
     source = written(tmp_path / "run.pt", *live)
     report = ckptconv.convert(source, tmp_path / "ckpt", template=fresh_keras(tmp_path / "fresh", 0.5))
     assert [line for line in report.target_requires if "smaller than 1e-08" in line]
+
+
+def test_a_schedule_of_keras_does_not_follow_a_metric(tmp_path: Path) -> None:
+    live = torch_objects(plateau())
+    torch_epochs(live, "min", 0, 2)
+    source = written(tmp_path / "run.pt", *live)
+    template = fresh_keras(tmp_path / "fresh", keras.optimizers.schedules.CosineDecay(1.0, 2))
+    assert code_of(source, tmp_path / "ckpt", template=template) == ("schedule-unsupported", SCHEDULE)

@@ -210,6 +210,11 @@ def test_a_template_supplies_what_keras_does_not_tell(tmp_path: Path) -> None:
     close(torch_rates(*live[1:]), keras_rates(schedule, DONE))
     (entry,) = [e for e in report.ledger if e.item == ("position", "optimizer.learning_rate")]
     assert "supplied" in entry.detail
+    torch_template(tmp_path / "lambda.pt", ALL["lambda"])  # whose function is in no file
+    assert code_of(source, tmp_path / "no.pt", template=tmp_path / "lambda.pt") == (
+        "schedule-unsupported",
+        ("schedules", "optimizer.learning_rate"),
+    )
 
 
 def test_a_plain_rate_and_a_templates_schedule(tmp_path: Path) -> None:
