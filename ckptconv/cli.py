@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +58,7 @@ from ckptconv.options import (
     SourceSpec,
     Target,
     Template,
+    TemplateSpec,
     Tensors,
     To,
     Verbose,
@@ -67,6 +67,7 @@ from ckptconv.options import (
     parse_settings,
     split_names,
 )
+from ckptconv.report_file import check_report_file
 
 if TYPE_CHECKING:
     from ckptconv.report import Report
@@ -187,6 +188,7 @@ def convert(
     to: To = None,
     template: Template = None,
     source_spec: SourceSpec = None,
+    template_spec: TemplateSpec = None,
     set_: Set = None,
     only: Only = None,
     exclude: Exclude = None,
@@ -220,7 +222,7 @@ def convert(
         parse_container("--from", from_)
         parse_container("--to", to)
         if report is not None:
-            _check_report_file(report, (source, target, template, source_spec), force=force)
+            check_report_file(report, (source, target, template, source_spec, template_spec), force=force)
         with progress_bar(f"converting {source.name}") as progress:
             result = run(
                 source,
@@ -229,6 +231,7 @@ def convert(
                 to=to,
                 template=template,
                 source_spec=source_spec,
+                template_spec=template_spec,
                 set_=settings,
                 only=only or (),
                 exclude=exclude or (),
@@ -244,40 +247,6 @@ def convert(
                 progress=progress,
             )
         _deliver(result, report, verbose=verbose, as_json=as_json)
-
-
-def _belongs_to(path: Path, checkpoint: Path) -> bool:
-    """Whether the file is a checkpoint, in its directory or of its prefix."""
-    file, whole = Path(os.path.realpath(path)), Path(os.path.realpath(checkpoint))
-    names = (f"{whole.name}.index", f"{whole.name}.data-")
-    of_prefix = file.parent == whole.parent and file.name.startswith(names)
-    return file == whole or of_prefix or (whole.is_dir() and whole in file.parents and file.exists())
-
-
-def _check_report_file(path: Path, checkpoints: Iterable[Path | None], *, force: bool) -> None:
-    """Before anything is done: a report must not replace a checkpoint by a slip of the pen."""
-    if any(_belongs_to(path, checkpoint) for checkpoint in checkpoints if checkpoint is not None):
-        raise CkptError.of(
-            "usage", f"'{path}' is a checkpoint of this conversion", "Choose another name.", loc=("--report",)
-        )
-    if path.is_dir():
-        raise TargetError.of(
-            "target-unwritable", f"'{path}' is a directory", "Name a file.", loc=("--report",)
-        )
-    if path.exists() and not force:
-        raise TargetError.of(
-            "target-exists",
-            f"the report file '{path}' is there already",
-            "Choose another name, or pass --force to replace it.",
-            loc=("--report",),
-        )
-    if not path.parent.is_dir():
-        raise TargetError.of(
-            "target-unwritable",
-            f"the report's directory '{path.parent}' does not exist",
-            "Create it first; nothing was written.",
-            loc=("--report",),
-        )
 
 
 def _deliver(result: Report, path: Path | None, *, verbose: bool, as_json: bool) -> None:
@@ -313,6 +282,7 @@ def plan(
     to: To = None,
     template: Template = None,
     source_spec: SourceSpec = None,
+    template_spec: TemplateSpec = None,
     set_: Set = None,
     only: Only = None,
     exclude: Exclude = None,
@@ -337,6 +307,7 @@ def plan(
         to=to,
         template=template,
         source_spec=source_spec,
+        template_spec=template_spec,
         set_=set_,
         only=only,
         exclude=exclude,

@@ -29,6 +29,7 @@ from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
 from ckptconv.rawtree import RawTree
 from ckptconv.report import OptimizerVerdict, Report
 from ckptconv.selection import selected
+from ckptconv.spec import apply_spec
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
 
@@ -47,6 +48,7 @@ def convert(
     to: str | None = None,
     template: PathLike | Checkpoint | None = None,
     source_spec: PathLike | Checkpoint | None = None,
+    template_spec: PathLike | Checkpoint | None = None,
     set_: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -67,6 +69,7 @@ def convert(
     The target appears whole and verified, or not at all; the source is only read. With `dry_run` nothing is
     written and what would stop the conversion is in `Report.problems`. `shard_size` (bytes, `500MB`, `2GiB`)
     is the most that one file of a target with shards holds; a tensor that is larger has a file of its own.
+    `source_spec` and `template_spec` are skeletons that supply what source and template do not record.
     `select` names one of several checkpoints in a folder, and parts of one (`ema`, `optimizer:0`).
 
     Raises: every code of the conversion, all that were found at once.
@@ -83,9 +86,9 @@ def convert(
         checkpoint = open_chosen(choice, format=from_format, dialect=from_dialect)
         source_name, chosen = choice.path.name, choice.why
     if source_spec is not None:
-        checkpoint = supply.apply_spec(checkpoint, document_of(source_spec))
+        checkpoint = apply_spec(checkpoint, document_of(source_spec))
     checkpoint = supply.set_fields(checkpoint, values)
-    goal = goal_of(Path(target), to, template, checkpoint)
+    goal = goal_of(Path(target), to, template, checkpoint, template_spec)
     wishes = replace(
         wishes,
         conventions=supply.conventions(values),

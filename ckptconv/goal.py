@@ -10,6 +10,7 @@ from ckptconv.dialects.base import DIALECTS, Dialect, fills
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
 from ckptconv.formats.base import FORMATS, Format
+from ckptconv.spec import BY_TEMPLATE_SPEC, apply_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +27,16 @@ def document_of(spec: PathLike | Checkpoint) -> Checkpoint:
     return spec if isinstance(spec, Checkpoint) else open(spec)
 
 
-def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, source: Checkpoint) -> Goal:
+def goal_of(
+    path: Path,
+    to: str | None,
+    template: PathLike | Checkpoint | None,
+    source: Checkpoint,
+    template_spec: PathLike | Checkpoint | None = None,
+) -> Goal:
     """Format and dialect of the target, from `--to`, the template and the suffix, in that order.
+
+    `template_spec` is a skeleton that supplies what the template does not record.
 
     Raises: usage, template-mismatch.
     """
@@ -41,6 +50,15 @@ def goal_of(path: Path, to: str | None, template: PathLike | Checkpoint | None, 
         )
     format_name, dialect_name = parse_target(to)
     document = None if template is None else document_of(template)
+    if template_spec is not None:
+        if document is None:
+            raise CkptError.of(
+                "usage",
+                "a template spec completes a template, and there is none",
+                "Pass --template as well, or --source-spec for what the source lacks.",
+                loc=("--template-spec",),
+            )
+        document = apply_spec(document, document_of(template_spec), BY_TEMPLATE_SPEC)
     if document is not None:
         theirs = document.provenance
         if format_name not in (None, theirs.format) or dialect_name not in (None, theirs.dialect):

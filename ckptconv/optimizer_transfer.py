@@ -220,8 +220,7 @@ def _no_names(optimizer: Optimizer, side: str) -> Problem:
         loc=("optimizers", optimizer.name),
         message=f"the state of '{optimizer.name}' of the {side} is numbered, and more than one order of the "
         f"{len(optimizer.params)} parameters fits",
-        hint=f"Pass {'--source-spec' if side == 'source' else '--template'} with a skeleton of the {side}'s "
-        "model and optimizer (describe()).",
+        hint=f"Pass --{side}-spec with a skeleton of the {side}'s model and optimizer (describe()).",
     )
 
 

@@ -109,6 +109,14 @@ SourceSpec = Annotated[
         "parameter order, e.g. --source-spec described.json.",
     ),
 ]
+TemplateSpec = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="A checkpoint or manifest that supplies what the template does not record, such as the order of "
+        "an HF Trainer's parameters, e.g. --template-spec described.json.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

@@ -269,6 +269,38 @@ def test_a_template_of_the_same_model_takes_the_run(run: Any, tmp_path: Path) ->
     assert_same(dict(run.model.state_dict()), dict(again.model.state_dict()))
 
 
+def test_a_template_whose_order_a_skeleton_tells(of_bert: Any, tmp_path: Path) -> None:
+    other = trainer(tmp_path / "fresh", bert(), seed=3, max_steps=2, save_steps=1)
+    other.train()
+    fresh = tmp_path / "fresh" / "checkpoint-1"
+    spec = ckptconv.pytorch.describe(of_bert.model, of_bert.optimizer)
+    source = folder(of_bert, 8)
+    with pytest.raises(CkptError) as caught:
+        ckptconv.convert(source, tmp_path / "no", template=fresh, source_spec=spec, allow=OPAQUE)
+    assert ("order-ambiguous", ("optimizers", "optimizer")) in {
+        (p.code, p.loc) for p in caught.value.problems
+    }
+    ckptconv.write_skeleton(spec, tmp_path / "spec.json")
+    ckptconv.convert(
+        source,
+        tmp_path / "out",
+        template=fresh,
+        source_spec=spec,
+        template_spec=tmp_path / "spec.json",
+        allow=(*OPAQUE, "schedule-unsupported"),
+    )
+    written = torch.load(tmp_path / "out" / "optimizer.pt")["state"]
+    theirs = of_bert.optimizer.state_dict()["state"]
+    assert_same(theirs, written)
+
+
+def test_a_template_spec_completes_a_template(run: Any, tmp_path: Path) -> None:
+    spec = ckptconv.pytorch.describe(run.model, run.optimizer)
+    with pytest.raises(CkptError) as caught:
+        ckptconv.convert(folder(run, 8), tmp_path / "out", to="neutral", template_spec=spec)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("usage", ("--template-spec",))]
+
+
 def test_a_template_under_another_schedule_is_refused(run: Any, tmp_path: Path) -> None:
     other = trainer(tmp_path / "fresh", max_steps=24, save_steps=24, lr_scheduler_type="linear")
     other.train()
