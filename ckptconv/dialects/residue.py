@@ -19,7 +19,7 @@ def untold(checkpoint: Checkpoint, root: Node) -> tuple[str, ...]:
     """Progress fields that somebody supplied and the tree has no place for: only a note can hold them."""
     held = set()
     for _, leaf in walk(root):
-        if isinstance(leaf, Lifted):
+        if isinstance(leaf, Lifted) and "raw" not in leaf.encoding:  # such a place does not tell which it is
             if leaf.to[0] == "progress":
                 held.add(leaf.to[1])
             elif leaf.to[0] in ("step", "param_step"):

@@ -172,8 +172,8 @@ def _updates(
 def _epochs(reading: _Reading, loop: list[_Place], step: Fact) -> tuple[Fact, Fact]:
     """(completed epochs, batch in the next one)."""
     batch = _recorded(reading, "batch_in_epoch")
-    if reading.places("epochs"):
-        return _recorded(reading, "epochs"), batch
+    if places := reading.places("epochs"):
+        return _doubted(reading, places[0], step) or _recorded(reading, "epochs"), batch
     for place in loop:
         if length := reading.length(place):
             by = dotted(place.counter.per_epoch)
@@ -185,6 +185,30 @@ def _epochs(reading: _Reading, loop: list[_Place], step: Fact) -> tuple[Fact, Fa
                 Known(value=place.value % length, status="derived", source=source, formula=f"% {by}"),
             )
     return Unknown(reason="the file has no epoch"), batch
+
+
+def _doubted(reading: _Reading, place: _Place, step: Fact) -> Fact | None:
+    """Both readings of an epoch that a scheduler contradicts: a copy of the program may count otherwise."""
+    ticks = set()
+    for pattern in reading.row.schedulers:
+        for _, node in matching(reading.root, pattern):
+            calls = count_of(node.get("last_epoch")) if isinstance(node, DictNode) else None
+            ticks.add(calls[0] if calls is not None else None)
+    others = ticks & {place.value - 1, place.value + 1} - {value_of(step)}
+    if place.value in ticks or len(others) != 1:
+        return None
+    other, source = others.pop() or 0, dotted(place.path)
+    low = min(place.value, other)
+    reading.lifter.take(place.path, ("progress", "epochs"), **place.how, raw=place.raw, low=low)
+    program = f"{reading.row.producer} counts so"
+    return Unknown(
+        reason=f"'{source}' is {place.raw}, and a scheduler made {other} steps where {reading.row.producer} "
+        f"would have made {place.value}: the file may be of a copy of it that counts otherwise",
+        candidates=(
+            Candidate(value=place.value, source=source, condition=program),
+            Candidate(value=other, source=source, condition="the scheduler is stepped once per epoch"),
+        ),
+    )
 
 
 def _recorded(reading: _Reading, quantity: Quantity) -> Fact:

@@ -82,7 +82,6 @@ ROWS: tuple[Row, ...] = (
         optimizers=(("optimizer",),),
         schedulers=(("lr_scheduler",),),
         scaler=(("scaler",),),
-        schedule_unit="epoch",
         counters=(Counter(key=("epoch",), counts="epochs", plus=-1),),
         source="https://github.com/pytorch/vision/blob/main/references/classification/train.py",
     ),

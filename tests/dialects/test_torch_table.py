@@ -238,3 +238,44 @@ def test_another_order_of_the_optimizer_is_told_or_left_open_and_never_swapped(t
         with pytest.raises(CkptError) as caught:
             convert(path, tmp_path / "run.pt", template=template)
         assert "order-ambiguous" in {p.code for p in caught.value.problems}, case
+
+
+@pytest.mark.parametrize(("case", "key"), [("torchvision", "lr_scheduler"), ("imagenet", "scheduler")])
+def test_a_copy_that_counts_otherwise_is_not_believed(case: str, key: str, tmp_path: Path) -> None:
+    path, run = saved(case, tmp_path)
+    saved_ = loaded(path)
+    saved_["epoch"] += 1 if case == "torchvision" else -1
+    assert saved_[key]["last_epoch"] == run.epochs
+    torch.save(saved_, path)
+    epochs = ckptconv.open(path).progress.epochs
+    assert isinstance(epochs, Unknown)
+    assert run.epochs in [c.value for c in epochs.candidates]
+    assert_same(saved_, loaded(through_neutral(path, tmp_path)))
+    convert(path, tmp_path / "told.pth", set_={"epochs": str(run.epochs)}, allow=OPAQUE)
+    assert loaded(tmp_path / "told.pth")["epoch"] == saved_["epoch"]
+    assert value_of(ckptconv.open(tmp_path / "told.pth").progress.epochs) == run.epochs
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"model": "model", "epoch": 1, "args": {"lr": 0.1}}, "run.pt"),
+        ({"model": "model", "iteration": 5}, "run.pth"),
+        ({"state_dict": "model", "arch": "net", "epoch": 1}, "run.pt"),
+        ({"state_dict": "model", "name": "run", "epoch": 1, "best": 0.5}, "run.pt"),
+        ({"model": "model", "iter_num": 3}, "ckpt.pt"),
+        ({"model": "model", "trainer": {"iteration": 4}}, "run.pt"),
+        ({"state_dict": "model", "meta": {"epoch": 3}}, "run.pt"),
+        ({"model": "model", "epoch": 3, "updates": 4}, "last.pt"),
+    ],
+)
+def test_what_anybody_writes_is_taken_for_no_program_of_the_table(
+    keys: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    run = Run()
+    run.update()
+    value = {key: run.model.state_dict() if part == "model" else part for key, part in keys.items()}
+    torch.save({**value, "optimizer": run.optimizer.state_dict()}, tmp_path / name)
+    checkpoint = ckptconv.open(tmp_path / name)
+    assert checkpoint.provenance.dialect == "plain"
+    assert isinstance(checkpoint.progress.epochs, Unknown)
