@@ -71,6 +71,7 @@ class Counter:
 
     def __str__(self) -> str:
         condition = f", {self.when}" if self.when is not None else ""
+        condition += f", `{dotted(self.per_epoch)}` of them an epoch" if self.per_epoch else ""
         return f"`{dotted(self.key)}`: {self.counts.replace('_', ' ')}, {WORDS[self.plus]}{condition}"
 
 
