@@ -78,14 +78,14 @@ def choose(path: Path, select: Sequence[str] = ()) -> Choice:
     if len(chosen) > 1:
         raise _ambiguous(path, found, f"--select names {len(chosen)} of them")
     if chosen:
-        name = next(iter(chosen))
-        return Choice(
-            path=path / name, why=_said(path, name, "asked for", found), names=left, candidates=found
-        )
-    runs = _run_folders(path) if whole else found
-    if not runs:
-        return Choice(path=path, names=left, candidates=found)
-    name, reason = _default(path, runs)
+        name, reason = next(iter(chosen)), "asked for"
+    else:
+        runs = _run_folders(path) if whole else found
+        if not runs:
+            return Choice(path=path, names=left, candidates=found)
+        name, reason = _default(path, runs)
+    if name == ".":
+        return Choice(path=path, why=_said(path, name, reason, found), names=left, candidates=found)
     inner = choose(path / name, left)
     why = " ".join(filter(None, (_said(path, name, reason, found), inner.why)))
     return Choice(path=inner.path, why=why, names=inner.names, candidates=found)

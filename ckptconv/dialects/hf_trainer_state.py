@@ -43,6 +43,8 @@ _STEP: Path = (STATE, "global_step")
 _EPOCH: Path = (STATE, "epoch")
 _TOKENS: Path = (STATE, "num_input_tokens_seen")
 _ALIKE = 1e-9
+_MOST = 1 << 53
+"""No run counts further; beyond it a double skips numbers."""
 
 
 def read_state(
@@ -84,7 +86,7 @@ def _step(
     """(updates, skipped ones, oddities)."""
     counted = count_of(state.get("global_step"))
     own = step_of_optimizers(optimizers) if optimizers else None
-    if counted is None or counted[0] < 0:
+    if counted is None or not 0 <= counted[0] < _MOST:
         reason = Unknown(reason=f"'{dotted(_STEP)}' is no count")
         return (own if own is not None else reason), NOT_RECORDED, ()
     calls, how = counted
@@ -127,11 +129,11 @@ def _epochs(
 ) -> tuple[Fact, Fact]:
     """Epochs, whole ones or a fraction, and the batches since the last one began."""
     found = number_of(state.get("epoch"))
-    if found is None or isinstance(found[0], bool) or not 0 <= found[0] < float("inf"):
+    if found is None or isinstance(found[0], bool) or not 0 <= found[0] < _MOST:
         return Unknown(reason=f"{STATE} has no epoch"), NOT_RECORDED
     epoch = found[0]
     calls = step + (skipped if isinstance(skipped, int) else 0) if isinstance(step, int) else 0
-    per_epoch = round(calls / epoch) if epoch else 0
+    per_epoch = round(calls / epoch) if epoch * _MOST > calls else 0
     whole = per_epoch > 0 and abs(calls / per_epoch - epoch) <= _ALIKE * epoch
     how = {"per_epoch": per_epoch} if whole else {}
     lifter.take(_EPOCH, ("progress", "epochs"), **how, at=epoch)
@@ -148,7 +150,7 @@ def _epochs(
 
 def _tokens(state: DictNode, lifter: Lifter) -> Fact:
     found = count_of(state.get("num_input_tokens_seen"))
-    if found is None or found[0] < 0:
+    if found is None or not 0 <= found[0] < _MOST:
         return NOT_RECORDED
     if not found[0]:
         return Unknown(reason="num_input_tokens_seen is 0: the Trainer was not told to count tokens")

@@ -222,8 +222,12 @@ def _check_indexes(root: DictNode) -> None:
     problems = []
     hint = "Index and shards do not belong together: copy all of them again."
     for name, node in members.items():
+        if not _INDEX.fullmatch(name):
+            continue
         weight_map = node.get("weight_map") if isinstance(node, DictNode) else None
-        if not _INDEX.fullmatch(name) or not isinstance(weight_map, DictNode):
+        if not isinstance(weight_map, DictNode) or not weight_map.items:
+            message = f"'{name}' has no 'weight_map' of names to files"
+            problems.append(Problem(code="corrupt-file", loc=(name,), message=message, hint=hint))
             continue
         for key, file in weight_map.items:
             shard = sibling(name, file) if isinstance(file, str) else ""
