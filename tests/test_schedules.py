@@ -164,6 +164,72 @@ def test_a_damaged_configuration_is_none(name: str, values: dict[str, object]) -
     assert from_keras_config({"class_name": name, "config": values}) is None
 
 
+EXPONENTIAL = {
+    "class_name": "ExponentialDecay",
+    "config": {"initial_learning_rate": 0.1, "decay_steps": 5, "decay_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("Sequential", {"parts": [], "milestones": []}),
+        ("Sequential", {"parts": [EXPONENTIAL], "milestones": [3]}),
+        ("Sequential", {"parts": [EXPONENTIAL, 0.1], "milestones": [3]}),
+        ("Chained", {"parts": [EXPONENTIAL], "base": "high"}),
+        ("Table", {"rates": [0.0, 0.0], "start": 3}),
+        ("Table", {"rates": [0.1], "start": float("inf")}),
+        ("OneCycle", {"length": 9, "phases": [[1.0]], "anneal": "cos"}),
+        ("OneCycle", {"length": 9, "phases": [[3.0, float("nan"), 0.1]], "anneal": "cos"}),
+        ("OneCycle", {"length": 9, "phases": [[3.0, 0.1, 0.4], [8.0, 0.3, 0.2]], "anneal": "cos"}),
+        ("Epochs", {"schedule": EXPONENTIAL, "steps_per_epoch": 0}),
+        ("Epochs", {"schedule": {"class_name": "Mine"}, "steps_per_epoch": 3}),
+    ],
+)
+def test_a_damaged_configuration_of_ours_is_none(name: str, values: dict[str, object]) -> None:
+    config = {"class_name": name, "config": values, "registered_name": f"ckptconv>{name}"}
+    assert from_keras_config(config) is None
+    assert from_keras_config({**config, "registered_name": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("curve", "named"),
+    [
+        (STEP, {}),
+        (held(COSINE), {}),
+        (Curve(family="chained", parts=(STEP, LINE)), {}),
+        (Curve(family="sequential", parameters={"milestones": (9,)}, parts=(LINE, STEP)), {}),
+        (Curve(family="lambda", parameters={"factors": (1.0, 0.25), "start": 7}), {}),
+        (replace(held(COSINE), parameters={**held(COSINE).parameters, "updates_per_tick": 3}), {}),
+        (replace(STEP, parameters={**STEP.parameters, "updates_per_tick": 3}), {}),
+        (
+            Curve(
+                family="one-cycle",
+                parameters={
+                    "length": 60,
+                    "anneal": "cos",
+                    "cycle_momentum": False,
+                    "phase.0.end": 17.0,
+                    "phase.0.from": "initial_lr",
+                    "phase.0.to": "max_lr",
+                    "phase.1.end": 59.0,
+                    "phase.1.from": "max_lr",
+                    "phase.1.to": "min_lr",
+                },
+            ),
+            {"max_lr": 0.4, "min_lr": 1e-6},
+        ),
+    ],
+)
+def test_a_constructor_is_read_back_with_its_rates(curve: Curve, named: dict[str, float]) -> None:
+    told = from_keras_config(keras_code(curve, 0.1, 7, named).call.config())
+    assert told is not None
+    for index in (7, 8):
+        due = rate(curve, 0.1, index, named)
+        assert due is not None
+        assert rate(told.curve, told.base, index, told.named) == pytest.approx(due, rel=1e-12)
+
+
 RATES = st.floats(1e-4, 1.0)
 
 

@@ -39,13 +39,12 @@ def from_keras_config(config: object) -> Declared | None:
         return None
     try:
         return read({str(name): value for name, value in inner.items()})
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError, NotExpressibleError):
+    except (LookupError, TypeError, ValueError, ArithmeticError, NotExpressibleError):
         return None
 
 
 _OURS = "ckptconv>"
-_DEEPEST = 8
-"""A schedule of schedules of schedules: more of them nobody trains with."""
+"""What Keras puts before the names of the classes of `ckptconv.keras`."""
 
 _Config = dict[str, Value]
 
@@ -192,7 +191,7 @@ def _read_one_cycle(c: _Config) -> Declared:
     for place, (end, first, last) in enumerate(rows):
         parameters[f"phase.{place}.end"] = end
         for which, rate in (("from", first), ("to", last)):
-            parameters[f"phase.{place}.{which}"] = next(n for n, value in rates.items() if value == rate)
+            (parameters[f"phase.{place}.{which}"], *_) = [n for n, value in rates.items() if value == rate]
     curve = Curve(family="one-cycle", parameters={**parameters, "cycle_momentum": False})
     return Declared(curve=curve, base=rates.pop("initial_lr"), named=rates)
 

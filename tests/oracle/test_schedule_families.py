@@ -27,6 +27,7 @@ from tests.support.schedule_runs import (
     close,
     code_of,
     fresh_keras,
+    keras,
     keras_model,
     keras_rates,
     keras_steps,
@@ -140,6 +141,34 @@ def like_torchs_own(state: dict[str, Any], case: Case, at: int) -> None:
     ours, theirs = state["optimizer"]["param_groups"][0], optimizer.param_groups[0]
     assert {name for name in rates if name in ours} == {name for name in rates if name in theirs}
     same([theirs[n] for n in rates if n in theirs], [ours[n] for n in rates if n in ours], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cosine", *(pytest.param(n, marks=pytest.mark.slow) for n in ("step", "sequential", "one-cycle"))],
+)
+def test_a_keras_file_holds_the_schedule(name: str, tmp_path: Path) -> None:
+    """`load_model` goes on with the source's schedule, not the template's; the way back needs no spec."""
+    case = FAMILIES[name]
+    assert case.torch is not None
+    assert case.template is not None
+    live = torch_objects(case.torch)
+    torch_steps(*live, DONE)
+    source = written(tmp_path / "run.pt", *live)
+    model, optimizer = keras_model("keras", K.CosineDecay(1.0, 2))
+    model.compile(optimizer)
+    model.save(tmp_path / "fresh.keras")
+    report = ckptconv.convert(source, tmp_path / "out.keras", template=tmp_path / "fresh.keras")
+    schedule_of(report)  # registers the classes of ckptconv.keras
+    loaded_model = keras.saving.load_model(tmp_path / "out.keras")
+    count = NEXT // 2
+    close(keras_steps(loaded_model, loaded_model.optimizer, count), torch_steps(*live, count))
+    loaded_model.save(tmp_path / "later.keras")
+    again = torch_template(tmp_path / "fresh.pt", case.template)
+    ckptconv.convert(tmp_path / "later.keras", tmp_path / "back.pt", template=tmp_path / "fresh.pt")
+    state = resumed(tmp_path / "back.pt", *again)
+    consistent(state, DONE + count)
+    close(torch_steps(*again, count), torch_steps(*live, count))
 
 
 def made_of(parts: Any) -> Made:
