@@ -275,3 +275,28 @@ def test_a_step_that_is_edited_is_written_to_every_parameter(tmp_path: Path) -> 
     dcp_to_torch_save(tmp_path / "a", tmp_path / "a.pt")
     steps = [v for k, v in items(load(tmp_path / "a.pt")).items() if k.endswith("/step") and "/state/" in k]
     assert {float(step) for step in steps} == {41.0}
+
+
+def test_every_counter_of_a_torchtitan_folder_follows_an_edited_step(tmp_path: Path) -> None:
+    ckptconv.convert(TITAN, tmp_path / "a", to="dcp", set_={"step": "41", "learning_rate": "0.001"})
+    dcp_to_torch_save(tmp_path / "a", tmp_path / "a.pt")
+    state = load(tmp_path / "a.pt")
+    assert state["train_state"]["step"] == 41
+    assert {float(v) for k, v in state["optimizer"].items() if k.endswith(".step")} == {41.0}
+
+
+@pytest.mark.slow
+def test_a_bundle_holds_what_torch_consolidates(tmp_path: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    ckptconv.convert(FSDP, tmp_path / "bundle", to="tensorflow:tf-module", allow=["state-dropped"])
+    dcp_to_torch_save(FSDP, tmp_path / "theirs.pt")
+    model = load(tmp_path / "theirs.pt")["model"]
+    reader = tf.train.load_checkpoint(str(tmp_path / "bundle"))
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
+    ours = {
+        k.removesuffix(suffix).replace("/", "."): reader.get_tensor(k)
+        for k in reader.get_variable_to_shape_map()
+        if k.endswith(suffix)
+    }
+    assert {k: v.tobytes() for k, v in ours.items() if k in model} == {k: bits(v) for k, v in model.items()}
+    assert set(ours) - set(model) <= {"save_counter"}
