@@ -45,6 +45,8 @@ CASES = (
     ),
     Case("torch run to neutral", ("convert", "run.pt", "neutral", "--to", "neutral")),
     Case("inspect, neutral", ("inspect", "neutral")),
+    Case("torch run to DCP folder", ("convert", "run.pt", "folder", "--to", "dcp")),
+    Case("inspect, DCP folder", ("inspect", "folder")),
     Case("torch run to Keras 3", ("convert", "run.pt", "keras", "--template", "template")),
     Case("Keras 3 to torch run", ("convert", "keras", "back.pt", "--template", "run.pt", *COUNTERS)),
 )

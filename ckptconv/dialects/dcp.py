@@ -13,7 +13,9 @@ from dataclasses import replace
 
 from ckptconv.dialects import torch_plain, torch_state_dict
 from ckptconv.dialects.base import Detection, Dialect, register
+from ckptconv.dialects.dcp_beside import STATE, gathered, scattered
 from ckptconv.dialects.dcp_forms import FORMS, folded, unfolded
+from ckptconv.dialects.lightning import Lightning
 from ckptconv.dialects.torch_table import ROWS, TORCHTITAN
 from ckptconv.dialects.torch_values import places
 from ckptconv.document import Checkpoint
@@ -23,6 +25,8 @@ from ckptconv.rawtree import DictNode, Path, RawTree
 
 IN_FOLDERS = frozenset({"composer"})
 """Rows of files whose programs save folders, too."""
+_BESIDE, _MODEL = "beside", "model_key"
+"""Attributes of the residue: what stood beside the entries, and the key of the model among them."""
 _UNSEEN = "The shards do not record how large the tensors are: a missing last shard cannot be seen."
 
 
@@ -60,6 +64,14 @@ class InFolder:
         forms = raw.attributes.get(FORMS, ())
         assert isinstance(raw.root, DictNode)
         root = folded(raw.root, forms if isinstance(forms, tuple) else (), _names(checkpoint))
+        beside = raw.attributes.get(_BESIDE)
+        if isinstance(beside, tuple) or self.name == Lightning.name:
+            model = raw.attributes.get(_MODEL)
+            root = scattered(
+                root,
+                beside if isinstance(beside, tuple) else None,
+                model if isinstance(model, str) else STATE,
+            )
         return RawTree(format=self.format, root=root, note=raw.note)
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
@@ -85,8 +97,11 @@ class InFolder:
 def _as_file(raw: RawTree) -> RawTree:
     """The tree as a file of the same dictionary has it."""
     assert isinstance(raw.root, DictNode)
-    root, forms = unfolded(raw.root)
+    whole, beside, model = gathered(raw.root)
+    root, forms = unfolded(whole)
     attributes = {**raw.attributes, **({FORMS: forms} if forms else {})}
+    if beside:
+        attributes |= {_BESIDE: beside, _MODEL: model}
     return replace(raw, format="pytorch", root=root, attributes=attributes)
 
 
@@ -108,6 +123,7 @@ def _names(checkpoint: Checkpoint) -> dict[Path, tuple[str, ...]]:
 _INNER: tuple[Dialect, ...] = (
     torch_plain.Plain(),
     torch_state_dict.StateDict(),
+    Lightning(),
     torch_plain.TrainingDictionary(TORCHTITAN),
     *(torch_plain.TrainingDictionary(row) for row in ROWS if row.name in IN_FOLDERS),
 )

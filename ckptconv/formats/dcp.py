@@ -10,7 +10,8 @@ value, as `pytorch` has it. Two entries at one place of one file share their mem
 `files` (number of data files). `RawTree.note` is the entry `ckptconv.note`, which whoever loads the folder
 passes over.
 
-Folders of the HuggingFace writer without `.metadata` are `dcp_shards`.
+Lightning leaves a part of its checkpoint beside the entries, in the `torch.save` file `meta.pt`: it is the
+tree's last item, under that name. Folders of the HuggingFace writer without `.metadata` are `dcp_shards`.
 
 Written: one data file, or `__0_N.distcp` of at most `shard_nbytes` (an attribute of the tree) of tensors
 each; values first, as torch orders them; tensors with their strides, shared ones once. Refused: a missing
@@ -22,6 +23,7 @@ Source: torch 2.13 `torch/distributed/checkpoint/`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ckptconv.errors import CkptError, Code, FormatError
@@ -31,7 +33,8 @@ from ckptconv.formats.dcp_items import Items
 from ckptconv.formats.dcp_metadata import FILE, Place, TensorEntry, read_metadata
 from ckptconv.formats.dcp_paths import NOTE, nested
 from ckptconv.formats.dcp_shards import read_shards, shards_of
-from ckptconv.formats.dcp_write import lay_folder
+from ckptconv.formats.dcp_write import BESIDE, lay_folder
+from ckptconv.formats.pytorch import read_source
 from ckptconv.formats.safetensors_file import shard_limit
 from ckptconv.rawtree import Node, RawTree
 from ckptconv.source import FileSource
@@ -81,6 +84,9 @@ class DistributedCheckpoint:
         if note is not None and not isinstance(note, str):
             raise _problem("corrupt-file", f"the entry '{NOTE}' should be text", FILE, NOTE)
         root = nested(leaves, metadata.paths, path.name)
+        if (path / BESIDE).is_file():
+            beside = read_source(FileSource(path / BESIDE), BESIDE).root
+            root = replace(root, items=(*root.items, (BESIDE, beside)))
         return RawTree(
             format=self.name, root=root, attributes={"files": items.count}, note=note, location=str(path)
         )

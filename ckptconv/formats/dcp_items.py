@@ -183,20 +183,24 @@ class Items:
         frames = self._frames.get(section.nbytes)
         if not frames:
             return None
-        small = section.bytes_at(0, section.nbytes) if section.nbytes <= _SMALL_NBYTES else None
+        small: bytearray | None = None
+        if section.nbytes <= _SMALL_NBYTES:
+            small = bytearray(section.nbytes)
+            section.file.read_into(section.start, memoryview(small))
         for frame in frames:
             like = frame.tensor.extent
             start, stop = len(frame.head), len(frame.head) + like.nbytes
+            head: bytes | bytearray
+            tail: bytes | bytearray
             if small is not None:
                 head, tail = small[:start], small[stop:]
             else:
                 head, tail = section.bytes_at(0, start), section.bytes_at(stop, section.nbytes - stop)
             if head != frame.head or any(tail[low:high] != kept for low, high, kept in frame.kept):
                 continue
-            crcs = {tail[at : at + 4] for at in frame.checksums}
-            if len(crcs) != 1:
+            crc, *others = (int.from_bytes(tail[at : at + 4], "little") for at in frame.checksums)
+            if others != [crc]:
                 continue
-            (crc,) = struct.unpack("<L", crcs.pop())
             checksum = Checksum(kind="crc32", value=crc) if crc else None
             extent = Extent(
                 source=section.file,

@@ -8,7 +8,7 @@ what it is a view of; entries that are the same view of the same bytes point to 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,9 +18,11 @@ from ckptconv.formats.dcp_paths import flattened
 from ckptconv.formats.pytorch import plan_object
 from ckptconv.formats.torch_layout import Laid, laid, strides_of
 from ckptconv.formats.zip_layout import PlannedRecord, archive_frame
-from ckptconv.rawtree import Node, RawTree
+from ckptconv.rawtree import DictNode, Node, RawTree
 from ckptconv.tensor import StoredTensor, TensorRef, dense_strides
 
+BESIDE = "meta.pt"
+"""What Lightning leaves beside the data files."""
 _ARCHIVE = "archive"
 
 
@@ -84,9 +86,15 @@ def lay_folder(raw: RawTree, limit: int | None) -> Layout:
     Raises: duplicate-key, unknown-dtype, opaque-globals, limit-exceeded, unsupported-feature,
     reference-broken.
     """
-    flat = flattened(raw.root, raw.note, raw.location or raw.format)
     opaque = raw.attributes.get("allow_opaque_globals") is True
     files = [_File("__0_0.distcp")]
+    root = raw.root
+    others: list[_File] = []
+    if isinstance(root, DictNode) and isinstance(beside := root.get(BESIDE), DictNode):
+        others.append(_File(BESIDE))
+        others[0].add(BESIDE, beside, opaque_globals=opaque)
+        root = replace(root, items=tuple((key, node) for key, node in root.items if key != BESIDE))
+    flat = flattened(root, raw.note, raw.location or raw.format)
     entries: dict[str, Entry] = {}
     placed: dict[Hashable, Entry] = {}
     for key, leaf in flat.leaves.items():
@@ -106,7 +114,7 @@ def lay_folder(raw: RawTree, limit: int | None) -> Layout:
         entries[key] = placed[view]
     metadata = Metadata(entries={key: entries[key] for key in flat.leaves}, paths=flat.paths)
     commit = TargetFile(name=FILE, finish=_constant(metadata_pickle(metadata)))
-    return Layout(kind="directory", files=(*(file.target() for file in files), commit))
+    return Layout(kind="directory", files=(*(file.target() for file in (*files, *others)), commit))
 
 
 def _view_of(tensor: TensorRef) -> Hashable:

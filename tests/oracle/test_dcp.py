@@ -300,3 +300,46 @@ def test_a_bundle_holds_what_torch_consolidates(tmp_path: Path) -> None:
     }
     assert {k: v.tobytes() for k, v in ours.items() if k in model} == {k: bits(v) for k, v in model.items()}
     assert set(ours) - set(model) <= {"save_counter"}
+
+
+# Lightning: a part of the dictionary stands beside the entries
+
+LIGHTNING = DCP / "lightning-2-ranks" / "run"
+
+
+def test_a_lightning_folder_is_lifted_with_what_stands_beside() -> None:
+    truth = json.loads((LIGHTNING.parent / "expected.json").read_text(encoding="utf-8"))
+    checkpoint = ckptconv.open(LIGHTNING)
+    assert checkpoint.provenance.dialect == "lightning"
+    assert value_of(checkpoint.progress.step) == truth["step"]
+    assert value_of(checkpoint.progress.epochs) == truth["epochs"]
+    (optimizer,) = checkpoint.optimizers
+    assert (optimizer.algorithm, optimizer.param_order) == (truth["optimizer"], "named")
+
+
+def test_a_lightning_folder_as_a_file_holds_what_lightning_loads(tmp_path: Path) -> None:
+    load_folder = pytest.importorskip("lightning.fabric.utilities.load")._load_distributed_checkpoint
+    theirs = load_folder(LIGHTNING)
+    theirs["optimizer_states"] = [theirs.pop("optimizer_0")]
+    ckptconv.convert(LIGHTNING, tmp_path / "run.ckpt")
+    assert_equal_items(items(load(tmp_path / "run.ckpt")), items(theirs))
+
+
+def test_a_lightning_folder_comes_back_through_neutral(tmp_path: Path) -> None:
+    ckptconv.convert(LIGHTNING, tmp_path / "neutral", to="neutral")
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "again", to="dcp")
+    assert_equal_items(items(load(tmp_path / "again" / "meta.pt")), items(load(LIGHTNING / "meta.pt")))
+    dcp_to_torch_save(LIGHTNING, tmp_path / "before.pt")
+    dcp_to_torch_save(tmp_path / "again", tmp_path / "after.pt")
+    assert_equal_items(items(load(tmp_path / "after.pt")), items(load(tmp_path / "before.pt")))
+
+
+LIGHTNING_FILES = sorted((FIXTURES / "lightning").glob("[!b]*/*.ckpt"))
+
+
+@pytest.mark.parametrize("path", LIGHTNING_FILES, ids=lambda path: path.parent.name)
+def test_a_lightning_file_comes_back_from_a_folder(path: Path, tmp_path: Path) -> None:
+    ckptconv.convert(path, tmp_path / "folder", to="dcp")
+    assert (tmp_path / "folder" / "meta.pt").is_file()
+    ckptconv.convert(tmp_path / "folder", tmp_path / "again.ckpt")
+    assert_equal_items(items(load(tmp_path / "again.ckpt")), items(load(path)))
