@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from ckptconv.errors import CkptError, FormatError
 from ckptconv.formats.base import FORMATS
+from ckptconv.formats.torch_folder import only_file
 from ckptconv.strictjson import parse
 
 TRACKERS: tuple[tuple[str, str], ...] = (
@@ -68,6 +69,9 @@ def choose(path: Path, select: Sequence[str] = ()) -> Choice:
     if not path.is_dir():
         return Choice(path=path, names=tuple(select))
     whole = _is_checkpoint(path)
+    if whole and (only := only_file(path)) is not None:
+        why = f"'{only.relative_to(path)}' was taken of '{path.name}': it is the only rank's."
+        return Choice(path=only, why=why, names=tuple(select))
     if whole and not select and not _run_folders(path):
         return Choice(path=path)
     found = _candidates(path)

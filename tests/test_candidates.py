@@ -113,6 +113,17 @@ def test_an_output_directory_stands_for_its_newest_checkpoint(tmp_path: Path) ->
     assert choose(out / "checkpoint-500").why == ""
 
 
+def test_a_folder_of_one_rank_stands_for_its_file(tmp_path: Path) -> None:
+    for number in (10, 20):
+        weights(tmp_path / f"iter_{number:07d}" / "mp_rank_00" / "model_optim_rng.pt", number)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("10")
+    choice = choose(tmp_path)
+    assert choice.path == tmp_path / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
+    assert choose(tmp_path, ("iter_0000020", "ema")).names == ("ema",)
+    weights(tmp_path / "iter_0000010" / "mp_rank_01" / "model_optim_rng.pt", 10)
+    assert choose(tmp_path).path == tmp_path / "iter_0000010"
+
+
 def test_names_that_are_no_candidates_are_left_for_the_document(tmp_path: Path) -> None:
     choice = choose(many(tmp_path, "a.pt", "b.pt"), ("ema", "b"))
     assert (choice.path.name, choice.names) == ("b.pt", ("ema",))

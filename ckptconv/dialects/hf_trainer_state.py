@@ -61,10 +61,10 @@ def read_state(
         return Progress(step=step, epochs=unknown), ()
     step, skipped, odd = _step(root, state, optimizers, lifter)
     accumulation = _accumulation(root.get(ARGUMENTS))
-    epochs, batches = _epochs(state, value_of(step), value_of(skipped), value_of(accumulation) == 1, lifter)
+    epochs, batches = _epochs(state, step, value_of(skipped), value_of(accumulation) == 1, lifter)
     every = isinstance(step, Known) and value_of(accumulation) == 1 and value_of(skipped) in (0, None)
     micro = (
-        Known(value=step.value, status="derived", source=dotted(_STEP), formula="no accumulation")
+        Known(value=step.value, status="derived", source=step.source, formula="no accumulation")
         if every and isinstance(step, Known)
         else NOT_RECORDED
     )
@@ -125,14 +125,15 @@ def _accumulation(arguments: Node) -> Fact:
 
 
 def _epochs(
-    state: DictNode, step: object, skipped: object, each_batch: bool, lifter: Lifter
+    state: DictNode, step: Fact, skipped: object, each_batch: bool, lifter: Lifter
 ) -> tuple[Fact, Fact]:
     """Epochs, whole ones or a fraction, and the batches since the last one began."""
     found = number_of(state.get("epoch"))
     if found is None or isinstance(found[0], bool) or not 0 <= found[0] < _MOST:
         return Unknown(reason=f"{STATE} has no epoch"), NOT_RECORDED
     epoch = found[0]
-    calls = step + (skipped if isinstance(skipped, int) else 0) if isinstance(step, int) else 0
+    done = value_of(step)
+    calls = done + (skipped if isinstance(skipped, int) else 0) if isinstance(done, int) else 0
     per_epoch = round(calls / epoch) if epoch * _MOST > calls else 0
     whole = per_epoch > 0 and abs(calls / per_epoch - epoch) <= _ALIKE * epoch
     how = {"per_epoch": per_epoch} if whole else {}

@@ -66,6 +66,15 @@ def _stands(mark: str, path: Path, names: set[str]) -> bool:
     return any(fnmatchcase(entry.name, last) for below in within for entry in _entries(below))
 
 
+def only_file(path: Path) -> Path | None:
+    """The one file that is a producer's whole folder; None where there are several, or more than that."""
+    producer = producer_of(path)
+    if producer is None or producer.only is None:
+        return None
+    files, _ = _files(path, producer)
+    return path / files[0] if len(files) == 1 and _same_depth(files[0], producer.only) else None
+
+
 def read_folder(path: Path) -> RawTree:
     """The files of the folder, each read by its format. I/O: reads headers, indexes, JSON files and pickles.
 

@@ -17,6 +17,8 @@ class Producer:
     """Names of which one is enough: no other producer writes it. The first one there is written last."""
     below: tuple[str, ...] = ()
     """Directories that belong to the checkpoint; others are left alone, and said to be there."""
+    only: str | None = None
+    """Where the one file of this name is the whole checkpoint, it is what the folder stands for."""
     summary: str
     source: str
     """Where the producer's writer stands."""
@@ -52,6 +54,7 @@ PRODUCERS: tuple[Producer, ...] = (
         name="megatron",
         marks=("mp_rank_[0-9]*/model_optim_rng.pt", "mp_rank_[0-9]*/model_rng.pt"),
         below=("mp_rank_[0-9]*",),
+        only="mp_rank_[0-9]*/model_optim_rng.pt",
         summary="Megatron-LM's iter_N/",
         source="megatron/training/checkpointing.py get_checkpoint_name",
     ),
