@@ -17,6 +17,7 @@ from ckptconv.errors import Problem
 from ckptconv.report import Entry, Fate
 
 _TRACKER = "growth_tracker"
+_PLACE = ("progress", SCALE)
 
 
 def place_loss_scaling(
@@ -25,17 +26,18 @@ def place_loss_scaling(
     """What the target's scaler keeps beside the scale, which stays a field of the source's progress."""
     frameworks = [optimizer.framework for optimizer in template.optimizers] or ["torch"]
     table, scale = wrappers(frameworks[0]), source.progress.loss_scale
-    if table is None or not isinstance(scale, Known):
+    if table is None:
         return source.loss_scaling
+    if not isinstance(scale, Known):
+        return _unscaled(source, template, places, account)
     told = {name: fact for name, fact in source.loss_scaling.items() if isinstance(fact, Known)}
-    if ("progress", SCALE) not in places:
-        account.requires.append(_in_code(table.scaler, {SCALE: scale, **told}, "the template scales no loss"))
-        facts: dict[str, Fact] = dict(told)
-    else:
+    facts: dict[str, Fact] = dict(told)
+    if any(place == _PLACE or place[0] == "loss_scaling" for place in places):
         facts = _settled(scale, told, template, table.scaler, places, account)
-        open_ = {n: f for n, f in facts.items() if ("loss_scaling", n) not in places}
-        if table.scaler.arguments.keys() & open_.keys():
-            account.requires.append(_in_code(table.scaler, open_, "the file does not hold it"))
+    every = {**facts, SCALE: scale}
+    open_ = {n: f for n, f in every.items() if (_PLACE if n == SCALE else ("loss_scaling", n)) not in places}
+    if table.scaler.arguments.keys() & open_.keys():
+        account.requires.append(_in_code(table.scaler, open_))
     for name, fact in facts.items():
         held = ("loss_scaling", name) in places
         fate: Fate = "copied" if held else "noted"
@@ -44,6 +46,23 @@ def place_loss_scaling(
         target, detail = name if held else "", str(value_of(fact))
         account.ledger.append(Entry(item=("loss_scaling", name), fate=fate, target=target, detail=detail))
     return facts
+
+
+def _unscaled(
+    source: Checkpoint, template: Checkpoint, places: Addresses, account: Account
+) -> Mapping[str, Fact]:
+    """The settings of a scaler for a run that had none, which must be told the scale."""
+    if _PLACE not in places:
+        return {**template.loss_scaling, **source.loss_scaling}
+    account.problems.append(
+        Problem(
+            code="progress-unknown",
+            loc=_PLACE,
+            message="the target scales the loss, and the source does not tell its scale",
+            hint="Pass --set loss_scale=N to begin with, or use a template that does not scale the loss.",
+        )
+    )
+    return source.loss_scaling
 
 
 def _settled(
@@ -96,7 +115,7 @@ def _refuse(name: str, value: object, have: str, scaler: Scaler, account: Accoun
         account.differ("lossy", f"{message} (allowed: form-mismatch)")
 
 
-def _in_code(scaler: Scaler, facts: Mapping[str, Fact], why: str) -> str:
+def _in_code(scaler: Scaler, facts: Mapping[str, Fact]) -> str:
     """The scaler's constructor with what the target's file has no place for."""
     given = [scaler.wraps] if scaler.wraps else []
     given += [
@@ -104,4 +123,4 @@ def _in_code(scaler: Scaler, facts: Mapping[str, Fact], why: str) -> str:
         for name, argument in scaler.arguments.items()
         if isinstance(facts.get(name), Known)
     ]
-    return f"{scaler.class_name}({', '.join(given)})  # {why}"
+    return f"{scaler.class_name}({', '.join(given)})  # the file has no place for it"

@@ -32,7 +32,7 @@ from ckptconv.dialects.keras_file_base import (
     no_model,
 )
 from ckptconv.dialects.keras_file_model import below
-from ckptconv.dialects.keras_file_optimizer import INNER, Path, Stored
+from ckptconv.dialects.keras_file_stored import INNER, Path, Stored
 from ckptconv.document import Checkpoint
 from ckptconv.rawtree import DictNode, Node, RawTree
 

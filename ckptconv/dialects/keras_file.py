@@ -22,7 +22,7 @@ from ckptconv.dialects.keras_config import flags, model_layer, plain_class, text
 from ckptconv.dialects.keras_file_base import KERAS3, TF_KERAS, KerasFile, Parts, no_model
 from ckptconv.dialects.keras_file_groups import model_by_groups, told
 from ckptconv.dialects.keras_file_model import VARS, below, declared_model, numbered
-from ckptconv.dialects.keras_file_optimizer import INNER, NAME, Path, Stored
+from ckptconv.dialects.keras_file_stored import INNER, NAME, Path, Stored
 from ckptconv.document import Checkpoint
 from ckptconv.rawtree import DictNode, Node, RawTree, walk
 from ckptconv.tensor import TensorRef
@@ -110,11 +110,15 @@ def _stored(weights: DictNode, at: Path, framework: str, declared: Node, config:
     where = inner if rows[inner] else outer
     if not rows[where]:
         return None
-    same = [one.spec for _, one in rows[outer]] == [one.spec for _, one in rows[inner]]
+    own = len(rows[outer]) - len(rows[inner]) if where == inner else 0
+    same = [one.spec for _, one in rows[outer][own:]] == [one.spec for _, one in rows[inner]]
     return Stored(
         framework=framework,
         variables=tuple(((*at, *where, number), tensor) for number, tensor in rows[where]),
-        again=(tuple((*at, *outer, number) for number, _ in rows[outer]),) if where == inner and same else (),
+        again=(tuple((*at, *outer, number) for number, _ in rows[outer][own:]),)
+        if where == inner and same and own >= 0
+        else (),
+        scaler=tuple(((*at, *outer, number), tensor) for number, tensor in rows[outer][: max(own, 0)]),
         config=declared,
         at=config,
         scope=told(below(weights, *where)),

@@ -14,14 +14,13 @@ from ckptconv.dialects.base import Detection
 from ckptconv.dialects.graph_lower import agreed, with_micro_steps
 from ckptconv.dialects.graph_note import ATTRIBUTE, note_of, with_note
 from ckptconv.dialects.keras_file_model import Model
-from ckptconv.dialects.keras_file_optimizer import NAME, Lifted, Path, Stored, lift_optimizer
+from ckptconv.dialects.keras_file_optimizer import Lifted, lift_optimizer
 from ckptconv.dialects.keras_file_schedule import with_schedule
+from ckptconv.dialects.keras_file_stored import NAME, Path, Stored
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.document import (
-    Absent,
     Block,
     Checkpoint,
-    Fact,
     Param,
     Progress,
     Provenance,
@@ -128,6 +127,7 @@ class KerasFile:
             params=_params(model),
             optimizers=() if optimizer is None else (optimizer.optimizer,),
             schedules=() if optimizer is None or optimizer.schedule is None else (optimizer.schedule,),
+            loss_scaling={} if optimizer is None else optimizer.loss_scaling,
             rng=tuple(
                 Block(name=key, library="tensorflow", tensors=(key,))
                 for key in extras
@@ -240,6 +240,8 @@ def _take(lifter: Lifter, optimizer: Lifted) -> None:
             number = {"as": "tensor", "dtype": one.number.dtype.name, "shape": one.number.shape}
         if one.was is not None:
             number["was"] = one.was
+        if one.nullable:
+            number["nullable"] = True
         lifter.take(one.path, one.to, **number)
 
 
@@ -273,14 +275,11 @@ def _params(model: Model) -> dict[str, Param]:
 def _progress(optimizer: Lifted | None, parts: Parts) -> Progress:
     if optimizer is None:
         return Progress(step=Unknown(reason=parts.lacking or "there is no optimizer in the file"))
-    scale: Fact = Absent(reason="the optimizer is not in a LossScaleOptimizer")
-    if optimizer.wrapped:
-        scale = Unknown(reason="the scale is one of the extra arrays of the LossScaleOptimizer")
     return Progress(
         step=optimizer.optimizer.step,
         micro_steps=optimizer.micro_steps,
         accumulation=optimizer.accumulation,
-        loss_scale=scale,
+        loss_scale=optimizer.loss_scale,
     )
 
 

@@ -20,58 +20,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptconv.catalog.completion import row_of_class
 from ckptconv.catalog.optimizers import Row, algorithms, row
 from ckptconv.catalog.schedule_rates import flat
 from ckptconv.catalog.schedules import CUSTOM, UNKNOWN
+from ckptconv.catalog.wrappers import ACCUMULATED
 from ckptconv.dialects.keras_config import flags, is_of_keras, plain_class
+from ckptconv.dialects.keras_file_around import Around, lists_before, scaling_of, settings_of
 from ckptconv.dialects.keras_file_model import Found
 from ckptconv.dialects.keras_file_schedule import declared
 from ckptconv.dialects.keras_file_slots import Assigned, assigned, has_slots
-from ckptconv.document import Absent, Fact, Group, Known, Optimizer, Schedule, Unknown, Value, value_of
+from ckptconv.dialects.keras_file_stored import (
+    INNER,
+    NAME,
+    Path,
+    Stored,
+    Taken,
+    Variables,
+    number_in,
+)
+from ckptconv.document import (
+    NOT_RECORDED,
+    Absent,
+    Candidate,
+    Fact,
+    Group,
+    Known,
+    Optimizer,
+    Schedule,
+    Unknown,
+    Value,
+    value_of,
+)
 from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, Node
 from ckptconv.tensor import TensorRef
 
-NAME = "optimizer"
-INNER = "inner_optimizer"
-Path = tuple[str, ...]
-
 _RATE_IS_A_VARIABLE = frozenset({"keras3"})
 _OLDER_NAMES = {"learning_rate": "lr", "schedule_decay": "decay", "decay": "schedule_decay"}
 """Argument -> the name that another version of its class has for it in a config."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
-    """An optimizer as a file has it; every path begins at the root of the tree."""
-
-    framework: str
-    variables: tuple[tuple[Path, TensorRef], ...]
-    """In the order in which the optimizer keeps them."""
-    again: tuple[tuple[Path, ...], ...] = ()
-    """Other places of the same variables, one row each."""
-    config: Node = None
-    """What declares class and arguments: `{"class_name": ..., "config": {...}}`, or the name of a class."""
-    at: Path = ()
-    """Where that stands."""
-    scope: str = ""
-    """The name that the optimizer gives itself, where there is no config."""
-    counter: bool = True
-    """Whether the first variable counts: some classes of Keras before 2.3 keep no counter."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
-    """A leaf that became part of the document."""
-
-    path: Path
-    to: tuple[str | int, ...]
-    number: TensorRef | None = None
-    """The variable, where it is a counter or a hyperparameter."""
-    was: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +72,8 @@ class Lifted:
     micro_steps: Fact
     accumulation: Fact
     taken: tuple[Taken, ...]
-    wrapped: bool
-    """Whether it stands in a LossScaleOptimizer."""
+    loss_scale: Fact
+    loss_scaling: Mapping[str, Fact]
     oddities: tuple[str, ...] = ()
 
 
@@ -94,7 +83,8 @@ class _Class:
     row: Row | None = None
     arguments: Mapping[str, Node] = field(default_factory=dict)
     declared: bool = False
-    wrapped: bool = False
+    outer: Mapping[str, Node] | None = None
+    """Arguments of the LossScaleOptimizer around it."""
 
 
 def lift_optimizer(stored: Stored, params: Sequence[Found], *, ordered: bool) -> Lifted:
@@ -107,26 +97,40 @@ def lift_optimizer(stored: Stored, params: Sequence[Found], *, ordered: bool) ->
     facts, config = _hyperparameters(known)
     rest = list(stored.variables)
     taken: list[Taken] = []
-    step, micro, accumulation = _step(stored, known, taken)
     rest = rest[1:] if stored.counter else rest
     rate = False
     if rest and stored.framework in _RATE_IS_A_VARIABLE and rest[0][1].shape == ():
         rate = not isinstance(known.arguments.get("learning_rate"), DictNode)
     if rate:
         path, tensor = rest.pop(0)
-        current = float(_number(tensor, path))
+        current = float(number_in(tensor, path))
         facts["learning_rate"] = Known(value=current, source="/".join(path))
         taken.append(Taken(path=path, to=("hyperparameter", NAME, 0, "learning_rate"), number=tensor))
         if known.arguments.get("learning_rate") != current:
             config = [one for one in config if one.path[-1] != "learning_rate"]
     followed = isinstance(known.arguments.get("learning_rate"), DictNode)
     followed = followed or (stored.framework in _RATE_IS_A_VARIABLE and not rate)
-    schedule = _schedule(known, facts, step) if followed else None
+    trained = [one for one in params if one.trainable is not False]
+    around = lists_before(
+        known.row,
+        stored.framework,
+        known.arguments if known.declared else None,
+        _values(facts),
+        trained,
+        rest,
+        taken,
+        ordered=ordered,
+    )
+    rest = rest[around.count :]
+    step, micro, accumulation = _step(stored, known, around, taken)
+    schedule = _schedule(known, facts, step, micro) if followed else None
     if "learning_rate" not in facts and schedule is None:
         facts["learning_rate"] = Unknown(reason="neither a config nor a variable of the file tells it")
-    trained = [one for one in params if one.trainable is not False]
-    rest = rest[_beside(known.arguments) * len(trained) :]
     state = _state(known, stored.framework, _values(facts), trained, rest, taken, ordered=ordered)
+    scale, scaling = scaling_of(stored, known.outer, known.at[:-2], taken)
+    for name, fact, path in settings_of(stored.framework, known.arguments, known.at):
+        facts[name] = fact
+        taken.append(Taken(path=path, to=("hyperparameter", NAME, 0, name), nullable=True))
     return Lifted(
         optimizer=Optimizer(
             name=NAME,
@@ -136,24 +140,25 @@ def lift_optimizer(stored: Stored, params: Sequence[Found], *, ordered: bool) ->
             form=known.row.form(_values(facts)) if known.row is not None and known.declared else {},
             step=step,
             groups=(Group(params=tuple(one.name for one in trained), hyperparameters=facts),),
-            slots=state.slots,
+            slots={**state.slots, **around.slots},
             scalars=state.scalars,
-            param_order="declaration-order" if state.slots else "unknown",
+            param_order="declaration-order" if state.slots or around.slots else "unknown",
         ),
         schedule=schedule,
         micro_steps=micro,
         accumulation=accumulation,
         taken=(*taken, *config, *_again(stored, taken)),
-        wrapped=known.wrapped,
-        oddities=state.oddities,
+        loss_scale=scale,
+        loss_scaling=scaling,
+        oddities=(*around.oddities, *state.oddities),
     )
 
 
 def _class_of(stored: Stored) -> _Class:
     """The optimizer's class: of the config, else by the name that it gives itself."""
-    config, at, wrapped = stored.config, stored.at, False
+    config, at, outer = stored.config, stored.at, None
     while isinstance(inner := flags(flags(config).get("config")).get(INNER), DictNode):
-        config, at, wrapped = inner, (*at, "config", INNER), True
+        config, at, outer = inner, (*at, "config", INNER), flags(flags(config).get("config"))
     if isinstance(config, DictNode):
         name = plain_class(config).rpartition(".")[2]
         found = row_of_class(stored.framework, name) if is_of_keras(config) else None
@@ -162,7 +167,7 @@ def _class_of(stored: Stored) -> _Class:
             row=found,
             arguments=flags(config.get("config")),
             declared=True,
-            wrapped=wrapped,
+            outer=outer,
         )
     rows = [one for name in algorithms() if (one := row(name, stored.framework)) is not None]
     if isinstance(config, str):
@@ -197,13 +202,13 @@ def _hyperparameters(known: _Class) -> tuple[dict[str, Fact], list[Taken]]:
     return facts, taken
 
 
-def _step(stored: Stored, known: _Class, taken: list[Taken]) -> tuple[Fact, Fact, Fact]:
+def _step(stored: Stored, known: _Class, around: Around, taken: list[Taken]) -> tuple[Fact, Fact, Fact]:
     """Completed updates, batches, and batches per update."""
     micro: Fact = Absent(reason="gradients are not accumulated")
     if not stored.counter:
         return Unknown(reason="this class of Keras before 2.3 saves no counter"), micro, micro
     path, tensor = stored.variables[0]
-    count = _number(tensor, path)
+    count = number_in(tensor, path)
     if count < 0 or not float(count).is_integer():
         raise FormatError.of(
             "corrupt-file",
@@ -223,11 +228,23 @@ def _step(stored: Stored, known: _Class, taken: list[Taken]) -> tuple[Fact, Fact
         )
         there = "/".join((*known.at, "gradient_accumulation_steps"))
         return step, Known(value=int(count), source=source), Known(value=per_update, source=there)
+    counted = Known(value=int(count), source=source)
+    if ACCUMULATED in around.slots:
+        taken.append(Taken(path=path, to=("progress", "micro_steps"), number=tensor))
+        reason = f"'{source}' is {int(count)} batches; batches per update are not stored"
+        return Unknown(reason=reason), counted, Unknown(reason="gradient_accumulation_steps is not stored")
+    if around.untold:
+        taken.append(Taken(path=path, to=("progress", "micro_steps"), number=tensor))
+        reading = Candidate(value=int(count), source=source, condition="it keeps averages (use_ema)")
+        reason = (
+            f"whether the optimizer keeps averages, or accumulates and '{source}' is batches, is not told"
+        )
+        return Unknown(reason=reason, candidates=(reading,)), counted, NOT_RECORDED
     taken.append(Taken(path=path, to=("step", NAME), number=tensor, was=int(count)))
-    return Known(value=int(count), source=source), micro, micro
+    return counted, micro, micro
 
 
-def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
+def _schedule(known: _Class, facts: dict[str, Fact], step: Fact, micro: Fact) -> Schedule:
     """The schedule of a file without a learning rate, as far as the config tells it."""
     facts["learning_rate"] = Unknown(reason="the optimizer follows a schedule")
     config = known.arguments.get("learning_rate")
@@ -241,16 +258,11 @@ def _schedule(known: _Class, facts: dict[str, Fact], step: Fact) -> Schedule:
     return Schedule(
         name=f"{NAME}.learning_rate",
         family=told.curve.family if told is not None else family,
-        position=step,
-        unit="update",
+        position=micro if isinstance(micro, Known) else step,
+        unit="micro-step" if isinstance(micro, Known) else "update",
         parameters=parameters,
         optimizer=NAME,
     )
-
-
-def _beside(arguments: Mapping[str, Node]) -> int:
-    """Lists, one entry per parameter, that stand before the slots."""
-    return sum(bool(arguments.get(name)) for name in ("use_ema", "gradient_accumulation_steps"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,9 +273,6 @@ class _State:
     scalars: Mapping[str, Fact] = field(default_factory=dict)
     candidates: tuple[str, ...] = ()
     oddities: tuple[str, ...] = ()
-
-
-Variables = Sequence[tuple[Path, TensorRef]]
 
 
 def _state(
@@ -296,7 +305,7 @@ def _state(
     scalars: dict[str, Fact] = {}
     for scalar, number in found.scalars:
         path, tensor = rest[number]
-        scalars[scalar] = Known(value=_number(tensor, path), source="/".join(path))
+        scalars[scalar] = Known(value=number_in(tensor, path), source="/".join(path))
         taken.append(Taken(path=path, to=("scalar", NAME, scalar), number=tensor))
     lacking = [f"'{name}' of {known.row.class_name} is not in the file" for name in known.row.scalars]
     return _State(
@@ -349,28 +358,5 @@ def _again(stored: Stored, taken: Sequence[Taken]) -> list[Taken]:
     found = []
     for row_ in stored.again:
         others = {path: other for (path, _), other in zip(stored.variables, row_, strict=True)}
-        found += [
-            Taken(path=others[one.path], to=one.to, number=one.number, was=one.was)
-            for one in taken
-            if one.path in others
-        ]
+        found += [replace(one, path=others[one.path]) for one in taken if one.path in others]
     return found
-
-
-def _number(tensor: TensorRef, path: Path) -> int | float:
-    if tensor.spec.numel != 1 or tensor.dtype.kind not in ("int", "uint", "float"):
-        raise _no_number(tensor, path)
-    value: Value = tensor.read().reshape(-1)[0].item()
-    assert isinstance(value, (int, float))
-    return value
-
-
-def _no_number(tensor: TensorRef, path: Path) -> FormatError:
-    error = FormatError.of(
-        "corrupt-file",
-        f"'{'/'.join(path)}' is {tensor.dtype.name} {list(tensor.shape)}, expected one number",
-        "Save the model again.",
-        loc=path,
-    )
-    assert isinstance(error, FormatError)
-    return error

@@ -31,7 +31,7 @@ def lift_scaling(found: Iterable[tuple[Path, Node]], lifter: Lifter) -> Mapping[
         facts: dict[str, Fact] = {}
         for name in loss_scaling():
             number = number_of(node.get(keys[name]))
-            if number is not None and not isinstance(number[0], bool):
+            if number is not None and not isinstance(number[0], bool) and number[0] >= 0:
                 lifter.take((*path, keys[name]), ("loss_scaling", name), **number[1])
                 facts[name] = Known(value=number[0], source=dotted((*path, keys[name])))
         return facts

@@ -113,8 +113,9 @@ class Torch:
         return self
 
 
-NAMES = {"0.weight": (0, "kernel"), "0.bias": (0, "bias"), "3.weight": (3, "kernel"), "3.bias": (3, "bias")}
-NAMES |= {"1.weight": (1, "gamma"), "1.bias": (1, "beta")}
+NAMES = {"0.weight": (0, "kernel"), "0.bias": (0, "bias"), "1.weight": (1, "gamma"), "1.bias": (1, "beta")}
+NAMES |= {"3.weight": (3, "kernel"), "3.bias": (3, "bias")}
+"""In the order of `model.trainable_variables`, by which Keras' own files have them."""
 
 
 @dataclass(kw_only=True)
@@ -214,3 +215,24 @@ def apart(ours: Mapping[str, Array], theirs: Mapping[str, Array], before: Mappin
     travelled = max(float(np.abs(theirs[name] - before[name]).max()) for name in theirs)
     assert travelled > 0
     return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) / travelled
+
+
+def keras_file(side: Keras, path: Path, *, load: bool = False) -> Path:
+    """The model and its optimizer in Keras' own file, `.keras` or `.weights.h5`; or loaded from one."""
+    side.model.compile(side.optimizer, "mse")
+    if not load:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (side.model.save if path.suffix == ".keras" else side.model.save_weights)(str(path))
+    elif path.suffix != ".keras":
+        side.model.load_weights(str(path))
+    else:
+        import importlib
+
+        library = importlib.import_module("keras" if side.kind == "keras3" else "tf_keras")
+        side.model = library.saving.load_model(str(path))
+        kinds = side.model.layers
+        side.variables = {name: getattr(kinds[i], attribute) for name, (i, attribute) in NAMES.items()}
+        side.trained = [v for name, v in side.variables.items() if not (side.frozen and name == "3.bias")]
+        side.optimizer = side.model.optimizer
+        side.inner = getattr(side.optimizer, "inner_optimizer", side.optimizer)
+    return path
