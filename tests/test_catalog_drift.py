@@ -24,6 +24,10 @@ ON = {"momentum": 0.9, "amsgrad": True, "centered": True}
 """What makes every slot of a class exist."""
 
 
+MOVED = {("nadam", "momentum_product"), ("asgd", "average")}
+"""Slots that the first update changes whatever the gradient is."""
+
+
 def class_of(row: Row) -> Any:
     module, _, name = row.class_name.rpartition(".")
     pytest.importorskip(module.partition(".")[0])
@@ -152,6 +156,56 @@ def test_keras(framework: str, algorithm: str, tmp_path: Any) -> None:
     assert scopes == {row.scope}
     edges = frozenset({*row.slots.values(), *row.scalars.values()})
     assert optimizers.infer(framework, edges, dict.fromkeys(stored, 0.0), row.scope) == (algorithm,)
+
+
+def first_value(row: Row, slot: str, param: float) -> object:
+    """What the table says of a slot before the first update, of a class with its default arguments."""
+    init = row.slot_inits[slot]
+    if isinstance(init, str):
+        return param if init == "param" else row.hyperparameters[init].default
+    return init
+
+
+@pytest.mark.parametrize(("framework", "algorithm"), KERAS)
+def test_a_slot_begins_as_the_table_says(framework: str, algorithm: str) -> None:
+    tf = pytest.importorskip("tensorflow")
+    row = row_of(algorithm, framework)
+    optimizer = class_of(row)(**arguments(row))
+    value = np.full((2, 3), 0.75, np.float32)
+    variable = pytest.importorskip("keras").Variable(value) if framework == "keras3" else tf.Variable(value)
+    if framework == "tf_keras_legacy":
+        optimizer._create_all_weights([variable])
+        slots = {slot: optimizer.get_slot(variable, key) for slot, key in row.slots.items()}
+    else:
+        optimizer.build([variable])
+        slots = {slot: getattr(optimizer, key)[0] for slot, key in row.slots.items()}
+    for slot, held in slots.items():
+        if held is not None:
+            np.testing.assert_allclose(held.numpy(), first_value(row, slot, 0.75), rtol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", TORCH)
+def test_a_torch_slot_begins_as_the_table_says(algorithm: str) -> None:
+    """Without a gradient to speak of, what the first update leaves is what it began with."""
+    torch = pytest.importorskip("torch")
+    row = row_of(algorithm, "torch")
+    if algorithm == "lbfgs":
+        return  # its state is no parameter's
+    weight = torch.nn.Parameter(torch.full((2, 3), 0.75))
+    weight.grad = torch.zeros(2, 3)
+    if algorithm == "sparse_adam":
+        weight.grad = weight.grad.to_sparse()
+    decay = {"weight_decay": 0.0} if "weight_decay" in row.hyperparameters else {}
+    optimizer = class_of(row)([weight], **arguments(row), **decay)
+    if algorithm == "schedule_free_adamw":
+        optimizer.train()
+    optimizer.step()
+    (state,) = optimizer.state.values()
+    for slot, key in row.slots.items():
+        if key in state and (algorithm, slot) not in MOVED:
+            np.testing.assert_allclose(
+                torch.as_tensor(state[key]).numpy(), first_value(row, slot, 0.75), rtol=1e-6, atol=2e-8
+            )
 
 
 @pytest.mark.parametrize("framework", optimizers.FRAMEWORKS[1:])

@@ -17,7 +17,8 @@ from itertools import zip_longest
 
 from ckptconv.catalog.findings import Findings, exactly
 from ckptconv.catalog.hyperparameters import Settings, settle
-from ckptconv.catalog.optimizer_rows import Row, relatives, row
+from ckptconv.catalog.optimizer_rows import Row, relatives
+from ckptconv.catalog.pairing import rows_of
 from ckptconv.catalog.residuals import Residual, fitted
 from ckptconv.catalog.slots import SlotConversion, convert_slots, scalar_slots
 from ckptconv.catalog.texts import helper_of, target_code
@@ -72,7 +73,7 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
     what it lacks comes from the template. Nothing is read and nothing is written.
     """
     findings = Findings(source.name, allow)
-    pair = _rows(source, target, findings)
+    pair = rows_of(source, target, findings)
     if pair is None:
         return _refused(source, target, findings)
     if isinstance(pair, str):
@@ -121,49 +122,6 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
         residual=residual,
         problems=tuple(findings.problems),
     )
-
-
-def _rows(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[Row, Row] | str | None:
-    """The rows of both sides; a name where both are one class, whatever it is; None: no way."""
-    ours = _candidates(source)
-    theirs = _candidates(target)
-    alike = source.framework == target.framework and ours == theirs
-    if alike and (len(ours) != 1 or row(ours[0], source.framework) is None):
-        return source.algorithm
-    if not ours or not theirs:
-        side, loc = ("source", source) if not ours else ("template", target)
-        findings.stop(
-            "optimizer-unknown",
-            f"the {side} does not tell which optimizer its state belongs to ({loc.framework}; it holds "
-            f"{', '.join(loc.slots) or 'no slots'})",
-            "Pass --set optimizer=NAME with one that 'ckptconv formats' lists, or carry the weights alone: a "
-            "template without optimizer and --allow state-dropped.",
-            "algorithm",
-        )
-        return None
-    pairs = [
-        (a, b)
-        for name in ours
-        for other in theirs
-        if (a := row(name, source.framework)) and (b := row(other, target.framework)) and a.family == b.family
-    ]
-    if pairs:
-        return max(pairs, key=lambda pair: pair[0].algorithm == pair[1].algorithm)
-    findings.stop(
-        "optimizer-mismatch",
-        f"the source is {' or '.join(ours)} ({source.framework}), the template {' or '.join(theirs)} "
-        f"({target.framework}): no conversion is known",
-        "Use a template with the same algorithm, or one without optimizer and --allow state-dropped, which "
-        "carries the weights alone.",
-        "algorithm",
-    )
-    return None
-
-
-def _candidates(optimizer: Optimizer) -> tuple[str, ...]:
-    if optimizer.algorithm != "unknown":
-        return (optimizer.algorithm,)
-    return optimizer.algorithm_candidates
 
 
 def _same_class(source: Optimizer, target: Optimizer, name: str, findings: Findings) -> Conversion:
