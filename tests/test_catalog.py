@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ckptconv.catalog import loading, optimizers, schedules
-from ckptconv.document import Candidate, Group, Known, Optimizer, Unknown, Value, value_of
+from ckptconv.document import Candidate, Fact, Group, Known, Optimizer, Unknown, Value, value_of
 from ckptconv.ops import Scale, Shift
 from ckptconv.tensor import StoredTensor
 
@@ -650,3 +650,51 @@ def test_momentum_products() -> None:
     assert value_of(done.hyperparameters[0]["momentum_decay"]) == 1.0
     made = next(slot for slot in done.slots if slot.slot == "momentum_product")
     assert (made.created, made.init, made.shape) == (True, 0.125, "scalar")
+
+
+MUON: dict[str, Value] = {
+    "learning_rate": 0.01,
+    "momentum": 0.5,
+    "nesterov": True,
+    "epsilon": 1e-7,
+    "ns_steps": 5,
+}
+
+
+def muon(framework: str, **more: Value) -> Optimizer:
+    facts: dict[str, Fact] = {name: Known(value=value) for name, value in {**MUON, **more}.items()}
+    return Optimizer(
+        name="optimizer",
+        algorithm="muon",
+        framework=framework,
+        step=Known(value=3),
+        groups=(Group(params=("w",), hyperparameters=facts),),
+        slots={"momentum": {"w": tensor()}},
+    )
+
+
+def test_muons_size_has_two_names() -> None:
+    """torch's `match_rms_adamw` is Keras' 0.2; what has no counterpart is refused, and a rule in bfloat16."""
+    coefficients = {"ns_a": 3.0, "ns_b": -4.0, "ns_c": 2.0, "weight_decay": 0.1}
+    named = muon("torch", scaling="match_rms_adamw", **coefficients)
+    plain = muon("torch", **coefficients)
+    sized = muon("keras3", rms_rate=0.2, **coefficients)
+    assert ("form-mismatch", ("optimizers", "optimizer", "form", "orthogonalization")) in codes(
+        optimizers.convert(named, sized)
+    )
+    allow = frozenset({"form-mismatch"})
+    there = optimizers.convert(named, muon("keras3"), allow=allow)
+    assert there.problems == ()
+    assert value_of(there.hyperparameters[0]["rms_rate"]) == 0.2
+    assert there.ops("momentum", 0) == (Scale(2.0),)
+    back = optimizers.convert(sized, named, allow=allow)
+    assert back.problems == ()
+    assert back.ops("momentum", 0) == (Scale(0.5),)
+    assert codes(optimizers.convert(plain, muon("keras3"), allow=allow)) == [
+        ("hyperparameter-unsupported", group_loc("scaling"))
+    ]
+    assert codes(optimizers.convert(sized, plain, allow=allow)) == [
+        ("template-mismatch", group_loc("scaling"))
+    ]
+    assert codes(optimizers.convert(named, plain)) == [("template-mismatch", group_loc("scaling"))]
+    assert optimizers.convert(plain, plain).verdict.verdict == "exact"

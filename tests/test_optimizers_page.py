@@ -57,6 +57,10 @@ def lines() -> Iterator[str]:
         notes = "; ".join(each.remains).replace("|", "\\|")
         yield f"| {name} | {way} | {each.verdict} | {notes} | {', '.join(each.needs)} |"
     yield ""
+    yield "Within its framework a state goes back as it was, whatever the class. These go to no other:"
+    yield ""
+    yield from (f"- {name}: {reason}" for name, reason in alone())
+    yield ""
     yield "## Exact continuation"
     yield ""
     yield "Where the target's class only comes near the source's rule, a helper makes it follow it. Every"
@@ -95,6 +99,19 @@ def lines() -> Iterator[str]:
             way = " → ".join(NAMES[part] for part in pair.split(" -> "))
             numbers = (f"{entry[dtype]:.0e}" if dtype in entry else "" for dtype in ("float64", "float32"))
             yield f"| {case} | {way} | {entry['verdict']} | {' | '.join(numbers)} |"
+
+
+def alone() -> Iterator[tuple[str, str]]:
+    """Algorithms that one framework alone has, and why their state goes nowhere else."""
+    for name in algorithms():
+        found = [one for framework in COLUMNS if (one := row(name, framework)) is not None]
+        if found[0].alone:
+            yield name, found[0].alone
+
+
+def test_what_stands_alone_is_in_one_framework() -> None:
+    have = {name: sum(row(name, framework) is not None for framework in COLUMNS) for name in algorithms()}
+    assert {name for name, count in have.items() if count == 1} == {name for name, _ in alone()}
 
 
 def helpers() -> Iterator[tuple[str, str, str, str]]:

@@ -265,12 +265,12 @@ def _changed(
                 changes[each.moves] = fitted(each.fit, source.slots, values[each.moves])
             for name, (number, formula) in changes.items():
                 group[name] = Known(value=number, status="derived", formula=formula)
-                _needs_place(name, number, index, target, theirs, findings)
         for name, least in theirs.smallest.items():
             number = numbers({name: value_of(group.get(name))}).get(name, least)
             if number < least:
                 formula = f"{theirs.class_name} takes {number:g} for 'not given'"
                 group[name] = Known(value=least, status="derived", formula=formula)
+        _need_places(group, index, target, theirs, findings)
     return replace(settings, facts=tuple(facts))
 
 
@@ -283,16 +283,20 @@ def _not_told(name: str, step: Transition, index: int, findings: Findings) -> No
     )
 
 
-def _needs_place(
-    name: str, number: float, index: int, target: Optimizer, theirs: Row, findings: Findings
+def _need_places(
+    facts: Mapping[str, Fact], index: int, target: Optimizer, theirs: Row, findings: Findings
 ) -> None:
-    """A template whose value of it is None has no place for a number (torch's Adafactor)."""
+    """A template whose value is None has no place for one (torch's Adafactor and Muon)."""
     held = target.groups[index].hyperparameters if index < len(target.groups) else {}
-    if theirs.hyperparameters[name].stored and held and name not in held:
+    for name, entry in theirs.hyperparameters.items():
+        value = value_of(facts.get(name))
+        if not held or name in held or not entry.may_be_none or value in (None, entry.none):
+            continue
+        shown = f"{value:g}" if isinstance(value, float) else f"{value!r}"
         findings.stop(
             "template-mismatch",
-            f"the template leaves {name} to {theirs.class_name}, the run needs {number:g}",
-            f"Make the template with {theirs.hyperparameters[name].argument} given: {name} = {number:g}.",
+            f"the template leaves {name} to {theirs.class_name}, the run needs {shown}",
+            f"Make the template with {entry.argument} given: {name} = {shown}.",
             *("groups", index, "hyperparameters", name),
         )
 

@@ -138,6 +138,13 @@ def _own(
     for name, rule in ours.rules.items():
         if name in told:  # a helper ran: what it stands for is its number
             told.update(dict.fromkeys(rule.form, replace(told[name], formula=f"that of {name}")))
+    for name, entry in ours.hyperparameters.items():
+        if entry.none is not None and name not in told and source.slots:
+            told[name] = Known(value=entry.none, status="derived", formula=f"{entry.argument} is None")
+    for same in ours.equivalents:
+        if any(name in told and told[name].value == value for name, value in same.items()):
+            said = Known(value=None, status="derived", formula="says the same as another")
+            told.update((name, replace(said, value=v)) for name, v in same.items() if name not in told)
     for name, value in {**theirs.neutral, **ours.neutral}.items():
         if name not in told and name not in ours.hyperparameters:
             told[name] = Known(value=value, status="derived", formula=f"{ours.class_name} has none")
@@ -217,7 +224,10 @@ def _translate(
         said = (*theirs.hyperparameters, *_FOLDED, *ours.settled, *ours.switches, *ours.rules)
         if name in said:
             continue
-        if fact.value != theirs.neutral.get(name, fact.value):
+        same = (e for e in theirs.equivalents if name in e and e[name] == fact.value)
+        if any(other in theirs.hyperparameters for each in same for other in each):
+            continue
+        if fact.value != theirs.neutral.get(name, None if name in ours.hyperparameters else fact.value):
             refuse(
                 "hyperparameter-unsupported",
                 f"{theirs.class_name} has no {name}, the source has {name} = {fact.value}",

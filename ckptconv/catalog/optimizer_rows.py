@@ -35,8 +35,15 @@ class HyperRow:
     """Position within the key's value, where several share a key (torch's `betas`)."""
     default: Value
     """Of the constructor; for texts and tests, never used in a conversion."""
+    none: Value = None
+    """What None in the container stands for."""
     optional: bool = False
     """Whether a container that holds hyperparameters may lack it."""
+
+    @property
+    def may_be_none(self) -> bool:
+        """Whether a container may leave it to the class, and then has no place for a value."""
+        return self.optional and self.argument is not None and self.default is None
 
     @property
     def stored(self) -> bool:
@@ -100,6 +107,10 @@ class Row:
     """Canonical name -> key of a number that the optimizer keeps once, for all parameters."""
     scalar_inits: Mapping[str, float] = field(default_factory=dict)
     """Canonical name -> its value before the first update."""
+    alone: str = ""
+    """Why the state goes to no other framework, of an algorithm that one alone has."""
+    equivalents: tuple[Mapping[str, Value], ...] = ()
+    """Values of different hyperparameters that say the same: a class without one may have another."""
     settled: frozenset[str] = frozenset()
     """Hyperparameters that have had their whole effect on the state: a class without them lacks nothing."""
     lists: frozenset[str] = frozenset()
@@ -181,7 +192,7 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
     if record.text("algorithm") != name:
         raise ValueError(f"{record.where}: the algorithm is not named as its file")
     record.text("update"), record.text("source")
-    family = record.text("family")
+    family, alone = record.text("family"), record.text("alone", "")
     inits: dict[str, Init] = {}
     for slot, entry in record.records("slots"):
         entry.text("definition")
@@ -197,11 +208,14 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
             settled.add(hyperparameter)
         entry.close()
     transitions(record)
+    same = record.record("equivalents") if record.has("equivalents") else None
+    equivalents = tuple(same.scalar_map(key) for key in same.keys) if same is not None else ()
     rows = {}
     for framework, entry in record.records("frameworks"):
         if framework not in COLUMNS:
             raise ValueError(f"{entry.where}: unknown framework")
-        row = replace(_row(entry, name, family, framework, inits, neutral), settled=frozenset(settled))
+        row = _row(entry, name, family, framework, inits, neutral)
+        row = replace(row, alone=alone, settled=frozenset(settled), equivalents=equivalents)
         named = {init for init in row.slot_inits.values() if isinstance(init, str)} - {"param"}
         if not {*row.hyperparameters, *named} <= known or not {*row.slots, *row.scalars} <= set(inits):
             raise ValueError(f"{entry.where}: a slot or hyperparameter is not defined")
@@ -240,6 +254,7 @@ def _row(
             key=entry.optional_text("key"),
             index=entry.optional_int("index"),
             default=entry.scalar("default"),
+            none=entry.scalar("none") if entry.has("none") else None,
             optional=entry.flag("optional", False),
         )
         entry.close()
@@ -303,41 +318,14 @@ def algorithms() -> tuple[str, ...]:
     return tuple(_tables())
 
 
+def rows_of_framework(framework: str) -> tuple[Row, ...]:
+    """All rows of a framework."""
+    return tuple(table[framework] for table in _tables().values() if framework in table)
+
+
 def row(algorithm: str, framework: str) -> Row | None:
     """The table row; None where the framework has no such class."""
     return _tables().get(algorithm, {}).get(framework)
-
-
-def slot_shapes(framework: str) -> Mapping[str, str]:
-    """Native slot key -> kind of its shape, of slots that are not each parameter's in its shape."""
-    rows = (table[framework] for table in _tables().values() if framework in table)
-    return {found.slots[slot]: kind for found in rows for slot, kind in found.slot_shapes.items()}
-
-
-def slot_kinds(framework: str) -> Mapping[str, frozenset[str]]:
-    """What names a slot's variables -> the kinds of shape that it has in the framework's classes."""
-    kinds: dict[str, set[str]] = {}
-    for table in _tables().values():
-        if framework in table:
-            for slot, variable in table[framework].slot_variables.items():
-                kinds.setdefault(variable, set()).add(table[framework].slot_shapes.get(slot, "param"))
-    return {variable: frozenset(found) for variable, found in kinds.items()}
-
-
-def interleaved(framework: str) -> tuple[Mapping[str, str | None], ...]:
-    """Of the classes whose slots stand in `_variables` alone, native slot keys in their order.
-
-    Each with the end of its variables' names where a parameter may have none, else None.
-    """
-    rows = (table[framework] for table in _tables().values() if framework in table)
-    return tuple(
-        {
-            key: f"_{found.slot_variables[slot]}" if found.slot_shapes.get(slot) == "part" else None
-            for slot, key in found.slots.items()
-        }
-        for found in rows
-        if found.interleaved
-    )
 
 
 def shape_of_slot(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -50,7 +50,7 @@ def rows_of(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[R
     findings.stop(
         "optimizer-mismatch",
         f"the source is {' or '.join(ours)} ({source.framework}), the template {' or '.join(theirs)} "
-        f"({target.framework}): no conversion is known",
+        f"({target.framework}): no conversion is known{_why(source, ours)}",
         "Use a template with the same algorithm, or one without optimizer and --allow state-dropped, which "
         "carries the weights alone.",
         "algorithm",
@@ -75,6 +75,11 @@ def _differing(rows: tuple[Row, ...], source: Optimizer) -> tuple[str, ...]:
         for point in points
         if len({form.get(point) for form in forms}) > 1 and any(values.get(point) != 0 for values in groups)
     )
+
+
+def _why(source: Optimizer, names: tuple[str, ...]) -> str:
+    found = row(names[0], source.framework) if len(names) == 1 else None
+    return f", {found.alone}" if found is not None and found.alone else ""
 
 
 def _candidates(optimizer: Optimizer) -> tuple[str, ...]:

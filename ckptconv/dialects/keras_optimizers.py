@@ -25,7 +25,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
-from ckptconv.catalog.optimizer_rows import interleaved, shape_of_slot, slot_shapes
+from ckptconv.catalog.optimizer_rows import shape_of_slot
+from ckptconv.catalog.slot_lists import interleaved, slot_shapes
 from ckptconv.catalog.wrappers import ACCUMULATED, AVERAGE
 from ckptconv.dialects.keras_slot_names import Order, Shapes, match_by_name
 from ckptconv.dialects.object_paths import Graph

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from ckptconv.catalog.optimizer_rows import shape_of_slot, slot_kinds
+from ckptconv.catalog.optimizer_rows import shape_of_slot
+from ckptconv.catalog.slot_lists import slot_kinds
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.errors import CkptError, MappingError
 

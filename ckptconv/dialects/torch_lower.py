@@ -36,7 +36,7 @@ def settle(checkpoint: Checkpoint, root: Node) -> Checkpoint:
     shared = _shared_step(checkpoint)
     optimizers = []
     for optimizer in checkpoint.optimizers:
-        new, recorded = _step_of(optimizer, shared)
+        new, recorded = _step_of(optimizer, shared, stood.get(optimizer.name))
         optimizers.append(_with_step(optimizer, new, edited=new != recorded))
         old = stood.get(optimizer.name)
         if old is not None and new is not None and old != new:
@@ -137,9 +137,11 @@ def _shared_step(checkpoint: Checkpoint) -> int | None:
     return value if len(recorded) == 1 else None
 
 
-def _step_of(optimizer: Optimizer, shared: int | None) -> tuple[int | None, int | None]:
-    """(the step to write, the step before it was edited)."""
-    recorded = max(optimizer.param_steps.values(), default=None)
+def _step_of(optimizer: Optimizer, shared: int | None, stood: int | None) -> tuple[int | None, int | None]:
+    """(the step to write, the step before it was edited); `stood`: that of the residue."""
+    table = row(optimizer.algorithm, "torch")
+    in_group = table is not None and table.step_in_group
+    recorded = max(optimizer.param_steps.values(), default=stood if in_group else None)
     own = value_of(optimizer.step)
     own = own if isinstance(own, int) and not isinstance(own, bool) else None
     base = own if recorded is None else recorded
