@@ -15,7 +15,7 @@ from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_progress import loss_scale_at, step_of_optimizers
 from ckptconv.dialects.torch_rows import Counter, Quantity, Row, matching
 from ckptconv.dialects.torch_survey import scalers
-from ckptconv.dialects.torch_values import Encoding, Number, count_of, dotted, number_of
+from ckptconv.dialects.torch_values import Encoding, Number, count_of, dotted, number_of, places
 from ckptconv.document import (
     NOT_RECORDED,
     Absent,
@@ -243,14 +243,17 @@ def _tokens(reading: _Reading, step: Fact) -> Fact:
     return Known(value=value, status="derived", source=step.source, formula=f"step * {names}")
 
 
-def settle_counters(checkpoint: Checkpoint, root: DictNode) -> DictNode:
-    """The residue whose loop counter follows edited epochs, where the epochs follow from it.
+def settle_counters(checkpoint: Checkpoint, root: DictNode, row: Row | None) -> DictNode:
+    """The residue whose counters follow edited epochs and batches.
 
-    Raises: progress-conflict where an edited step says otherwise.
+    Raises: progress-conflict where an edited step says otherwise; residue-stale.
     """
     progress = checkpoint.progress
+    within = _within_epoch(checkpoint, root, row) if row is not None else {}
 
     def follow(path: Path, node: Node) -> Node:
+        if path in within:
+            return within[path]
         if not isinstance(node, Lifted) or "per_epoch" not in node.encoding:
             return node
         length, was = node.encoding["per_epoch"], node.encoding["was"]
@@ -280,3 +283,27 @@ def settle_counters(checkpoint: Checkpoint, root: DictNode) -> DictNode:
     followed = transform(root, follow)
     assert isinstance(followed, DictNode)
     return followed
+
+
+def _within_epoch(checkpoint: Checkpoint, root: DictNode, row: Row) -> dict[Path, int]:
+    """What the numbers that begin with an epoch become, where the batch in it was edited.
+
+    Raises: residue-stale in the midst of an epoch.
+    """
+    now = value_of(checkpoint.progress.batch_in_epoch)
+    address: Path = ("progress", "batch_in_epoch")
+    was = next((lifted.encoding.get("was") for _, lifted in places(root) if lifted.to == address), now)
+    if was == now:
+        return {}
+    found = [place for pattern in row.within_epoch for place in matching(root, pattern)]
+    stale = [(path, node) for path, node in found if isinstance(node, int) and node and now]
+    if stale:
+        path, node = stale[0]
+        raise MappingError.of(
+            "residue-stale",
+            f"batch_in_epoch was {was} and is {now}, and '{dotted(path)}' still holds {node}: how many there "
+            "are to a batch is not recorded",
+            f"Pass --set batch_in_epoch=0, or leave it at {was}.",
+            loc=path,
+        )
+    return {path: 0 for path, _ in found}

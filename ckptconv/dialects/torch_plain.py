@@ -133,7 +133,7 @@ class TrainingDictionary:
                 loc=("residue",),
             )
         settled = settle(checkpoint, root)
-        followed = settle_counters(settled, root)
+        followed = settle_counters(settled, root, self._row)
         filled = filled_with(followed, survey(root, self._row).optimizers, settled)
         return RawTree(format=self.format, root=filled, attributes=residue.attributes)
 

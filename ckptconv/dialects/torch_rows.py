@@ -129,6 +129,8 @@ class Row:
     """What the producer's loop calls a scheduler for."""
     counters: tuple[Counter, ...] = ()
     """Best first: what further ones of the same quantity hold is a copy."""
+    within_epoch: tuple[Path, ...] = ()
+    """Numbers beside `batch_in_epoch` that begin anew with every epoch, at a pace that no file tells."""
     tokens_per_update: tuple[Path, ...] = ()
     """Numbers whose product is the tokens of one update."""
     source: str

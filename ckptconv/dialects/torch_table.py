@@ -269,6 +269,7 @@ ROWS: tuple[Row, ...] = (
         counters=(
             Counter(key=("state", "timestamp", "Timestamp", "batch"), counts="updates"),
             Counter(key=("state", "timestamp", "Timestamp", "epoch"), counts="epochs"),
+            Counter(key=("state", "timestamp", "Timestamp", "epoch_in_iteration"), counts="epochs"),
             Counter(key=("state", "timestamp", "Timestamp", "batch_in_epoch"), counts="batch_in_epoch"),
             Counter(key=("state", "timestamp", "Timestamp", "sample"), counts="samples"),
             Counter(
@@ -276,6 +277,10 @@ ROWS: tuple[Row, ...] = (
                 counts="tokens",
                 unset=(0, "no token was counted"),
             ),
+        ),
+        within_epoch=(
+            ("state", "timestamp", "Timestamp", "sample_in_epoch"),
+            ("state", "timestamp", "Timestamp", "token_in_epoch"),
         ),
         source="https://github.com/mosaicml/composer/blob/main/composer/core/time.py",
     ),

@@ -279,3 +279,21 @@ def test_what_anybody_writes_is_taken_for_no_program_of_the_table(
     checkpoint = ckptconv.open(tmp_path / name)
     assert checkpoint.provenance.dialect == "plain"
     assert isinstance(checkpoint.progress.epochs, Unknown)
+
+
+def test_samples_within_an_epoch_end_with_it_and_stop_another_batch(tmp_path: Path) -> None:
+    path, _ = saved("composer", tmp_path)
+    edited = loaded(through_neutral(path, tmp_path, epochs="2", batch_in_epoch="0"))
+    timestamp = edited["state"]["timestamp"]["Timestamp"]
+    assert [timestamp[key] for key in ("epoch", "epoch_in_iteration", "sample_in_epoch")] == [2, 2, 0]
+    with pytest.raises(CkptError) as caught:
+        convert(path, tmp_path / "no.pt", set_={"batch_in_epoch": "2"}, allow=OPAQUE)
+    assert [p.code for p in caught.value.problems] == ["residue-stale"]
+    assert caught.value.problems[0].loc[-1] == "sample_in_epoch"
+
+
+def test_totals_that_move_with_the_step_must_be_told(tmp_path: Path) -> None:
+    path, _ = saved("composer", tmp_path)
+    with pytest.raises(CkptError) as caught:
+        convert(path, tmp_path / "no.pt", set_={"step": "40"}, allow=OPAQUE)
+    assert [(p.code, p.loc[-1]) for p in caught.value.problems] == [("residue-stale", "sample")]

@@ -16,7 +16,7 @@ import ckptconv  # noqa: E402
 from ckptconv.conversion import convert  # noqa: E402
 from ckptconv.document import Unknown, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
-from tests.support.producers import Net, Run  # noqa: E402
+from tests.support.producers import Net, Run, composer  # noqa: E402
 from tests.support.torch_equal import assert_same  # noqa: E402
 
 LENGTH = 5
@@ -210,6 +210,31 @@ def test_torchtitan_in_a_folder_and_in_the_file_that_torch_makes_of_it(tmp_path:
             assert torch.equal(state["exp_avg"], resumed["exp_avg"])
             assert float(resumed["step"]) == wanted
         assert again.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_of_composer_is_read_and_written_as_torch_loads_it(tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+
+    run = Run(per_epoch=False)
+    saved = torch.load(composer(run, tmp_path), weights_only=False)
+    checkpoint.save(saved, checkpoint_id=str(tmp_path / "ep1"), no_dist=True)
+    progress = ckptconv.open(tmp_path / "ep1").progress
+    told = [value_of(fact) for fact in (progress.step, progress.epochs, progress.batch_in_epoch)]
+    assert told == [run.updates, run.epochs, run.batch] == [4, 1, 1]
+    edits = {"step": "40", "samples": "160"}
+    convert(tmp_path / "ep1", tmp_path / "back", to="dcp:composer", set_=edits, allow=["opaque-globals"])
+    timestamp = {"batch": 0, "sample": 0, "epoch": 0, "batch_in_epoch": 0}
+    moment = torch.zeros_like(run.model.last.weight)
+    state: dict[str, Any] = {
+        "timestamp": {"Timestamp": timestamp},
+        "optimizers": {"AdamW": {"state": {"last.weight": {"exp_avg": moment, "step": torch.tensor(0.0)}}}},
+    }
+    checkpoint.load({"state": state}, checkpoint_id=str(tmp_path / "back"), no_dist=True)
+    assert timestamp == {"batch": 40, "sample": 160, "epoch": 1, "batch_in_epoch": 1}
+    resumed = state["optimizers"]["AdamW"]["state"]["last.weight"]
+    assert float(resumed["step"]) == 40.0
+    assert torch.equal(moment, run.optimizer.state[run.model.last.weight]["exp_avg"])
 
 
 def alone(name: str, *path: str, **stubs: Any) -> ModuleType:
