@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 
-from ckptconv.catalog.optimizer_rows import FRAMEWORKS, row
+from ckptconv.catalog.directions import directions
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
 from ckptconv.conversion import convert
 from ckptconv.document import Value
-from ckptconv.report import Report
-from tests.parity.sides import Array, arguments, rounded, side
+from ckptconv.report import Report, Verdict
+from tests.parity.sides import Array, rounded, side
 
 STEPS = 20
+MODELS = ("mlp", "cnn")
 FLOOR = {"float64": 1e-12, "float32": 2e-5}
-FLOAT32_SCALAR = 1e-7
+FLOAT32_SCALAR = {"nadam": 1e-7}
 """Floor of float64 runs where a framework keeps a scalar of the rule in float32 (torch's `mu_product`)."""
-CONVOLUTION = 3.0
-NO_CONVOLUTION = frozenset({"adafactor"})
-"""Refused there: the frameworks factor the second moments of a convolution's kernel over different axes."""
+OTHER_RULE = 1e-2
+"""A cell that differs by more compares two rules: what is withheld shows beside the target's own run."""
+NOT_IN_THE_MATRIX: Mapping[str, str] = {
+    "lbfgs": "its update needs the loss as a function; its state goes to its own class only",
+    "sparse_adam": "it takes sparse gradients only; its state goes to its own class only",
+}
+"""Algorithms without a case; `tests/oracle/test_torch_only_optimizers.py` shows what there is to show."""
+
+
+FACTORED = frozenset(
+    ("adafactor", *pair, "cnn")
+    for framework in ("keras3", "tf_keras")
+    for pair in (("torch", framework), (framework, "torch"))
+)
+"""Refused, and tested so: torch factors a convolution's second moments over other axes than Keras."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +56,72 @@ class Case:
     dtypes: tuple[str, ...] = tuple(FLOOR)
     """What the classes compute in: Keras' Muon fails in float64 models."""
 
+    @property
+    def has_state(self) -> bool:
+        """Whether the rule reads a slot."""
+        rows = (row(self.algorithm, framework) for framework in FRAMEWORKS)
+        readers = [
+            known.slot_readers.get(slot) for known in rows if known is not None for slot in known.slots
+        ]
+        return any(reader is None or self.hypers.get(reader) for reader in readers)
+
+
+class Place(NamedTuple):
+    """One cell of the matrix."""
+
+    case: str
+    source: str
+    target: str
+    model: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The source's run: its checkpoint after `STEPS` and its weights around it and at the end."""
+
+    saved: Path
+    before: Mapping[str, Array]
+    """One update before the checkpoint."""
+    switch: Mapping[str, Array]
+    after: Mapping[str, Array]
+    """One update after it."""
+    end: Mapping[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """A run of the target from which something was withheld."""
+
+    error: float
+    """Distance from the source's run."""
+    moved: float
+    """Distance from the target's run that has everything."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """What one conversion came to."""
 
+    place: Place
     report: Report
     error: float
-    controls: Mapping[str, float] = field(default_factory=dict)
+    steps: frozenset[int]
+    """What the target's optimizer counted after restoring; none where its class counts nothing."""
+    same_weights: bool
+    """Whether the converted weights are the source's, bit for bit."""
+    excess: float
+    """How far an element of the next update is beyond the stated difference, relative to the update."""
+    controls: Mapping[str, Control] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.report.verdicts[0].verdict
+
+    @property
+    def stated(self) -> float | None:
+        """The report's largest relative difference of the next update; None where it states none."""
+        return stated(self.report)
 
 
 @cache
@@ -84,34 +158,72 @@ def _makes(framework: str, case: Case) -> bool:
     )
 
 
-def cells() -> list[tuple[str, str, str, str, str]]:
-    """Every cell: case, source, target, model, dtype; the convolutional model for one case of each."""
-    first: dict[str, str] = {}
-    for name, case in cases().items():
-        if name != "sgd plain":
-            first.setdefault(case.algorithm, name)
+def cells() -> list[Place]:
+    """Every cell; those that share a source's run or a target's template stand together."""
     return [
-        (name, source, target, model, dtype)
+        Place(name, source, target, model, dtype)
         for name, case in cases().items()
-        for source, target in pairs(case)
-        for model in ("mlp", "cnn")
+        for model in MODELS
         for dtype in case.dtypes
-        if model == "mlp" or (name in first.values() and case.algorithm not in NO_CONVOLUTION)
+        for source, target in pairs(case)
+        if (case.algorithm, source, target, model) not in FACTORED
     ]
 
 
-def limit(case: Case, source: str, target: str, dtype: str, model: str = "mlp") -> float:
-    """The largest difference that a cell may show.
+def expected() -> Iterator[tuple[str, str, str, str]]:
+    """(algorithm, source, target, model) of everything that the catalog says converts."""
+    crossing = {
+        (d.algorithm, d.source, d.target)
+        for d in directions()
+        if d.verdict != "refused" and {d.source, d.target} <= {*FRAMEWORKS}
+    }
+    alone = {name for name in algorithms() if name not in {algorithm for algorithm, _, _ in crossing}}
+    for name in alone - NOT_IN_THE_MATRIX.keys():
+        crossing |= {(name, f, f) for f in FRAMEWORKS if row(name, f) is not None}
+    yield from ((*each, model) for each in sorted(crossing) for model in MODELS)
 
-    The numbers are the dense model's. Behind a normalization gradients are smaller and an epsilon weighs
-    more: Adam was measured at 1e-4 there against 3e-5, hence the factor. Float32 sums are longer, too.
-    """
-    numbers = case.measured.get(f"{source} -> {target}")
-    number = numbers[0 if dtype == "float64" else 1] if numbers else 0.0
-    floor = FLOOR[dtype]
-    if dtype == "float64" and case.algorithm == "nadam":
-        floor = FLOAT32_SCALAR
-    return (CONVOLUTION if model == "cnn" else 1.0) * max(3 * (number or 0.0), floor)
+
+def number(case: Case, source: str, target: str, dtype: str) -> float:
+    """What was measured of a pair before; 0 where nothing was."""
+    return (case.measured.get(f"{source} -> {target}") or [0.0, 0.0])[list(FLOOR).index(dtype)] or 0.0
+
+
+def floor(case: Case, dtype: str) -> float:
+    """What an exact conversion may differ by."""
+    return FLOAT32_SCALAR.get(case.algorithm, FLOOR[dtype]) if dtype == "float64" else FLOOR[dtype]
+
+
+def limit(case: Case, place: Place, verdict: Verdict) -> float:
+    """The largest difference that a cell may show."""
+    if verdict.startswith("exact"):
+        return floor(case, place.dtype)
+    return max(3 * number(case, place.source, place.target, place.dtype), floor(case, place.dtype))
+
+
+def complaints(cell: Cell) -> list[str]:
+    """Everything in which a cell is not what the catalog claims."""
+    place, case = cell.place, cases()[cell.place.case]
+    bound = limit(case, place, cell.verdict)
+    found = []
+    if not cell.error <= bound:  # nan too
+        found.append(f"{cell.verdict}: {cell.error:.1e} apart, may be {bound:.1e}")
+    same = place.dtype == "float64" and cell.error <= floor(case, place.dtype)
+    if same and not cell.verdict.startswith("exact"):
+        found.append(f"{cell.verdict}: {cell.error:.1e} apart, which is the same")
+    if not cell.same_weights:
+        found.append("the weights are not the source's")
+    if not cell.steps <= {STEPS}:
+        found.append(f"counts {sorted(cell.steps)} updates, not {STEPS}")
+    if cell.verdict == "approximate" and cell.stated is None:
+        found.append("no difference is stated")
+    if cell.excess > 0:
+        found.append(f"an element of the next update is {cell.excess:.1e} of it beyond what is stated")
+    for name, control in cell.controls.items():
+        least = 10 * max(cell.error, 1e-6)
+        told, shown = (control.moved, 1e-2) if cell.error > OTHER_RULE else (control.error, least)
+        if not told > shown:
+            found.append(f"{name}: {told:.1e} apart, should be above {shown:.1e}")
+    return found
 
 
 def allowed(case: Case, source: str, target: str) -> tuple[str, ...]:
@@ -127,78 +239,96 @@ def allowed(case: Case, source: str, target: str) -> tuple[str, ...]:
 
 
 class Runs:
-    """Source runs, each trained once."""
+    """Source runs and templates, each made once."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._done: dict[tuple[str, str, str, str], tuple[Path, dict[str, Array], dict[str, Array]]] = {}
+        self._done: dict[tuple[str, str, str, str], Run] = {}
+        self._templates: dict[tuple[str, str, str, str], Path] = {}
 
-    def of(
-        self, case: Case, source: str, model: str, dtype: str
-    ) -> tuple[Path, dict[str, Array], dict[str, Array]]:
-        """(checkpoint after `STEPS`, weights there, weights after as many again)."""
+    def of(self, case: Case, source: str, model: str, dtype: str) -> Run:
+        """The source's run, trained `STEPS` on each side of its checkpoint."""
         key = (case.name, source, model, dtype)
         if key not in self._done:
-            place = self._place("-".join(key))
             run = side(source, model, case.algorithm, case.hypers, seed=1, dtype=dtype)
-            run.train(0, STEPS)
+            run.train(0, STEPS - 1)
+            before = run.weights()
+            run.train(STEPS - 1, 1)
             switch = run.weights()
-            saved = run.save(place)
-            run.train(STEPS, STEPS)
-            self._done[key] = saved, switch, run.weights()
+            saved = run.save(self._place("run", *key))
+            run.train(STEPS, 1)
+            after = run.weights()
+            run.train(STEPS + 1, STEPS - 1)
+            self._done[key] = Run(saved=saved, before=before, switch=switch, after=after, end=run.weights())
         return self._done[key]
 
-    def _place(self, name: str) -> Path:
-        place = self.directory / name.replace(" ", "_")
+    def template(self, case: Case, target: str, model: str, dtype: str) -> Path:
+        """A fresh checkpoint of the target."""
+        key = (case.name, target, model, dtype)
+        if key not in self._templates:
+            fresh = side(target, model, case.algorithm, case.hypers, seed=2, dtype=dtype)
+            self._templates[key] = fresh.save(self._place("template", *key))
+        return self._templates[key]
+
+    def _place(self, *names: str) -> Path:
+        place = self.directory / "-".join(names).replace(" ", "_")
         place.mkdir(parents=True, exist_ok=True)
         return place
 
     def cell(
         self,
-        case: Case,
-        source: str,
-        target: str,
-        model: str,
-        dtype: str,
+        place: Place,
         *,
-        controls: bool = False,
+        controls: bool = True,
         set_: Mapping[str, str] = MappingProxyType({}),
         allow: tuple[str, ...] = (),
     ) -> Cell:
         """Convert the source's run onto a fresh template of the target, and go on."""
-        saved, switch, reached = self.of(case, source, model, dtype)
-        place = self._place(f"{case.name}-{source}-{target}-{model}-{dtype}")
-        template = side(target, model, case.algorithm, case.hypers, seed=2, dtype=dtype).save(place)
-        converted = place / ("out.pt" if target == "torch" else "out-1")
+        case, source, target, model, dtype = cases()[place.case], *place[1:]
+        origin = self.of(case, source, model, dtype)
+        converted = self._place(*place) / ("out.pt" if target == "torch" else "out-1")
         report = convert(
-            saved,
+            origin.saved,
             converted,
-            template=template,
+            template=self.template(case, target, model, dtype),
             set_={**supplied(case, source), **set_},
             allow=(*allowed(case, source, target), *allow),
             force=True,
         )
         code = [] if target == "torch" else report.target_requires
+        run = side(target, model, case.algorithm, case.hypers, seed=3, dtype=dtype, code=code)
+        run.restore(converted)
+        restored, steps = run.weights(), frozenset(run.steps())
+        run.train(STEPS, 1)
+        excess = beyond(origin, run.weights(), case.hypers, stated(report)) if dtype == "float64" else 0.0
+        run.train(STEPS + 1, STEPS - 1)
+        reached = run.weights()
 
-        def resumed(*, cold: bool = False, stepless: bool = False) -> float:
-            run = side(target, model, case.algorithm, case.hypers, seed=3, dtype=dtype, code=code)
-            if cold:
-                run.put(switch)
+        def withheld(name: str) -> Control:
+            other = run
+            if name == "cold":
+                other = side(target, model, case.algorithm, case.hypers, seed=3, dtype=dtype, code=code)
+                other.put(origin.switch)
             else:
-                run.restore(converted)
-            if stepless:
-                run.forget_step()
-            run.train(STEPS, STEPS)
-            return difference(run.weights(), reached, switch)
+                other.restore(converted)
+                other.forget_step()
+            other.train(STEPS, STEPS)
+            ends = other.weights()
+            return Control(
+                error=difference(ends, origin.end, origin.switch),
+                moved=difference(ends, reached, origin.switch),
+            )
 
-        error = resumed()
-        withheld = {}
-        if controls:
-            if case.name != "sgd plain":  # it has no state
-                withheld["cold"] = resumed(cold=True)
-            if case.reads_step:
-                withheld["no step"] = resumed(stepless=True)
-        return Cell(report=report, error=error, controls=withheld)
+        names = (*("cold",) * case.has_state, *("no step",) * case.reads_step) if controls else ()
+        return Cell(
+            place=place,
+            report=report,
+            error=difference(reached, origin.end, origin.switch),
+            steps=steps,
+            same_weights=all(np.array_equal(restored[name], origin.switch[name]) for name in restored),
+            excess=excess,
+            controls={name: withheld(name) for name in names},
+        )
 
 
 def supplied(case: Case, source: str) -> dict[str, str]:
@@ -217,7 +347,32 @@ def supplied(case: Case, source: str) -> dict[str, str]:
 def difference(ours: Mapping[str, Array], theirs: Mapping[str, Array], before: Mapping[str, Array]) -> float:
     """Largest weight difference relative to the largest distance travelled since the switch."""
     travelled = max(float(np.abs(theirs[name] - before[name]).max()) for name in theirs)
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) / travelled
+    return float(np.max([np.abs(ours[name] - theirs[name]).max() for name in theirs])) / travelled
 
 
-__all__ = ["STEPS", "Case", "Cell", "Runs", "arguments", "cases", "limit", "pairs"]
+def stated(report: Report) -> float | None:
+    """The largest relative difference of the next update that a report states."""
+    texts = [text for text in report.verdicts[0].residuals if "next update" in text]
+    return float(re.findall(r"\d\.\de[-+]\d+", texts[0])[0]) if texts else None
+
+
+def beyond(
+    origin: Run, after: Mapping[str, Array], hypers: Mapping[str, Value], largest: float | None
+) -> float:
+    """How far the next update is beyond the stated difference, at its worst element; 0 where nowhere.
+
+    The difference is stated of what the gradient moves. A buffer of momentum and a decay move the weights by
+    the same amount in both and are taken off. The stated number has two digits.
+    """
+    if largest is None:
+        return 0.0
+    momentum, decay, rate = (
+        float(rounded(hypers.get(n)) or 0) for n in ("momentum", "weight_decay", "learning_rate")
+    )
+    worst = 0.0
+    for name, switch in origin.switch.items():
+        common = momentum * (switch - origin.before[name]) - rate * decay * switch
+        theirs, ours = (weights[name] - switch - common for weights in (origin.after, after))
+        room = 1.06 * largest * np.abs(theirs) + 1e-11 * np.abs(theirs).max()
+        worst = max(worst, float(((np.abs(ours - theirs) - room) / np.abs(theirs).max()).max()))
+    return worst

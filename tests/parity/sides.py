@@ -35,6 +35,11 @@ SHAPES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     },
 }
 SCALE = {"emb.weight": 0.6, "conv.weight": 0.1, "fc.weight": 0.8}
+GAIN = {"mlp": 1.0, "cnn": 3.0}
+"""What a loss is multiplied by: behind a normalization gradients are three times smaller, and an epsilon
+would weigh three times as much as in the dense model, of which the limits were measured."""
+EAGER = frozenset({("tf_keras", "nadam")})
+"""Classes that follow another rule in a compiled step: a Python number of theirs is fixed there."""
 LAYOUT = {2: (1, 0), 4: (3, 2, 0, 1)}
 """Axes of a Keras kernel in PyTorch's order, by rank."""
 
@@ -42,11 +47,13 @@ LAYOUT = {2: (1, 0), 4: (3, 2, 0, 1)}
 class Side(Protocol):
     """A model with its optimizer in one framework."""
 
-    def train(self, first: int, count: int) -> None: ...
+    def train(self, first: int, count: int) -> list[float]: ...
     def weights(self) -> dict[str, Array]: ...
     def save(self, directory: Path) -> Path: ...
     def restore(self, path: Path) -> None: ...
+    def steps(self) -> set[int]: ...
     def forget_step(self) -> None: ...
+    def forget_slots(self) -> None: ...
     def put(self, weights: Mapping[str, Array]) -> None: ...
 
 
@@ -135,15 +142,18 @@ class TorchSide:
             for name, value in weights.items():
                 self.model.get_parameter(name).copy_(self.torch.from_numpy(value))
 
-    def train(self, first: int, count: int) -> None:
+    def train(self, first: int, count: int) -> list[float]:
+        losses = []
         for number in range(first, first + count):
             x, y = batch(self.name, number, self.dtype)
             self.optimizer.zero_grad()
             loss = self.torch.nn.functional.cross_entropy(
                 self.model(self.torch.from_numpy(x)), self.torch.from_numpy(y)
             )
-            loss.backward()
+            (loss * GAIN[self.name]).backward()
             self.optimizer.step()
+            losses.append(float(loss.detach()))
+        return losses
 
     def weights(self) -> dict[str, Array]:
         return {name: p.detach().numpy().copy() for name, p in self.model.named_parameters()}
@@ -158,9 +168,17 @@ class TorchSide:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
 
+    def steps(self) -> set[int]:
+        return {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+
     def forget_step(self) -> None:
         for state in self.optimizer.state.values():
             state["step"].zero_()
+
+    def forget_slots(self) -> None:
+        for state in self.optimizer.state.values():
+            for key in state.keys() - {"step"}:
+                state[key].zero_()
 
 
 class KerasSide:
@@ -216,22 +234,28 @@ class KerasSide:
             self.optimizer._create_all_weights(self.model.trainable_variables)
         else:
             self.optimizer.build(self.model.trainable_variables)
+        self._update = self._one if (kind, algorithm) in EAGER else tf.function(self._one, autograph=False)
 
     def put(self, weights: Mapping[str, Array]) -> None:
         for name, value in weights.items():
             turned = name != "emb.weight" and value.ndim in LAYOUT
             self.variables[name].assign(value.transpose(np.argsort(LAYOUT[value.ndim])) if turned else value)
 
-    def train(self, first: int, count: int) -> None:
-        tf = self.tf
-        for number in range(first, first + count):
-            x, y = batch(self.name, number, self.dtype)
-            with tf.GradientTape() as tape:
-                logits = self.model(x, training=True)
-                loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
-            # Densified: Keras 3 squares an embedding's gradients before summing duplicates.
-            gradients = [tf.convert_to_tensor(g) for g in tape.gradient(loss, self.model.trainable_variables)]
-            self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
+    def train(self, first: int, count: int) -> list[float]:
+        numbers = range(first, first + count)
+        batches = (batch(self.name, number, self.dtype) for number in numbers)
+        return [float(self._update(self.tf.constant(x), self.tf.constant(y))) for x, y in batches]
+
+    def _one(self, x: Any, y: Any) -> Any:
+        tf, variables = self.tf, self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            logits = self.model(x, training=True)
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+            gained = loss * GAIN[self.name]
+        # Densified: Keras 3 squares an embedding's gradients before summing duplicates.
+        gradients = [tf.convert_to_tensor(g) for g in tape.gradient(gained, variables)]
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return loss
 
     def weights(self) -> dict[str, Array]:
         result = {}
@@ -252,8 +276,18 @@ class KerasSide:
         for line in self.after:
             exec(line, {"optimizer": self.optimizer})  # the report's own line
 
+    def steps(self) -> set[int]:
+        return {int(self.optimizer.iterations.numpy())}
+
     def forget_step(self) -> None:
         self.optimizer.iterations.assign(0)
+
+    def forget_slots(self) -> None:
+        """Of optimizers whose state is slots and a step alone; hyperparameters are scalars."""
+        legacy = self.kind == "tf_keras_legacy"
+        for variable in self.optimizer.weights if legacy else self.optimizer.variables:
+            if len(variable.shape):
+                variable.assign(self.tf.zeros_like(variable))
 
 
 def side(

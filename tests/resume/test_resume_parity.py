@@ -1,7 +1,8 @@
 """Train in one framework, convert on the command line, go on in both: the runs must stay together.
 
 The metric: largest weight difference after the continuation, relative to the largest distance that a weight
-travels in it. Controls withhold what a converter tends to lose, and must be far worse.
+travels in it. Controls withhold what a converter tends to lose, and must be far worse. `tests/parity` has
+every optimizer, through the library.
 """
 
 from __future__ import annotations
@@ -17,19 +18,15 @@ pytest.importorskip("torch")
 pytest.importorskip("tensorflow")
 pytest.importorskip("tf_keras")
 
-from tests.resume.nets import Side, side
+from tests.parity.matrix import STEPS, Case, Place, cases, difference, limit, supplied
+from tests.parity.sides import Side, side
 
-STEPS = 20
 KERAS = ("keras3", "tf_keras", "tf_keras_legacy")
-TIGHT, EPSILON_PLACE = 2e-5, 2e-4
+FLOAT32 = ("sgd plain", "sgd momentum", "sgd nesterov", "adam eps1e-7", "adamw wd.05")
+FLOAT64 = ("sgd momentum", "adam eps1e-7")
 CONTROL_FACTOR = 100
-
-
-def bound(optimizer: str, *kinds: str) -> float:
-    """`TIGHT` where the update rules can be made equal, `EPSILON_PLACE` where epsilon stands elsewhere."""
-    if optimizer in ("sgd", "momentum", "nesterov"):
-        return TIGHT
-    return TIGHT if optimizer == "adam" and "tf_keras" in kinds else EPSILON_PLACE
+LOSS = {"float32": 1e-3, "float64": 1e-4}
+"""How far a loss may be from the source's, relative to it."""
 
 
 def convert(source: Path, target: Path, *arguments: str) -> None:
@@ -42,66 +39,64 @@ def convert(source: Path, target: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr + done.stdout
 
 
-def moved(reached: Side, reference: Side, before: dict[str, np.ndarray]) -> float:
-    ours, theirs = reached.weights(), reference.weights()
-    travelled = max(float(np.abs(theirs[name] - before[name]).max()) for name in theirs)
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) / travelled
-
-
-def cases() -> list[tuple[str, str, str, str]]:
+def places() -> list[Place]:
     return [
-        (source, target, model, optimizer)
+        Place(name, *way, model, dtype)
         for model in ("mlp", "cnn")
-        for optimizer in ("sgd", "momentum", "nesterov", "adam", "adamw")
+        for dtype, names in (("float32", FLOAT32), ("float64", FLOAT64))
+        for name in names
         for keras in KERAS
-        for source, target in (("torch", keras), (keras, "torch"))
-        if not (optimizer == "adamw" and keras == "tf_keras_legacy")
+        for way in (("torch", keras), (keras, "torch"))
+        if not (name == "adamw wd.05" and keras == "tf_keras_legacy")
     ]
 
 
-@pytest.mark.parametrize(("source", "target", "model", "optimizer"), cases())
-def test_a_converted_run_goes_on_as_if_nothing_had_happened(
-    source: str, target: str, model: str, optimizer: str, tmp_path: Path
-) -> None:
-    origin = side(source, model, optimizer, seed=1)
+def made(case: Case, kind: str, other: str, place: Place, seed: int) -> Side:
+    """One side; tf_keras' Adam with the epsilon that a run of PyTorch needs."""
+    hypers = dict(case.hypers)
+    if case.algorithm == "adam" and (kind, other) == ("tf_keras", "torch"):
+        hypers["adaptive_epsilon"] = True
+    return side(kind, place.model, case.algorithm, hypers, seed=seed, dtype=place.dtype)
+
+
+@pytest.mark.parametrize("place", places(), ids="-".join)
+def test_a_converted_run_goes_on_as_if_nothing_had_happened(place: Place, tmp_path: Path) -> None:
+    case, source, target = cases()[place.case], place.source, place.target
+    origin = made(case, source, target, place, seed=1)
     origin.train(0, STEPS)
     at_switch = origin.weights()
     saved = origin.save(tmp_path)
     losses = origin.train(STEPS, STEPS)
+    reached = origin.weights()
 
     (tmp_path / "fresh").mkdir()
-    template = side(target, model, optimizer, seed=2).save(tmp_path / "fresh")
+    template = made(case, target, source, place, seed=2).save(tmp_path / "fresh")
     converted = tmp_path / ("out.pt" if target == "torch" else "out-1")
-    supplied = () if optimizer in ("adam", "adamw") or source != "torch" else (f"step={STEPS}",)
-    convert(
-        saved,
-        converted,
-        "--template",
-        str(template),
-        *(argument for text in supplied for argument in ("--set", text)),
-    )
+    known = supplied(case, source)
+    if (case.algorithm, source) == ("adam", "tf_keras"):
+        known["adaptive_epsilon"] = "true"
+    arguments = (part for name, value in known.items() for part in ("--set", f"{name}={value}"))
+    convert(saved, converted, "--template", str(template), *arguments)
 
-    resumed = side(target, model, optimizer, seed=3)
+    resumed = made(case, target, source, place, seed=3)
     resumed.restore(converted)
-    if not (target == "torch" and optimizer in ("sgd", "momentum", "nesterov")):
-        assert resumed.step() == STEPS
+    assert resumed.steps() <= {STEPS}
     for name, value in resumed.weights().items():
         np.testing.assert_array_equal(value, at_switch[name], err_msg=name)
     continued = resumed.train(STEPS, STEPS)
-    error = moved(resumed, origin, at_switch)
-    assert error <= bound(optimizer, source, target)
-    np.testing.assert_allclose(continued, losses, rtol=1e-3)
+    error = difference(resumed.weights(), reached, at_switch)
+    adaptive = case.algorithm == "adam" and "tf_keras" in (source, target)
+    assert error <= limit(case, place, "exact" if adaptive else "approximate")
+    np.testing.assert_allclose(continued, losses, rtol=LOSS[place.dtype])
 
-    for control in controls(target, optimizer):
-        withheld = side(target, model, optimizer, seed=4)
+    for control in controls(case):
+        withheld = made(case, target, source, place, seed=4)
         withheld.restore(converted)
         getattr(withheld, control)()
         withheld.train(STEPS, STEPS)
-        assert moved(withheld, origin, at_switch) >= CONTROL_FACTOR * error, control
+        assert difference(withheld.weights(), reached, at_switch) >= CONTROL_FACTOR * error, control
 
 
-def controls(target: str, optimizer: str) -> tuple[str, ...]:
+def controls(case: Case) -> tuple[str, ...]:
     """What the update rule reads, so that withholding it must show."""
-    if optimizer == "sgd":
-        return ()
-    return ("forget_slots",) if optimizer in ("momentum", "nesterov") else ("forget_slots", "forget_step")
+    return (*("forget_slots",) * case.has_state, *("forget_step",) * case.reads_step)
