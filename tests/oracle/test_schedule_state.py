@@ -109,7 +109,15 @@ def test_a_damaged_sequence_does_not_follow_an_edit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "family"),
-    [("cosine", "cosine"), ("warm-up", "sequential"), ("multi-step", "multi-step"), ("linear", "linear")],
+    [
+        ("cosine", "cosine"),
+        ("warm-up", "sequential"),
+        ("multi-step", "multi-step"),
+        ("linear", "linear"),
+        ("one-cycle", "one-cycle"),
+        ("sequential", "sequential"),
+        ("chained", "chained"),
+    ],
 )
 def test_there_and_back_by_the_note(name: str, family: str, tmp_path: Path) -> None:
     """The bundle counts, its note tells the family: no source spec is needed on the way back."""

@@ -86,6 +86,10 @@ def test_epochs_follow_the_counter_of_updates(family: str, ahead: int, tmp_path:
     source = saved(tmp_path / "later", model, optimizer)
     spec = ckptconv.keras.describe(model, optimizer)
     again = torch_template(tmp_path / "fresh.pt", TORCH[family])
+    ckptconv.convert(tmp_path / "ckpt", tmp_path / "noted.pt", template=tmp_path / "fresh.pt")
+    noted = loaded(tmp_path / "noted.pt")
+    assert noted["scheduler"].get("last_epoch", DONE) == DONE
+    assert noted["scheduler"]["_last_lr"] == [noted["optimizer"]["param_groups"][0]["lr"]]
     if family in ("cosine", "sequential", "one-cycle"):
         ckptconv.convert(source, tmp_path / "back.pt", template=tmp_path / "fresh.pt", source_spec=spec)
         state = resumed(tmp_path / "back.pt", *again)
