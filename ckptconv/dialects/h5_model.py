@@ -17,7 +17,7 @@ from ckptconv.catalog import keras_variables
 from ckptconv.catalog.keras_variables import FileVariable
 from ckptconv.dialects.graph_optimizer import STATISTICS
 from ckptconv.dialects.keras_config import Layer, label, leaves
-from ckptconv.dialects.keras_file_model import Found, Model, Path, below, distinct
+from ckptconv.dialects.keras_file_model import Found, Model, Path, below, distinct, what_lacks
 from ckptconv.dialects.keras_layers import Reading, read_layer
 from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, ListNode, Node
@@ -107,7 +107,8 @@ def model_of(weights: DictNode, at: Path, whole: Layer | None, framework: str) -
         layer = declared.get(name)
         told = list(_of_config(layer, own, framework)) if layer is not None else []
         found += told or _by_names(name, own, framework, frozen=layer is not None and layer.frozen)
-    return Model(variables=distinct(tuple(found)), ordered=True)
+    oddities = () if whole is None else what_lacks(whole, found, framework)
+    return Model(variables=distinct(tuple(found)), ordered=True, oddities=oddities)
 
 
 def _of_config(layer: Layer, own: Sequence[tuple[Path, TensorRef]], framework: str) -> Iterator[Found]:
@@ -166,7 +167,8 @@ def _by_names(
     }
     for path, tensor in own:
         reading = readings[path[:-1]].get(leaf_of(path), Reading())
-        inside = path[2:-1] if path[1:2] == (layer,) else path[1:-1]
+        steps = path[1:-1]
+        inside = steps[steps.index(layer) + 1 :] if layer in steps else steps
         around = () if path[0] == TOP_LEVEL else (layer,)
         yield Found(
             path=path,

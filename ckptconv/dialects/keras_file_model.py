@@ -13,12 +13,12 @@ Source: keras 3.15.1 `keras/src/saving/saving_lib.py` (`_save_container_state`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptconv.catalog import keras_variables
 from ckptconv.catalog.keras_variables import FileVariable
-from ckptconv.dialects.keras_config import LAYERS, Layer, label
+from ckptconv.dialects.keras_config import LAYERS, Layer, label, leaves
 from ckptconv.document import Evidence, Layout
 from ckptconv.rawtree import DictNode, Node
 from ckptconv.tensor import TensorRef
@@ -26,6 +26,9 @@ from ckptconv.tensor import TensorRef
 Path = tuple[str, ...]
 VARS = "vars"
 DEPENDENCIES = "_layer_checkpoint_dependencies"
+_RANDOM = ("rate", "stddev", "dropout", "recurrent_dropout")
+"""Arguments without which a layer with a seed draws no number."""
+_SHOWN = 5
 _BESIDE = frozenset({"optimizer", "metrics"})
 """Groups at the root that are no layers."""
 
@@ -60,7 +63,32 @@ def declared_model(weights: DictNode, whole: Layer, framework: str) -> Model:
     """The variables of a model whose config is there, in its order."""
     found = tuple(_listed(weights, (), whole, "", framework))
     unknown = any(one.trainable is None for one in found)
-    return Model(variables=distinct(found), ordered=not unknown)
+    return Model(variables=distinct(found), ordered=not unknown, oddities=what_lacks(whole, found, framework))
+
+
+def what_lacks(whole: Layer, found: Sequence[Found], framework: str) -> tuple[str, ...]:
+    """What the config declares and the file does not hold: variables of layers, states of generators."""
+    there = {"/".join(one.name.split("/")[:end]) for one in found for end in range(one.name.count("/") + 1)}
+    without, random = [], []
+    for name, leaf in (one for _, layer in whole.inside for one in leaves(layer)):
+        if not leaf.of_keras:
+            continue
+        due = keras_variables.variables_of(leaf.class_name, leaf.arguments, framework)
+        if due and name not in there and any(one.trained for one in due):
+            without.append(name)
+        if "seed" in leaf.arguments and any(leaf.arguments.get(key) for key in _RANDOM):
+            random.append(name)
+    said = []
+    if without:
+        said.append(f"the config declares layers of which the file has no variables: {_some(without)}")
+    if random:
+        said.append(f"states of random generators are not in the file: those of {_some(random)}")
+    return tuple(said)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def numbered(group: Node) -> list[tuple[str, TensorRef]]:

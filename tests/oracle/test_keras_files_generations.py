@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ pytest.importorskip("h5py")
 keras = pytest.importorskip("keras")
 tf_keras = pytest.importorskip("tf_keras")
 
+import h5py  # noqa: E402
+
 import ckptconv  # noqa: E402
 from ckptconv.document import value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
+from ckptconv.skeleton import write_skeleton  # noqa: E402
 from tests.support.keras_zoo import ZOO, compiled  # noqa: E402
 
 Model = Any
@@ -201,3 +205,58 @@ def test_a_loss_scale_optimizer_counts_inside(kind: str, tmp_path: Path) -> None
     if kind == "tf_keras":
         again = tf_keras.models.load_model(tmp_path / "back.keras")
         assert int(again.optimizer.iterations) == 9
+
+
+def test_what_a_config_declares_and_the_file_lacks_is_said(tmp_path: Path) -> None:
+    """States of generators are in no file; the layers of one that was damaged are missed."""
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((3,)),
+            layers.Dense(2, name="here"),
+            layers.Dropout(0.5, name="random"),
+            layers.Dropout(0.0),
+        ]
+    )
+    for suffix in (".keras", ".h5"):
+        model.save(tmp_path / f"a{suffix}")
+        (said,) = ckptconv.open(tmp_path / f"a{suffix}").oddities
+        assert said.endswith("those of random")
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["model_weights/here"].attrs["weight_names"] = np.zeros(0)
+    lost, _ = ckptconv.open(tmp_path / "a.h5").oddities
+    assert lost.endswith("no variables: here")
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_a_skeleton_with_a_config_is_a_template(suffix: str, tmp_path: Path) -> None:
+    trained(tf_keras, tf_keras.optimizers.Adam(0.01)).save(tmp_path / "run.keras")
+    made = template(keras, keras.optimizers.Adam(0.5), tmp_path / f"template{suffix}")
+    write_skeleton(ckptconv.open(made), tmp_path / "skeleton.json")
+    made.unlink()
+    ckptconv.convert(tmp_path / "run.keras", tmp_path / f"out{suffix}", template=tmp_path / "skeleton.json")
+    again = keras.models.load_model(tmp_path / f"out{suffix}")
+    assert int(again.optimizer.iterations) == 5
+    assert float(again.optimizer.learning_rate) == pytest.approx(0.01)
+
+
+def test_the_layout_of_keras_2_13(tmp_path: Path) -> None:
+    """Layers in a dictionary in which those with weights stand twice: every second number is left out."""
+    model = trained(tf_keras, tf_keras.optimizers.Adam(0.01))
+    model.save(tmp_path / "new.keras")
+    with zipfile.ZipFile(tmp_path / "new.keras") as archive:
+        archive.extractall(tmp_path)
+    with h5py.File(tmp_path / "model.weights.h5", "r+") as file:
+        for number, name in enumerate(("dense", "dense_1", "dense_2")):
+            to = f"dense_{2 * number}" if number else "dense"
+            file.move(f"layers/{name}", f"_layer_checkpoint_dependencies/{to}")
+        del file["layers"]
+    with zipfile.ZipFile(tmp_path / "old.keras", "w") as archive:
+        for name in ("metadata.json", "config.json", "model.weights.h5"):
+            archive.write(tmp_path / name, name)
+    new, old = ckptconv.open(tmp_path / "new.keras"), ckptconv.open(tmp_path / "old.keras")
+    assert list(new.params) == list(old.params)
+    for name, param in new.params.items():
+        assert np.array_equal(param.read(), old.params[name].read())
+    moments = [run.optimizers[0].slots["first_moment"] for run in (new, old)]
+    assert all(np.array_equal(moments[0][name].read(), moments[1][name].read()) for name in new.params)
