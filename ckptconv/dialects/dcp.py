@@ -30,6 +30,28 @@ _BESIDE, _MODEL = "beside", "model_key"
 _UNSEEN = "The shards do not record how large the tensors are: a missing last shard cannot be seen."
 
 
+_RESTORE_MODEL = """import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+state = get_model_state_dict(model)
+dcp.load(state, checkpoint_id={target!r})
+set_model_state_dict(model, state)"""
+_RESTORE = """import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+options = StateDictOptions({flat})
+model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+state = {{{model!r}: model_state, {optimizer!r}: optimizer_state}}
+dcp.load(state, checkpoint_id={target!r})
+set_state_dict(
+    model,
+    optimizer,
+    model_state_dict=state[{model!r}],
+    optim_state_dict=state[{optimizer!r}],
+    options=options,
+)"""
+
+
 class InFolder:
     """A dialect of PyTorch files, in a folder."""
 
@@ -79,19 +101,22 @@ class InFolder:
         return self._inner.template_problems(template)
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
-        """Loading into what `get_state_dict` gives of a model and an optimizer."""
-        return "\n".join(
-            (
-                "import torch.distributed.checkpoint as dcp",
-                "from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict",
-                "",
-                "model_state, optimizer_state = get_state_dict(model, optimizer)",
-                'state = {"model": model_state, "optimizer": optimizer_state}',
-                f"dcp.load(state, checkpoint_id={target!r})",
-                'set_state_dict(model, optimizer, model_state_dict=state["model"], '
-                'optim_state_dict=state["optimizer"])',
-            )
-        )
+        """Loading into what `get_state_dict` gives; empty for a dictionary of another kind."""
+        if self.name == Lightning.name:
+            return self._inner.restore_code(checkpoint, target)
+        residue = checkpoint.residue
+        root = residue.root if residue is not None else DictNode()
+        models = {path[:-1] for path, lifted in places(root) if lifted.to[0] == "param"}
+        optimizers = [path for path in _names(checkpoint) if len(path) == 1]
+        forms = residue.attributes.get(FORMS, ()) if residue is not None else ()
+        told = forms if isinstance(forms, tuple) else ()
+        if models <= {()}:
+            return _RESTORE_MODEL.format(target=target)
+        if len(models) != 1 or len(optimizers) != 1 or any(form.startswith("loose") for form in told):
+            return ""
+        (path,), (optimizer,) = models.pop(), optimizers[0]
+        flat = "flatten_optimizer_state_dict=True" if any(form.startswith("flat") for form in told) else ""
+        return _RESTORE.format(model=path, optimizer=optimizer, target=target, flat=flat)
 
 
 def _as_file(raw: RawTree) -> RawTree:

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_s
 from torch.distributed.checkpoint.state_dict import (  # noqa: E402
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
 )
 
 import ckptconv  # noqa: E402
@@ -39,6 +38,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def leaves(folder: Path) -> dict[str, Node]:
     return {"/".join(map(str, path)): leaf for path, leaf in walk(read_raw(folder).root)}
+
+
+def digest(leaf: TensorRef) -> list[Any]:
+    """As `expected.json` has it."""
+    return [leaf.dtype.name, list(leaf.shape), sha256(as_bytes(leaf.read())).hexdigest()]
 
 
 def load(path: Path) -> Any:
@@ -68,11 +72,7 @@ def assert_equal_items(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 def test_every_tensor_is_the_one_that_torch_loads(case: str) -> None:
     truth = json.loads((DCP / case / "expected.json").read_text(encoding="utf-8"))["tensors"]
     found = {key: leaf for key, leaf in leaves(DCP / case / "run").items() if isinstance(leaf, TensorRef)}
-    told = {
-        key: [leaf.dtype.name, list(leaf.shape), sha256(as_bytes(leaf.read())).hexdigest()]
-        for key, leaf in found.items()
-    }
-    assert told == truth
+    assert {key: digest(leaf) for key, leaf in found.items()} == truth
 
 
 @pytest.mark.parametrize("name", ["shards", "both"])
@@ -81,11 +81,7 @@ def test_shards_of_the_huggingface_writer(name: str) -> None:
     case = DCP / "hf-2-ranks"
     truth = json.loads((case / "expected.json").read_text(encoding="utf-8"))["tensors"]
     found = {key: leaf for key, leaf in leaves(case / "run" / name).items() if isinstance(leaf, TensorRef)}
-    told = {
-        key: [leaf.dtype.name, list(leaf.shape), sha256(as_bytes(leaf.read())).hexdigest()]
-        for key, leaf in found.items()
-    }
-    assert told == truth
+    assert {key: digest(leaf) for key, leaf in found.items()} == truth
     assert float(found["temperature"].read()) == 123.0
     odd = ckptconv.open(case / "run" / name).oddities
     assert bool(odd) == (name == "shards")
@@ -225,22 +221,64 @@ def test_torch_loads_a_folder_of_ours_into_model_and_optimizer(sharded: bool, tm
     """From a file whose optimizer has numbers, in two groups that are not in the order of the model."""
     net, optimizer = build(4)
     torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
-    ckptconv.convert(tmp_path / "run.pt", tmp_path / "run", to="dcp", shard_size=600 if sharded else None)
+    limit = 600 if sharded else None
+    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "run", to="dcp", shard_size=limit)
     assert (len(list((tmp_path / "run").glob("*.distcp"))) > 1) == sharded
     fresh_net, fresh = build(1)
-    options = StateDictOptions()
-    model_state, optimizer_state = get_state_dict(fresh_net, fresh, options=options)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=tmp_path / "run")
-    set_state_dict(
-        fresh_net,
-        fresh,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=options,
-    )
+    exec(report.restore, {"model": fresh_net, "optimizer": fresh})
     assert_same(state_of(fresh_net, fresh), state_of(net, optimizer))
     assert len(fresh.state) == len(list(net.parameters()))
+
+
+def test_torch_loads_a_flat_folder_of_ours(tmp_path: Path) -> None:
+    """Settings of every parameter by itself, as it was saved."""
+    net, optimizer = build(4)
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model_state, optimizer_state = get_state_dict(net, optimizer, options=options)
+    for group in optimizer.param_groups:
+        group.pop("param_names")
+    flat = {k: v for k, v in optimizer_state.items() if not k.endswith("param_names")}
+    dcp.save({"weights": model_state, "opt": flat}, checkpoint_id=tmp_path / "theirs")
+    ckptconv.convert(tmp_path / "theirs", tmp_path / "neutral", to="neutral")
+    report = ckptconv.convert(tmp_path / "neutral", tmp_path / "ours", to="dcp")
+    fresh_net, fresh = build(1)
+    for group in fresh.param_groups:
+        group.pop("param_names")
+    exec(report.restore, {"model": fresh_net, "optimizer": fresh})
+    assert_same(state_of(fresh_net, fresh), state_of(net, optimizer))
+
+
+def test_torch_loads_weights_alone(tmp_path: Path) -> None:
+    net, _ = build(4)
+    torch.save(net.state_dict(), tmp_path / "weights.pt")
+    report = ckptconv.convert(tmp_path / "weights.pt", tmp_path / "weights", to="dcp")
+    fresh, _ = build(1)
+    exec(report.restore, {"model": fresh})
+    assert_same(dict(fresh.state_dict()), dict(net.state_dict()))
+
+
+def test_a_folder_crosses_to_keras_as_its_file_does(tmp_path: Path) -> None:
+    """And a Keras run goes onto a folder as template."""
+    template = FIXTURES / "keras3" / "mlp-adamw-fresh" / "ckpt-1"
+    file = FIXTURES / "plain" / "mlp-adamw" / "run.pt"
+    ckptconv.convert(file, tmp_path / "folder", to="dcp")
+    ckptconv.convert(file, tmp_path / "ckpt-1", template=template)
+    ckptconv.convert(tmp_path / "folder", tmp_path / "ckpt-2", template=template)
+    direct, through = leaves(tmp_path / "ckpt-1"), leaves(tmp_path / "ckpt-2")
+    number = "save_counter/.ATTRIBUTES/VARIABLE_VALUE"
+    assert {key: told(leaf) for key, leaf in direct.items() if key != number} == {
+        key: told(leaf) for key, leaf in through.items() if key != number
+    }
+    settled = {"epochs": "2", "epoch_convention": "count"}
+    ckptconv.convert(tmp_path / "ckpt-2", tmp_path / "back", template=tmp_path / "folder", set_=settled)
+    before, after = leaves(tmp_path / "folder"), leaves(tmp_path / "back")
+    kept = [key for key, leaf in before.items() if isinstance(leaf, TensorRef)]
+    assert kept
+    assert {key: told(after[key]) for key in kept} == {key: told(before[key]) for key in kept}
+
+
+def told(leaf: Node) -> object:
+    return as_bytes(leaf.read()).tobytes() if isinstance(leaf, TensorRef) else repr(leaf)
 
 
 def test_a_file_through_a_folder_restores_state_for_all_parameters(tmp_path: Path) -> None:
