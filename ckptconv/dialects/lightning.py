@@ -38,6 +38,7 @@ from ckptconv.errors import FormatError, MappingError, Problem
 from ckptconv.rawtree import DictNode, ListNode, Node, Path, RawTree, at
 from ckptconv.tensor import TensorRef
 
+_CURRENT = "current_model_state"
 _LOADER: Path = (*FIT, "state_dict", "combined_loader")
 """States of loaders that can tell theirs."""
 
@@ -66,14 +67,15 @@ class Lightning:
     def lift(self, raw: RawTree) -> Checkpoint:
         """The training run. I/O: reads 0-d counters. Raises: duplicate-key, corrupt-file, unknown-dialect."""
         root = raw.root
-        state = root.get("state_dict") if isinstance(root, DictNode) else None
+        key = _model(root) if isinstance(root, DictNode) else ""
+        state = root.get(key) if isinstance(root, DictNode) else None
         if not isinstance(root, DictNode) or not isinstance(state, DictNode):
             raise FormatError.of(
                 "unknown-dialect", "the file holds no state_dict", "See: ckptconv inspect --raw.", loc=()
             )
         refuse_repeated_keys(root)
         lifter = Lifter(root)
-        module = lift_module(state, ("state_dict",), lifter)
+        module = lift_module(state, (key,), lifter)
         optimizers, odd = _optimizers(root, module, lifter)
         optimizers = with_steps(root, optimizers)
         schedules, odd_schedules = _schedules(root, optimizers, lifter)
@@ -127,6 +129,12 @@ class Lightning:
         if not checkpoint.optimizers:
             return f"model = MyModule.load_from_checkpoint({target!r})"
         return f"trainer.fit(model, ckpt_path={target!r})"
+
+
+def _model(root: DictNode) -> str:
+    """Where the trained weights stand: `WeightAveraging` puts the average of them into `state_dict`."""
+    averaged = isinstance(root.get("averaging_state"), DictNode)
+    return _CURRENT if averaged and isinstance(root.get(_CURRENT), DictNode) else "state_dict"
 
 
 def _producer(root: DictNode) -> str:

@@ -43,7 +43,7 @@ class Average:
 def averages(checkpoint: Checkpoint) -> tuple[Average, ...]:
     """Every average of the document's weights. I/O: none."""
     own = _slots(checkpoint)
-    counted = {name.removesuffix(_COUNT) for name in checkpoint.extras if name.endswith(_COUNT)}
+    counted = set(_counts(checkpoint))
     for name, tensor in _named(checkpoint):
         steps = name.split("/")
         depth = next((i for i in range(len(steps)) if _is_average(steps[: i + 1], counted)), None)
@@ -95,7 +95,8 @@ def _in_slots(checkpoint: Checkpoint, average: Average) -> Checkpoint:
             extras[EXTRA + name] = tensor
             moved["extra", key] = Lifted(to=("extra", EXTRA + name))
     scalars: dict[str, Fact] = {}
-    count, counter = average.key + _COUNT, extras.get(average.key + _COUNT)
+    count = _counts(checkpoint).get(average.key, "")
+    counter = extras.get(count)
     number = number_of(counter) if counter is not None else None
     if held and number is not None:
         del extras[count]
@@ -132,6 +133,13 @@ def _slots(checkpoint: Checkpoint) -> dict[str, dict[str, TensorRef]]:
     path = next((p for p, leaf in walk(root) if isinstance(leaf, Lifted) and AVERAGE in leaf.to), (AVERAGE,))
     depth = next((i for i in range(len(path)) if _is_average(list(map(str, path[: i + 1])), set())), 0)
     return {"/".join(map(str, path[: depth + 1])): {**tensors, **rest}}
+
+
+def _counts(checkpoint: Checkpoint) -> dict[str, str]:
+    """Key of an average -> the extra that counts how often it was moved."""
+    found = [name for name in checkpoint.extras if name.endswith(_COUNT)]
+    keys = [name.removesuffix(_COUNT) for name in found]
+    return {torch_keys.AVERAGE_COUNTED.get(key, key): name for key, name in zip(keys, found, strict=True)}
 
 
 def _is_average(steps: list[str], counted: Collection[str]) -> bool:

@@ -89,6 +89,9 @@ DATA: tuple[str, ...] = (
 AVERAGE_WORDS: frozenset[str] = frozenset({"ema", "swa", "averaged", "average", "avg", "shadow"})
 """A dictionary of tensors under a key with one of these words is an average of the weights, not the model."""
 
+AVERAGE_COUNTED: dict[str, str] = {"averaging_state": "state_dict"}
+"""Entry with the count of an average -> the entry that holds the average: Lightning's `WeightAveraging`."""
+
 GENERIC_WORDS: frozenset[str] = frozenset(
     {
         *("model", "net", "network", "module", "weights", "state", "dict", "params"),

@@ -138,6 +138,33 @@ def test_edited_epochs_are_the_ones_that_lightning_resumes_at(cases: ModuleType,
         assert model.seen[0] == batch
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_with_weight_averaging_the_trained_weights_are_not_those_of_state_dict(
+    cases: ModuleType, tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    import ckptconv
+
+    source = tmp_path / "run.ckpt"
+    save = cases.lightning.pytorch.callbacks.LambdaCallback(
+        on_train_epoch_end=lambda trainer, module: trainer.save_checkpoint(source)
+    )
+    callbacks = (EMAWeightAveraging(decay=0.8), save)
+    trainer = cases.trainer(tmp_path, *callbacks, enable_checkpointing=False, max_epochs=2)
+    trainer.fit(cases.Net(), cases.loader())
+    saved = torch.load(source, weights_only=False)
+    whole, average = ckptconv.open(source), ckptconv.open(source, select=["ema"])
+    for name, tensor in saved["current_model_state"].items():
+        assert whole.params[name].read().tobytes() == tensor.numpy().tobytes()
+        assert average.params[name].read().tobytes() == saved["state_dict"][name].numpy().tobytes()
+        assert not torch.equal(tensor, saved["state_dict"][name])
+    assert whole.optimizers[0].param_order == "declaration-order"
+    neutral = convert_here(source, tmp_path / "neutral", "--to", "neutral")
+    back = convert_here(neutral, tmp_path / "back.ckpt", "--to", "pytorch:lightning")
+    assert_same(saved, torch.load(back, weights_only=False))
+
+
 def test_objects_of_the_user_survive_where_that_is_allowed(tmp_path: Path) -> None:
     run = torch.load(file_of("epoch-end"), weights_only=False)
     run["hyper_parameters"]["arguments"] = argparse.Namespace(width=4, name="net")
