@@ -32,7 +32,7 @@ from ckptconv.dialects.torch_folder_parts import (
     numbered,
     raw_of,
 )
-from ckptconv.dialects.torch_groups import GroupRule
+from ckptconv.dialects.torch_groups import GroupRule, anywhere
 from ckptconv.dialects.torch_lower import settle
 from ckptconv.dialects.torch_modules import Module
 from ckptconv.dialects.torch_note import lift_note
@@ -165,16 +165,12 @@ def _paths(root: DictNode, stem: str, told: Callable[[Node], bool]) -> tuple[Pat
     return tuple((file,) for file in numbered(root, stem, (".bin",)) if told(root.get(file)))
 
 
-def _anywhere(param: Param, group: int) -> bool:
-    return True
-
-
 def _optimizers(
     root: DictNode, modules: list[tuple[str, Module]], lifter: Lifter
 ) -> tuple[tuple[Optimizer, ...], tuple[str, ...]]:
     rule = None
     if not all(has_order(file) for file, _ in modules):
-        rule = GroupRule(is_ordered=False, may_be_in=_anywhere)
+        rule = GroupRule(is_ordered=False, may_be_in=anywhere)
     sets: list[Mapping[str, Param]] = [module.params for _, module in modules]
     if len(modules) > 1:
         sets.append({name: param for _, module in modules for name, param in module.params.items()})

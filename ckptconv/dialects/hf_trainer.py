@@ -30,7 +30,7 @@ from ckptconv.dialects.torch_folder_parts import (
     raw_of,
     weights_of,
 )
-from ckptconv.dialects.torch_groups import GroupRule
+from ckptconv.dialects.torch_groups import GroupRule, anywhere
 from ckptconv.dialects.torch_lower import settle
 from ckptconv.dialects.torch_modules import Module
 from ckptconv.dialects.torch_note import lift_note
@@ -43,10 +43,11 @@ from ckptconv.dialects.torch_survey import is_rng
 from ckptconv.dialects.torch_values import lift_rest, own_residue
 from ckptconv.document import Checkpoint, Known, Optimizer, Param, Residue, Schedule, value_of
 from ckptconv.errors import FormatError, LossError, MappingError, Problem
-from ckptconv.rawtree import DictNode, Node, RawTree
+from ckptconv.rawtree import DictNode, ListNode, Node, RawTree
 
 OPTIMIZERS, SCHEDULERS = ("optimizer.pt", "optimizer.bin"), ("scheduler.pt",)
 _PRODUCERS = ("hf-trainer", "transformers")
+_GROUPS = ("with decay", "without")
 _NORM = re.compile(r"layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _ALIKE = 1e-9
 _TICKS = 64
@@ -156,14 +157,14 @@ def _optimizer(
         node = root.get(name)
         if isinstance(node, DictNode) and is_optimizer(node):
             groups = node.get("param_groups")
-            usual = len(getattr(groups, "items", ())) == len(_GROUPS)
-            rule = GroupRule(is_ordered=in_order and usual, may_be_in=_may_be_in if usual else _anywhere)
+            count = len(groups.items) if isinstance(groups, ListNode) else 0
+            rule = GroupRule(
+                is_ordered=in_order and count <= len(_GROUPS),
+                may_be_in=_may_be_in if count == len(_GROUPS) else anywhere,
+            )
             sets = (module.params,)
             return lift_optimizer(node, (name,), "optimizer", sets, module.raw_names, lifter, rule)
     return None, ()
-
-
-_GROUPS = ("with decay", "without")
 
 
 def _may_be_in(param: Param, group: int) -> bool:
@@ -173,10 +174,6 @@ def _may_be_in(param: Param, group: int) -> bool:
         return group == 1
     if len(param.tensor.shape) > 1 and not _NORM.search(name):
         return group == 0
-    return True
-
-
-def _anywhere(param: Param, group: int) -> bool:
     return True
 
 
@@ -205,9 +202,13 @@ def _told(schedule: Schedule, root: DictNode) -> Schedule:
 
 
 def _curve(root: DictNode) -> Curve | None:
-    state: Node = root.get(STATE)
-    length = state.get("max_steps") if isinstance(state, DictNode) else None
-    return curve_of_arguments(root.get(ARGUMENTS), length)
+    return curve_of_arguments(root.get(ARGUMENTS), _length(root))
+
+
+def _length(root: DictNode) -> Node:
+    """Updates of the whole run, as the Trainer's state has them."""
+    state = root.get(STATE)
+    return state.get("max_steps") if isinstance(state, DictNode) else None
 
 
 def _refuse_other_schedule(checkpoint: Checkpoint, root: DictNode) -> None:
@@ -215,17 +216,19 @@ def _refuse_other_schedule(checkpoint: Checkpoint, root: DictNode) -> None:
     curve = _curve(root)
     if curve is None or len(checkpoint.schedules) != 1:
         return
-    schedule, state = checkpoint.schedules[0], root.get(STATE)
-    length = state.get("max_steps") if isinstance(state, DictNode) else None
+    schedule, length = checkpoint.schedules[0], _length(root)
     position, own = value_of(schedule.position), curve_of(schedule)
+    told = [g.hyperparameters.get("base_learning_rate") for o in checkpoint.optimizers for g in o.groups]
+    base = value_of(told[0]) if told else None
     if not isinstance(length, int) or not isinstance(position, int) or own.family == "lambda":
         return
+    base = float(base) if isinstance(base, (int, float)) and base else 1.0
     for tick in range(position, length, max(1, (length - position) // _TICKS)):
-        theirs, ours = rate(curve, 1.0, tick), rate(own, 1.0, tick)
-        if theirs is None or ours is None or abs(theirs - ours) > _ALIKE:
+        theirs, ours = rate(curve, base, tick), rate(own, base, tick)
+        if theirs is None or ours is None or abs(theirs - ours) > _ALIKE * abs(base):
             raise LossError.of(
                 "schedule-unsupported",
-                f"at {tick} the run's '{own.family}' gives {ours} of the base rate, the schedule that "
+                f"at {tick} the run's '{own.family}' gives the rate {ours}, the schedule that "
                 f"'{ARGUMENTS}' of the folder makes gives {theirs}",
                 "Use a template whose Trainer has lr_scheduler_type, warmup and max_steps of the run.",
                 loc=("schedules", schedule.name),

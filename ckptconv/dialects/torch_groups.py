@@ -30,6 +30,11 @@ class GroupRule:
     """Whether the trainer may have put a parameter into the group of that number."""
 
 
+def anywhere(param: Param, group: int) -> bool:
+    """The rule of a loop of one's own: it may have put a parameter into any group."""
+    return True
+
+
 def in_groups(
     groups: Sequence[Sequence[Index]], shapes: Shapes, candidates: Sequence[Param], rule: GroupRule
 ) -> dict[Index, str] | str:

@@ -106,6 +106,18 @@ def test_a_file_in_the_models_order_tells_the_groups(of_bert: Any, tmp_path: Pat
     assert_moments(of_bert, ckptconv.open(copy))
 
 
+def test_one_group_in_the_models_order(of_bert: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoint-8"
+    copy.mkdir()
+    (copy / "trainer_state.json").write_bytes((folder(of_bert, 8) / "trainer_state.json").read_bytes())
+    torch.save(of_bert.model.state_dict(), copy / "pytorch_model.bin")
+    state, named = of_bert.optimizer.state_dict(), dict(of_bert.model.named_parameters())
+    group = {**state["param_groups"][0], "params": list(range(len(named)))}
+    own = [of_bert.optimizer.state[parameter] for parameter in named.values()]
+    torch.save({"state": dict(enumerate(own)), "param_groups": [group]}, copy / "optimizer.pt")
+    assert_moments(of_bert, ckptconv.open(copy))
+
+
 def assert_moments(run: Any, checkpoint: ckptconv.Checkpoint) -> None:
     (optimizer,) = checkpoint.optimizers
     assert optimizer.param_order in ("declaration-order", "skeleton")
