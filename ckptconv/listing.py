@@ -125,7 +125,7 @@ def optimizers() -> list[dict[str, object]]:
 
 
 def optimizer_directions() -> list[dict[str, object]]:
-    """Every algorithm from one framework to another: verdict, what stays different, what the run needs."""
+    """Every algorithm from one framework to another: verdict, what stays different, what was measured."""
     return [
         {
             "algorithm": each.algorithm,
@@ -135,6 +135,16 @@ def optimizer_directions() -> list[dict[str, object]]:
             "verdict": each.verdict,
             "remains": list(each.remains),
             "needs": list(each.needs),
+            "measured": [
+                {
+                    "run": run.run,
+                    "verdict": run.verdict,
+                    "stated": run.stated,
+                    "float64": run.worst("float64"),
+                    "float32": run.worst("float32"),
+                }
+                for run in each.measured
+            ],
         }
         for each in directions()
     ]

@@ -1,24 +1,26 @@
 """`docs/optimizers.md` says what the tables and the measurement say.
 
 `python -m tests.test_optimizers_page` writes it anew.
-The measurement is `tests/parity/results.json`, written by `python -m tests.parity.measure`.
+The measurement is the catalog's `data/parity.json`, written by `python -m tests.parity.measure`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckptconv.catalog.directions import directions
+from typer.testing import CliRunner
+
+from ckptconv.catalog.directions import Direction, directions
 from ckptconv.catalog.loading import load, names
 from ckptconv.catalog.optimizer_rows import COLUMNS, algorithms, row
+from ckptconv.catalog.parity import Measured, measured
 from ckptconv.catalog.transitions import transitions
+from ckptconv.cli import app
+from tests.parity.matrix import Place, cases, cells, floor, limit
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "optimizers.md"
-RESULTS = Path(__file__).parent / "parity" / "results.json"
-CASES = Path(__file__).parent / "parity" / "cases.json"
 NAMES = {
     "torch": "torch",
     "keras3": "Keras 3",
@@ -47,15 +49,17 @@ def lines() -> Iterator[str]:
     yield "`exact`: the same update in exact arithmetic. `exact-at-constant-learning-rate`: until the rate"
     yield "changes. `approximate`: the report states the largest and the median relative difference of the"
     yield "next update, from the second moments that are converted. `refused`: `--allow form-mismatch`"
-    yield "converts the state all the same."
+    yield "converts the state all the same. The error is what was measured (below): the larger of the two"
+    yield "models' in float64, or in float32 where the classes compute in that alone, of each run."
     yield ""
-    yield "| algorithm | direction | verdict | what remains different | the run must have had |"
-    yield "|---|---|---|---|---|"
+    yield "| algorithm | direction | verdict | error | what remains different | the run must have had |"
+    yield "|---|---|---|---|---|---|"
     for each in directions():
         name = f"{each.algorithm} ({', '.join(each.options)})" if each.options else each.algorithm
         way = f"{NAMES[each.source]} → {NAMES[each.target]}"
         notes = "; ".join(each.remains).replace("|", "\\|")
-        yield f"| {name} | {way} | {each.verdict} | {notes} | {', '.join(each.needs)} |"
+        errors = ", ".join(error(each, run) for run in each.measured)
+        yield f"| {name} | {way} | {each.verdict} | {errors} | {notes} | {', '.join(each.needs)} |"
     yield ""
     yield "Within its framework a state goes back as it was, whatever the class. These go to no other:"
     yield ""
@@ -87,18 +91,30 @@ def lines() -> Iterator[str]:
     yield ""
     yield "## Measured"
     yield ""
-    yield "A small dense network is trained for 20 updates, converted through its files, and trained for 20"
-    yield "more on both sides. The number is the largest difference of a weight at the end, relative to the"
-    yield "largest distance that a weight has travelled since the conversion. `lossy`: what the target's"
-    yield "class lacks was allowed."
+    yield "A model is trained for 20 updates, converted through its files, and trained for 20 more on both"
+    yield "sides: MLP is two dense layers, CNN an embedding, a convolution, a batch normalization and a dense"
+    yield "layer. The error is the largest difference of a weight at the end, relative to the largest"
+    yield "distance that a weight has travelled since the conversion. Stated is what the report said of the"
+    yield "next update, of which no element was beyond it. `lossy`: what the target's class lacks was"
+    yield "allowed."
     yield ""
-    yield "| run | direction | verdict | float64 | float32 |"
-    yield "|---|---|---|---|---|"
-    for case, found in json.loads(RESULTS.read_text("utf-8")).items():
-        for pair, entry in found.items():
-            way = " → ".join(NAMES[part] for part in pair.split(" -> "))
-            numbers = (f"{entry[dtype]:.0e}" if dtype in entry else "" for dtype in ("float64", "float32"))
-            yield f"| {case} | {way} | {entry['verdict']} | {' | '.join(numbers)} |"
+    yield "| run | direction | verdict | stated | float64, MLP | CNN | float32, MLP | CNN |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for run in measured():
+        way = f"{NAMES[run.source]} → {NAMES[run.target]}"
+        numbers = (
+            run.errors.get(d, {}).get(model) for d in ("float64", "float32") for model in ("mlp", "cnn")
+        )
+        texts = ("" if number is None else f"{number:.0e}" for number in (run.stated, *numbers))
+        yield f"| {run.run} | {way} | {run.verdict} | {' | '.join(texts)} |"
+
+
+def error(direction: Direction, run: Measured) -> str:
+    """The largest error of a run, with the run's name where there are several."""
+    number = run.worst("float64")
+    text = f"{run.worst('float32') if number is None else number:.0e}"
+    name = run.run.removeprefix(run.algorithm).strip(" _")
+    return f"{text} ({name})" if len(direction.measured) > 1 else text
 
 
 def alone() -> Iterator[tuple[str, str]]:
@@ -149,16 +165,63 @@ def test_the_page_is_what_the_tables_say() -> None:
     assert PAGE.read_text("utf-8") == page(), "python -m tests.test_optimizers_page writes it anew"
 
 
-def test_every_case_was_measured() -> None:
-    assert set(json.loads(RESULTS.read_text("utf-8"))) == set(json.loads(CASES.read_text("utf-8"))["cases"])
+def test_every_cell_of_the_matrix_was_measured() -> None:
+    found = {
+        Place(run.run, run.source, run.target, model, dtype)
+        for run in measured()
+        for dtype, errors in run.errors.items()
+        for model in errors
+    }
+    assert found == {*cells()}, "python -m tests.parity.measure writes it anew"
 
 
-def test_what_is_called_exact_was_measured_so() -> None:
-    for case, found in json.loads(RESULTS.read_text("utf-8")).items():
-        for pair, entry in found.items():
-            if entry["verdict"].startswith("exact") and "float64" in entry:
-                # A product of momenta and a legacy class's hyperparameters are float32 in float64 runs too.
-                assert entry["float64"] < 1e-7, (case, pair)
+def test_what_was_measured_is_of_the_cases_as_they_are() -> None:
+    told = {run.run: (run.algorithm, run.hyperparameters) for run in measured()}
+    assert told == {name: (case.algorithm, case.hypers) for name, case in cases().items()}
+
+
+def test_every_number_is_within_its_limit() -> None:
+    for run in measured():
+        for dtype, errors in run.errors.items():
+            for model, number in errors.items():
+                place = Place(run.run, run.source, run.target, model, dtype)
+                assert number <= limit(cases()[run.run], place, run.verdict), place
+
+
+def test_the_verdict_of_each_direction_is_what_was_measured_of_it() -> None:
+    shown = set()
+    for direction in directions():
+        for run in direction.measured:
+            assert run.verdict == ("lossy" if lacks(direction, run) else direction.verdict), run
+            shown.add((run.run, run.source, run.target))
+            if run.verdict == "approximate":
+                assert run.stated is not None
+                # An epsilon that the tables tell apart is one that shows.
+                assert (run.worst("float64") or 1) > floor(cases()[run.run], "float64")
+    alone = {(run.run, run.source, run.target) for run in measured() if run.source == run.target}
+    assert shown == {(run.run, run.source, run.target) for run in measured()} - alone
+
+
+def test_every_direction_that_converts_was_measured() -> None:
+    for direction in directions():
+        if direction.verdict != "refused" and "tf1" not in (direction.source, direction.target):
+            assert direction.measured, direction
+
+
+def test_the_command_shows_the_verdict_and_the_number() -> None:
+    shown = CliRunner().invoke(app, ["formats", "--optimizers"]).stdout.splitlines()
+    for direction in directions():
+        way = f"{direction.source} -> {direction.target}"
+        rows = [row for row in shown if row.startswith(direction.algorithm) and f" {way} " in row]
+        for run in direction.measured:
+            number = run.worst("float32")
+            assert any(f" {direction.verdict} " in row and f"/ {number:.1e}" in row for row in rows), run
+
+
+def lacks(direction: Direction, run: Measured) -> bool:
+    """Whether the run had what the target's class cannot be told."""
+    needs = (need.split(" = ") for need in direction.needs)
+    return any(str(run.hyperparameters.get(name, value)) != value for name, value in needs)
 
 
 if __name__ == "__main__":

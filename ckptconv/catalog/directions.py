@@ -1,5 +1,5 @@
 """What the tables say of each direction, before any state is seen: the verdict of an algorithm from one
-framework to another, with and without what its options add.
+framework to another, with and without what its options add, and what was measured of it.
 
 A conversion may still be worse than its direction: groups, steps or decays that the target cannot hold.
 """
@@ -7,11 +7,13 @@ A conversion may still be worse than its direction: groups, steps or decays that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain, combinations
 
 from ckptconv.catalog.conversion import nearest_form
 from ckptconv.catalog.findings import worst
 from ckptconv.catalog.optimizer_rows import COLUMNS, Row, algorithms, row
+from ckptconv.catalog.parity import Measured, measured
 from ckptconv.catalog.transitions import between
 from ckptconv.document import Value
 from ckptconv.report import Verdict
@@ -25,12 +27,14 @@ class Direction:
     source: str
     target: str
     options: tuple[str, ...]
-    """Options of the run that it holds for: those that add a slot, all off or all on."""
+    """Options that the run has, of those that add a slot; empty where none of them matters, or none is on."""
     verdict: Verdict
     remains: tuple[str, ...] = ()
     """What stays different."""
     needs: tuple[str, ...] = ()
     """What the run must have been, because the target's class cannot be told it: `momentum_decay = 1.0`."""
+    measured: tuple[Measured, ...] = ()
+    """The runs that were tried in it."""
 
 
 def directions() -> Iterator[Direction]:
@@ -44,28 +48,33 @@ def directions() -> Iterator[Direction]:
 
 
 def _of(ours: Row, theirs: Row) -> Iterator[Direction]:
+    """One direction for all options that come to the same."""
     options = tuple(dict.fromkeys((*ours.slot_conditions.values(), *theirs.slot_conditions.values())))
-    off, on = (_direction(ours, theirs, chosen) for chosen in ((), options))
-    if (off.verdict, off.remains) == (on.verdict, on.remains):
-        yield Direction(
-            algorithm=off.algorithm,
-            source=off.source,
-            target=off.target,
-            options=(),
-            verdict=off.verdict,
-            remains=off.remains,
-            needs=off.needs,
-        )
-        return
-    yield off
-    yield on
+    subsets = chain.from_iterable(combinations(options, size) for size in range(len(options) + 1))
+    alike: dict[object, list[Direction]] = {}
+    for chosen in subsets:
+        each = _direction(ours, theirs, chosen)
+        alike.setdefault((each.verdict, each.remains), []).append(each)
+    for found in alike.values():
+        held = {frozenset(each.options) for each in found}
+        yield replace(found[0], measured=tuple(m for m in _runs(found[0]) if _options(m, options) in held))
+
+
+def _runs(direction: Direction) -> Iterator[Measured]:
+    wanted = (direction.algorithm, direction.source, direction.target)
+    return (each for each in measured() if (each.algorithm, each.source, each.target) == wanted)
+
+
+def _options(run: Measured, options: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(name for name in options if run.hyperparameters.get(name))
 
 
 def _direction(ours: Row, theirs: Row, options: tuple[str, ...]) -> Direction:
     hypers: dict[str, Value] = dict.fromkeys(options, True)
     meant = ours.form(hypers)
     nearest, form = nearest_form(meant, theirs, hypers)
-    slots = {*ours.slots_present(hypers)}
+    readers = ours.slot_readers
+    slots = {s for s in ours.slots_present(hypers) if s not in readers or readers[s] in options}
     steps, lacking = between(theirs.family, meant, form)
     steps = tuple(step for step in steps if all(slot in slots for slot in step.slots))
     verdict: Verdict = "exact"

@@ -54,9 +54,12 @@ def formats_view(
 
 
 def directions_view(directions: Iterable[Mapping[str, object]]) -> list[View]:
-    """The verdict of each algorithm from one framework to another, and what stays different."""
-    titles = ("algorithm", "direction", "verdict", "what remains; what the run must have been")
-    lines = Rows(styles=("bold", "cyan", "", "dim"), titles=titles)
+    """The verdict of each algorithm from one framework to another, its error, and what stays different."""
+    titles = (
+        *("algorithm", "direction", "verdict", "measured, float64 / float32"),
+        "what remains; what the run must have been",
+    )
+    lines = Rows(styles=("bold", "cyan", "", "", "dim"), titles=titles)
     for each in directions:
         options, remains, needs = (each[key] for key in ("options", "remains", "needs"))
         assert isinstance(options, list)
@@ -64,5 +67,18 @@ def directions_view(directions: Iterable[Mapping[str, object]]) -> list[View]:
         assert isinstance(needs, list)
         name = f"{each['algorithm']} ({', '.join(options)})" if options else str(each["algorithm"])
         notes = [*remains, *(f"needs {need}" for need in needs)]
-        lines.add(name, f"{each['source']} -> {each['target']}", str(each["verdict"]), "; ".join(notes))
+        way = f"{each['source']} -> {each['target']}"
+        errors = _errors(each["measured"], str(each["algorithm"]))
+        lines.add(name, way, str(each["verdict"]), errors, "; ".join(notes))
     return [lines]
+
+
+def _errors(runs: object, algorithm: str) -> str:
+    """The error of each run, in each dtype: `3.9e-05 / 3.9e-05 (eps1e-7)`."""
+    assert isinstance(runs, list)
+    texts = []
+    for run in runs:
+        numbers = (f"{run[d]:.1e}" if run[d] is not None else "-" for d in ("float64", "float32"))
+        name = str(run["run"]).removeprefix(algorithm).strip(" _")
+        texts.append(" / ".join(numbers) + (f" ({name})" if len(runs) > 1 else ""))
+    return ", ".join(texts)
