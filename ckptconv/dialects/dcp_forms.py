@@ -52,7 +52,7 @@ def unfolded(root: DictNode) -> tuple[DictNode, tuple[str, ...]]:
             forms += [(form, path) for form in _forms(node, dotted(path) in named)]
     for form, path in forms:
         tree = _at(tree, path, _INWARD[form])
-    if _is_loose(tree) and forms_or_groups(tree):
+    if _is_loose(tree) and has_optimizer(tree):
         tree = _gathered(tree)
         forms.append(("loose", ()))
     return tree, tuple(f"{form}{_SEPARATOR}{'/'.join(map(str, path))}" for form, path in forms)
@@ -84,7 +84,7 @@ def folded(root: DictNode, forms: Iterable[str], names: Mapping[Path, tuple[str,
     return replace(root, items=(*root.items, (NAMED, ListNode(items=tuple(marked)))))
 
 
-def forms_or_groups(root: DictNode) -> bool:
+def has_optimizer(root: DictNode) -> bool:
     """Whether there is an optimizer in the tree."""
     return any(isinstance(node, DictNode) and "param_groups" in node for _, node in keyed(root))
 
