@@ -160,6 +160,9 @@ def _progress(checkpoint: Checkpoint) -> list[View]:
             silent.append(name)
             continue
         rows.add(name, *_fact(name, fact, _GLOSS[name]))
+    if checkpoint.loss_scaling:
+        told = ", ".join(_short(name, fact) for name, fact in checkpoint.loss_scaling.items())
+        rows.add("loss_scaling", "", Text(told))
     if silent:
         rows.add("the rest", "not recorded", ", ".join(silent))
     return [heading("Progress"), rows]

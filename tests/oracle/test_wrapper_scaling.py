@@ -16,6 +16,7 @@ import torch
 import ckptconv
 from ckptconv.document import value_of
 from ckptconv.errors import CkptError
+from tests.support.command import invoke
 from tests.support.wrapped import GROWTH, Keras, Torch, apart
 
 KINDS = ("keras3", "tf_keras", "tf_keras_legacy")
@@ -156,6 +157,12 @@ def test_a_target_that_scales_must_be_told_the_scale(kind: str, tmp_path: Path) 
     assert "progress-unknown" in {p.code for p in caught.value.problems}
     ckptconv.convert(saved, target, template=fresh, set_={"step": "3", "loss_scale": "1024"})
     assert scaled(kind, 3).load(target).scaling() == (1024.0, 0)
+
+
+def test_inspect_shows_the_scaling(tmp_path: Path) -> None:
+    code, shown = invoke("inspect", scaled("torch", 1).save(tmp_path))
+    assert code == 0
+    assert f"growth_interval {GROWTH}" in " ".join(shown.split())
 
 
 def test_a_disabled_scaler_scales_nothing(tmp_path: Path) -> None:
