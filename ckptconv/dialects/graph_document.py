@@ -25,6 +25,7 @@ from ckptconv.dialects.graph_progress import progress_of, scaling_of, user_count
 from ckptconv.dialects.keras_layers import Reading
 from ckptconv.dialects.keras_optimizers import OptimizerNode, optimizer_nodes, optimizers
 from ckptconv.dialects.object_paths import Reach, reach
+from ckptconv.dialects.saved_model_classes import with_classes
 from ckptconv.document import Block, Checkpoint, Param, Provenance, Residue
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
 from ckptconv.rawtree import DictNode, RawTree
@@ -55,6 +56,7 @@ def lift(raw: RawTree, dialect: str, evidence: str, layers: str | None = None) -
     read = dict.fromkeys(params, Reading())
     if column is not None:
         read = readings(graph, found, params, named, shapes, column)
+        read = with_classes(raw, graph, found, shapes, read, column)
     documents = _params(bundle, params, others, named, read, trained, nodes)
     lifted = [lift_optimizer(bundle, node, nodes, named, params, read) for node in nodes]
     progress = progress_of(bundle, nodes, [one.optimizer for one in lifted])

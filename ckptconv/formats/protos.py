@@ -88,6 +88,18 @@ class CheckpointState(Wire):
     last_preserved_timestamp: Annotated[float, 4, "double"]
 
 
+class SavedObjectMetadata(Wire):
+    node_id: Annotated[int, 2, "int32"]
+    node_path: Annotated[str, 3, "string"]
+    identifier: Annotated[str, 4, "string"]
+    metadata: Annotated[str, 5, "string"]
+    version: Annotated[VersionDef, 6]
+
+
+class SavedMetadata(Wire):
+    nodes: Annotated[Repeated[SavedObjectMetadata], 1]
+
+
 class BoolValue(Wire):
     value: Annotated[bool, 1, "bool"]
 
@@ -138,6 +150,8 @@ _MESSAGES: tuple[type[Wire], ...] = (
     TensorSliceProto,
     BundleEntryProto,
     CheckpointState,
+    SavedObjectMetadata,
+    SavedMetadata,
     BoolValue,
     RegisteredSaver,
     ObjectReference,

@@ -8,6 +8,7 @@ What the tree holds: a dict of key to tensor in key order; strings and variants 
 (see `string_tensor`), the object graph is one of them (see `object_graph`). A partitioned variable is one
 tensor; the keys of its slices are not listed. Attributes:
 - `prefix`: base name; `chosen_by`: how a directory's checkpoint was chosen;
+- `layer_classes`: of a SavedModel of tf_keras, see `keras_metadata`;
 - where the tensors were: see `bundle_origin`.
 
 Written: what `SaveV2` writes for the same tensors in the same order; a source's shards and slices are kept.
@@ -43,6 +44,7 @@ from ckptconv.formats.bundle_path import (
 from ckptconv.formats.bundle_read import Reading
 from ckptconv.formats.bundle_write import NOTE_KEY, Writing, items_of
 from ckptconv.formats.checkpoint_state import STATE_FILE, read_state, record
+from ckptconv.formats.keras_metadata import layer_classes
 from ckptconv.rawtree import DictNode, RawTree, Scalar
 from ckptconv.tensor import FileSource, TensorRef
 
@@ -81,6 +83,9 @@ class TensorBundle:
         attributes: dict[str, Scalar | tuple[str, ...]] = {"prefix": located.prefix.name}
         if located.why is not None:
             attributes["chosen_by"] = located.why
+        if located.prefix == saved_model_prefix(Path(path)):
+            lines = tuple(f"{node} {name}" for node, name in layer_classes(Path(path)))
+            attributes |= {"layer_classes": lines} if lines else {}
         tensors, origin = Reading(located.prefix, index).tensors()
         note = tensors.get(NOTE_KEY)
         text = None

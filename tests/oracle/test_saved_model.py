@@ -99,3 +99,31 @@ def test_of_several_names_none_is_chosen(tmp_path: Path) -> None:
     with pytest.raises(CkptError) as caught:
         read_raw(tmp_path / "run")
     assert [(p.code, p.loc) for p in caught.value.problems] == [("usage", ("checkpoint",))]
+
+
+def test_tf_keras_declares_the_classes_of_layers(tmp_path: Path) -> None:
+    """A convolution and a transposed one of as many channels look alike by edges and shapes."""
+    tf_keras = pytest.importorskip("tf_keras")
+    layers = tf_keras.layers
+    model = tf_keras.Sequential(
+        [
+            layers.Conv2D(2, 2, input_shape=(6, 6, 2)),
+            layers.Conv2DTranspose(2, 2),
+            layers.LayerNormalization(),
+        ]
+    )
+    model.compile(tf_keras.optimizers.SGD(0.1), "mse")
+    model.save(tmp_path / "saved", save_format="tf")
+    kinds = [param.layer for param in ckptconv.open(tmp_path / "saved").params.values()]
+    assert kinds == ["conv2d", "conv2d", "conv_transpose2d", "conv_transpose2d", "layer_norm", "layer_norm"]
+    evidence = {param.evidence for param in ckptconv.open(tmp_path / "saved").params.values()}
+    assert evidence == {"declared"}
+    assert read_raw(tmp_path / "saved").attributes["layer_classes"]
+    (tmp_path / "saved/keras_metadata.pb").unlink()
+    bare = ckptconv.open(tmp_path / "saved")
+    assert {param.layer for param in bare.params.values()} == {"unknown"}
+    ckptconv.convert(tmp_path / "saved", tmp_path / "d", to="neutral")
+    (tmp_path / "saved/keras_metadata.pb").write_bytes(b"\xff\xff")
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(tmp_path / "saved")
+    assert [problem.code for problem in caught.value.problems] == ["corrupt-file"]
