@@ -12,6 +12,7 @@ import pytest
 
 from ckptconv.catalog import optimizers, schedules
 from ckptconv.catalog.optimizer_rows import Row
+from ckptconv.catalog.wrappers import wrappers
 
 TORCH = [name for name in optimizers.algorithms() if optimizers.row(name, "torch")]
 KERAS = [
@@ -256,3 +257,27 @@ def test_schedules(name: str) -> None:
                 continue
         assert made is not None, path
         assert schedules.infer(made.state_dict().keys()) == name
+
+
+@pytest.mark.parametrize("framework", ["torch", "keras3", "tf_keras", "tf_keras_legacy"])
+def test_what_stands_around_an_optimizer_is_called_so(framework: str) -> None:
+    """Scalers and their arguments, state keys of torch's, and the arguments of Keras' optimizers."""
+    table = wrappers(framework)
+    assert table is not None
+    package, *parts = table.scaler.class_name.split(".")
+    scaler: Any = pytest.importorskip(package)
+    for part in parts:
+        scaler = getattr(scaler, part)
+    if framework == "torch":
+        assert set(scaler("cpu").state_dict()) == set(table.scaler.keys.values())
+        assert set(table.scaler.arguments.values()) <= set(inspect.signature(scaler).parameters)
+        return
+    optimizers = importlib.import_module(package).optimizers
+    optimizer = (optimizers.legacy if framework == "tf_keras_legacy" else optimizers).SGD(0.1)
+    wrapped = scaler(optimizer, **dict.fromkeys(table.scaler.arguments.values(), 4))
+    config = wrapped.get_config()
+    assert set(table.scaler.arguments.values()) <= config.keys()
+    for setting, argument in table.arguments.items():
+        value = {"ema_momentum": 0.5}.get(setting, 1)
+        more = {"use_ema": True} if setting.startswith("ema_") else {}
+        assert getattr(type(optimizer)(0.1, **{argument: value}, **more), argument) == value
