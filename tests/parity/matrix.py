@@ -50,6 +50,7 @@ class Case:
     algorithm: str
     hypers: Mapping[str, Value]
     reads_step: bool
+    """LAMB's does not: its trust ratio takes the bias correction out again, but for the epsilon."""
     measured: Mapping[str, list[float | None]]
     only: tuple[str, ...] = FRAMEWORKS
     """Frameworks that can train the models of this harness with it (torch's Muon takes matrices alone)."""
