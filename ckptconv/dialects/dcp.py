@@ -23,8 +23,6 @@ from ckptconv.errors import FormatError, Problem
 from ckptconv.formats.dcp_shards import UNSEEN
 from ckptconv.rawtree import DictNode, Path, RawTree
 
-IN_FOLDERS = frozenset({"composer"})
-"""Rows of files whose programs save folders, too."""
 _BESIDE, _MODEL = "beside", "model_key"
 """Attributes of the residue: what stood beside the entries, and the key of the model among them."""
 _UNSEEN = "The shards do not record how large the tensors are: a missing last shard cannot be seen."
@@ -150,7 +148,7 @@ _INNER: tuple[Dialect, ...] = (
     torch_state_dict.StateDict(),
     Lightning(),
     torch_plain.TrainingDictionary(TORCHTITAN),
-    *(torch_plain.TrainingDictionary(row) for row in ROWS if row.name in IN_FOLDERS),
+    *(torch_plain.TrainingDictionary(row) for row in ROWS),
 )
 for _dialect in _INNER:
     register(InFolder(_dialect), tree=(_dialect.format, _dialect.name))

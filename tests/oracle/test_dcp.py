@@ -381,3 +381,49 @@ def test_a_lightning_file_comes_back_from_a_folder(path: Path, tmp_path: Path) -
     assert (tmp_path / "folder" / "meta.pt").is_file()
     ckptconv.convert(tmp_path / "folder", tmp_path / "again.ckpt")
     assert_equal_items(items(load(tmp_path / "again.ckpt")), items(load(path)))
+
+
+def test_tensors_of_every_kind_without_paths(tmp_path: Path) -> None:
+    """A file for each entry, no `planner_data`; strides, a view, a flag, dtypes without a storage class."""
+    state = {
+        "a.b": torch.randn(3, 4).t(),
+        "view": torch.arange(10)[2:7],
+        "flagged": torch.randn(3, dtype=torch.complex64).conj(),
+        "eight": torch.randn(3).to(torch.float8_e4m3fn),
+        "unsigned": torch.tensor([1, 2], dtype=torch.uint16),
+        "none": torch.zeros(0, 2),
+    }
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    writer = dcp.FileSystemWriter(tmp_path / "theirs", single_file_per_rank=False)
+    dcp.save(state, storage_writer=writer, planner=planner)
+    ckptconv.convert(tmp_path / "theirs", tmp_path / "ours", to="dcp")
+    for folder in (tmp_path / "theirs", tmp_path / "ours"):
+        found = leaves(folder)
+        assert found.keys() == state.keys()
+        for key, tensor in state.items():
+            assert told(found[key]) == bits(tensor), key
+    again = {key: torch.zeros_like(tensor.resolve_conj()) for key, tensor in state.items()}
+    dcp.load(again, checkpoint_id=tmp_path / "ours")
+    assert {key: bits(tensor) for key, tensor in again.items()} == {k: bits(v) for k, v in state.items()}
+
+
+def test_a_file_of_a_known_program_goes_into_a_folder_and_back(tmp_path: Path) -> None:
+    """Its own counters with it: the folder is of its dialect."""
+    net, optimizer = build(4)
+    state = {
+        "state_dict": net.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": 3,
+        "arch": "net",
+        "version": 2,
+    }
+    torch.save(state, tmp_path / "run.pt")
+    before = ckptconv.open(tmp_path / "run.pt")
+    assert before.provenance.dialect == "timm"
+    ckptconv.convert(tmp_path / "run.pt", tmp_path / "folder", to="dcp")
+    folder = ckptconv.open(tmp_path / "folder")
+    assert folder.provenance.dialect == "timm"
+    assert value_of(folder.progress.epochs) == value_of(before.progress.epochs) == 4
+    assert value_of(folder.progress.step) == value_of(before.progress.step) == 4
+    ckptconv.convert(tmp_path / "folder", tmp_path / "again.pt")
+    assert_equal_items(items(load(tmp_path / "again.pt")), items(load(tmp_path / "run.pt")))
