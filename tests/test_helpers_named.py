@@ -12,7 +12,7 @@ from ckptconv.catalog import optimizers, sparse
 from ckptconv.catalog.loading import load, names
 from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
 from ckptconv.catalog.transitions import transitions
-from ckptconv.document import Optimizer, Param
+from ckptconv.document import Optimizer, Param, value_of
 from tests.test_catalog import keras, tensor, torch_adam, torch_sgd
 
 
@@ -75,6 +75,21 @@ def test_a_refused_decay_names_it_in_the_hint_and_an_allowed_one_in_the_residual
     (problem,) = optimizers.convert(source, keras("sgd")).problems
     assert call in problem.hint
     assert call in residuals(source, keras("sgd"), "form-mismatch")
+
+
+def test_a_template_with_a_decay_rule_takes_the_decay() -> None:
+    """Its own argument stays off, and the line for the target's code has the source's number."""
+    source = torch_sgd(weight_decay=0.02)
+    done = optimizers.convert(source, keras("sgd", coupled_decay=0.5))
+    assert done.problems == ()
+    assert done.form["weight_decay"] == "coupled"
+    assert value_of(done.hyperparameters[0]["weight_decay"]) == 0.02
+    first, *others = done.target_requires
+    assert "weight_decay" not in first
+    assert "optimizer = ckptconv.keras.coupled_decay(optimizer, 0.02)" in others
+    back = optimizers.convert(keras("sgd", coupled_decay=0.02, momentum=0.9), torch_sgd())
+    assert back.problems == ()
+    assert value_of(back.hyperparameters[0]["weight_decay"]) == 0.02
 
 
 def test_sparse_gradients() -> None:
