@@ -35,7 +35,9 @@ def rows_of(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[R
         for other in theirs
         if (a := row(name, source.framework)) and (b := row(other, target.framework)) and a.family == b.family
     ]
-    meanings = _meanings(source, tuple(a for a, _ in pairs))
+    able = _able(source, tuple(a for a, _ in pairs))
+    pairs = [pair for pair in pairs if pair[0] in able]
+    meanings = _meanings(source, able)
     if len(meanings) > 1:
         findings.stop(
             "optimizer-unknown",
@@ -56,6 +58,13 @@ def rows_of(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[R
         "algorithm",
     )
     return None
+
+
+def _able(source: Optimizer, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    """The classes that have every hyperparameter which is told and which any of them has; else all."""
+    told = {name for group in source.groups for name in group.hyperparameters}
+    known = {name for row in rows for name in row.hyperparameters if name in told}
+    return tuple(row for row in rows if known <= row.hyperparameters.keys()) or rows
 
 
 def _meanings(source: Optimizer, rows: tuple[Row, ...]) -> tuple[Row, ...]:

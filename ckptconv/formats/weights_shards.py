@@ -36,8 +36,10 @@ def index_of(path: Path) -> Path | None:
     """The index that a path stands for: itself, or the one beside a weights file that is not there."""
     if path.name.endswith(INDEX_SUFFIX):
         return path
+    if not path.name.endswith(SUFFIX) or path.exists():
+        return None
     beside = path.with_name(path.name.removesuffix(SUFFIX) + INDEX_SUFFIX)
-    return beside if path.name.endswith(SUFFIX) and not path.exists() and beside.is_file() else None
+    return beside if beside.is_file() else None
 
 
 def is_index(path: Path) -> bool:
