@@ -5,6 +5,7 @@ from ckptconv.adapters.keras_callback import better_by_fraction
 from ckptconv.adapters.keras_exact import (
     corrected_epsilon,
     coupled_decay,
+    cycled_momentum,
     densified,
     gradient_momentum,
     in_max_epsilon,
@@ -19,6 +20,7 @@ __all__ = [
     "chained",
     "corrected_epsilon",
     "coupled_decay",
+    "cycled_momentum",
     "densified",
     "describe",
     "epochs",

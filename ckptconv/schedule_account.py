@@ -41,6 +41,7 @@ class ScheduleAccount:
         self.ledger: list[Entry] = []
         self.problems: list[Problem] = []
         self.requires: list[str] = []
+        self.helpers: list[str] = []
         self.codes: dict[str, str] = {}
         self.taken: set[str] = set()
 

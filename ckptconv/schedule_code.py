@@ -13,9 +13,17 @@ from ckptconv.catalog.conversion import in_float64
 from ckptconv.catalog.schedule_forms import facts_of, held, scaled
 from ckptconv.catalog.schedule_keras import HELPERS, Code, keras_code
 from ckptconv.catalog.schedule_plateau import plateau_code
-from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, curve_of, is_known, rate
+from ckptconv.catalog.schedule_rates import (
+    ONE_CYCLE_MOMENTA,
+    TICK,
+    Curve,
+    NotExpressibleError,
+    curve_of,
+    is_known,
+    rate,
+)
 from ckptconv.catalog.schedule_settings import STEPS_PER_EPOCH, UNIT
-from ckptconv.catalog.schedule_source import driven_by
+from ckptconv.catalog.schedule_source import driven_by, named_rates
 from ckptconv.catalog.texts import number
 from ckptconv.document import Checkpoint, Known, Optimizer, Schedule, value_of
 from ckptconv.errors import Problem
@@ -52,12 +60,16 @@ def in_code(
         return target
     step = _counts_updates(account, origin, target, step)
     curve, base, code = _code(account, origin, driven, step)
+    if curve.moves_momentum:
+        _check_cycle(account, origin, driven)
     if _goes_by(account.template, target, curve, base, step):
         account.requires += [f"# learning_rate: {code.remark}"] if code.remark else []
     else:
         _say(account, code, driven)
         current = value_of(account.group(driven).hyperparameters.get("learning_rate"))
         account.codes[f"learning_rate={number(current)}"] = "learning_rate=learning_rate"
+        if curve.moves_momentum:
+            account.helpers.append("optimizer = ckptconv.keras.cycled_momentum(optimizer)")
     account.take(origin, target, code.remark)
     account.set_rates(driven, {"base_learning_rate": base, **account.named(origin)}, origin)
     return replace(
@@ -101,7 +113,7 @@ def _code(
     if origin.unit == "epoch" and not by_epoch:
         ticks = int(account.conventions[STEPS_PER_EPOCH])
         curve = replace(curve, parameters={**curve.parameters, TICK: ticks})
-    named = {name: value * scale for name, value in account.named(origin).items()}
+    named = {n: v if n in ONE_CYCLE_MOMENTA else v * scale for n, v in account.named(origin).items()}
     return curve, root, keras_code(curve, root, index, named)
 
 
@@ -146,7 +158,10 @@ def _in_callback(account: ScheduleAccount, schedule: Schedule, driven: Optimizer
     elif not isinstance(index, int) or not is_known(curve_of(schedule)):
         raise NotExpressibleError("where it stands, or its family, is not known")
     else:
-        _say(account, _code(account, schedule, driven, index, by_epoch=True)[2], driven)
+        curve, _, made = _code(account, schedule, driven, index, by_epoch=True)
+        if curve.moves_momentum:
+            raise NotExpressibleError("cycle_momentum=True moves momentum or beta_1, which no callback does")
+        _say(account, made, driven)
         account.requires.append(
             f"callback = {_package(driven)}.callbacks.LearningRateScheduler("
             f"lambda epoch, _: float(learning_rate(epoch)))  # model.fit(initial_epoch={index})"
@@ -158,6 +173,23 @@ def _in_callback(account: ScheduleAccount, schedule: Schedule, driven: Optimizer
             detail=f"{schedule.family} at {index} epochs: a callback of the target's code goes on",
         )
     )
+
+
+_CYCLED = frozenset({"adam", "adamw", "sgd"})
+"""Algorithms that `ckptconv.keras.cycled_momentum` is for."""
+
+
+def _check_cycle(account: ScheduleAccount, origin: Schedule, driven: Optimizer) -> None:
+    """Raises: NotExpressibleError where no helper moves the target's momentum as the source's does."""
+    if driven.framework not in ("keras3", "tf_keras") or driven.algorithm not in _CYCLED:
+        raise NotExpressibleError(
+            f"cycle_momentum=True moves momentum or beta_1; of {driven.algorithm} ({driven.framework}) "
+            f"nothing does, of Keras 3's and tf_keras' {', '.join(sorted(_CYCLED))} a helper"
+        )
+    theirs = driven_by(origin, account.source)
+    groups = [named_rates(group.hyperparameters) for group in theirs.groups] if theirs is not None else []
+    if len({tuple(group.get(name) for name in ONE_CYCLE_MOMENTA) for group in groups}) > 1:
+        raise NotExpressibleError("its groups move between different momenta")
 
 
 def _package(driven: Optimizer) -> str:

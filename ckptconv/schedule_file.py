@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptconv.catalog.schedule_forms import as_family, check_ends, into, lambda_code
-from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, curve_of, is_known, rate
+from ckptconv.catalog.schedule_rates import (
+    TICK,
+    Curve,
+    NotExpressibleError,
+    curve_of,
+    is_known,
+    momentum,
+    rate,
+)
 from ckptconv.catalog.schedule_settings import PLATEAU, UNIT
 from ckptconv.catalog.schedule_source import KEPT_IN_GROUPS, driven_by, named_rates, placed
 from ckptconv.catalog.schedules import family
@@ -159,6 +167,7 @@ def _converted(
         account.requires.append(f"torch.optim.lr_scheduler.LambdaLR(optimizer, {code})")
         parameters = dict(target.parameters)
     else:
+        curve = _as_the_target_cycles(curve, target)
         parts = [part.family for part in curve_of(target).parts]
         made, root = as_family(curve, float(base), target.family, parts)
         if remark := check_ends(made, index):
@@ -167,6 +176,19 @@ def _converted(
     if driven is not None:
         _set_rates(account, driven, made, root, index, origin)
     return replace(target, position=origin.position, unit=origin.unit, parameters=parameters)
+
+
+def _as_the_target_cycles(curve: Curve, target: Schedule) -> Curve:
+    """The curve that moves a momentum, which Keras does not name, of that name in the target's class.
+
+    Raises: NotExpressibleError where the target moves none.
+    """
+    if not curve.moves_momentum:
+        return curve
+    which = value_of(target.parameters.get("beta_1_cycles"))
+    if which is None:
+        raise NotExpressibleError("it moves the momentum, the template's has cycle_momentum=False")
+    return replace(curve, parameters={**curve.parameters, "beta_1_cycles": which})
 
 
 def _for_groups(curve: Curve, target: Schedule) -> Curve:
@@ -194,6 +216,10 @@ def _set_rates(
         formula = f"{curve.family} at {index}"
         facts["learning_rate"] = Known(value=due, status="derived", source=origin.name, formula=formula)
         facts["base_learning_rate"] = Known(value=base, status="derived", source=origin.name)
+        cycled = momentum(curve, index, named_rates(facts))
+        if cycled is not None:
+            name = "beta_1" if curve.parameters["beta_1_cycles"] else "momentum"
+            facts[name] = Known(value=cycled, status="derived", source=origin.name, formula=formula)
         groups.append(replace(group, hyperparameters=facts))
     account.optimizers[driven.name] = replace(driven, groups=tuple(groups))
 

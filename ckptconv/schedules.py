@@ -35,6 +35,8 @@ class Placed:
     problems: tuple[Problem, ...]
     requires: tuple[str, ...] = ()
     """Lines of the target's code."""
+    helpers: tuple[str, ...] = ()
+    """Lines behind the constructor of the optimizer: what makes it follow the schedule."""
     codes: Mapping[str, str] = field(default_factory=dict)
     """The learning rate of a constructor's text -> the schedule that stands in its place."""
 
@@ -64,6 +66,7 @@ def place_schedules(
         ledger=tuple(account.ledger),
         problems=tuple(account.problems),
         requires=tuple(account.requires),
+        helpers=tuple(account.helpers),
         codes=account.codes,
     )
 

@@ -68,7 +68,7 @@ def transfer(
     )
     for rate, code in schedules.codes.items():
         account.requires = [line.replace(rate, code) for line in account.requires]
-    account.requires = [*schedules.requires, *account.requires]
+    account.requires = [*schedules.requires, *account.requires, *schedules.helpers]
     extras = place_extras(source, template, params)
     account.ledger += (*schedules.ledger, *extras.ledger)
     account.problems += (*schedules.problems, *extras.problems)

@@ -56,8 +56,8 @@ BOTTOM = """
 
 Written together, as torch 2.13 has them: `last_epoch`, `_step_count`, `_last_lr`, `base_lrs`, `T_cur`
 and `T_i`, those of the parts of a SequentialLR or ChainedScheduler, and in the optimizer's groups `lr`,
-`initial_lr`, `max_lr` and `min_lr`. In float64 the lines give Keras' schedules a `numpy.float64` to
-begin with: with a plain number they compute in float32."""
+`initial_lr`, `max_lr`, `min_lr`, `base_momentum` and `max_momentum`. In float64 the lines give
+Keras' schedules a `numpy.float64` to begin with: with a plain number they compute in float32."""
 
 
 def lines() -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from ckptconv import supply
 from ckptconv.adapters.keras_callback import Plateau, curve_of_callback
-from ckptconv.adapters.keras_exact import rules_of, stock_class
+from ckptconv.adapters.keras_exact import follows_momentum, rules_of, stock_class
 from ckptconv.adapters.keras_table import table_of
 from ckptconv.adapters.live import (
     DESCRIBED,
@@ -31,6 +31,7 @@ from ckptconv.adapters.live import (
 )
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_config import from_keras_config
+from ckptconv.catalog.schedule_rates import rate_alone
 from ckptconv.catalog.schedule_source import beside_it, described_as
 from ckptconv.catalog.schedules import CUSTOM
 from ckptconv.conversion import convert
@@ -208,7 +209,8 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
     if follows is None:
         custom = (replace(schedule, family=CUSTOM) for schedule in checkpoint.schedules)
         return replace(checkpoint, schedules=tuple(custom))
-    return described_as(checkpoint, follows.curve, follows.base, DESCRIBED, follows.named)
+    curve = follows.curve if follows_momentum(inner) else rate_alone(follows.curve)
+    return described_as(checkpoint, curve, follows.base, DESCRIBED, follows.named)
 
 
 def _optimizer_of(model: Model, optimizer: KerasOptimizer | None) -> KerasOptimizer | None:

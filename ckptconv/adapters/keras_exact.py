@@ -65,6 +65,35 @@ def gradient_momentum(optimizer: Optimizer) -> Optimizer:
     return _with(optimizer, {"SGD": rules.GradientMomentum})
 
 
+def cycled_momentum(optimizer: Optimizer) -> Optimizer:
+    """Adam's or AdamW's beta_1, or SGD's momentum, moved against the rate by PyTorch's OneCycleLR.
+
+    The learning rate is a `one_cycle(..., momentum=(base, max))`; both follow the optimizer's counter. SGD
+    needs `gradient_momentum` as well, which makes its buffer follow the rate.
+    """
+    if getattr(getattr(optimizer, "_learning_rate", None), "momentum", None) is None:
+        raise CkptError.of(
+            "unsupported-feature",
+            "the optimizer's learning rate has no momentum to follow, expected one_cycle(..., momentum=...)",
+            "Make the optimizer with the learning_rate that the report's lines make.",
+            loc=("optimizer", "learning_rate"),
+        )
+    if stock_class(optimizer).__name__ == "SGD" and not getattr(optimizer, "momentum", None):
+        raise CkptError.of(
+            "unsupported-feature",
+            "the optimizer has momentum = 0.0 and so no buffers, expected a number above 0",
+            "Make it with any momentum above 0: the schedule's takes its place.",
+            loc=("optimizer", "momentum"),
+        )
+    chosen = {"Adam": rules.CycledBeta, "AdamW": rules.CycledBeta, "SGD": rules.CycledMomentum}
+    return _with(optimizer, chosen)
+
+
+def follows_momentum(optimizer: object) -> bool:
+    """Whether `cycled_momentum` changed the optimizer."""
+    return isinstance(optimizer, (rules.CycledBeta, rules.CycledMomentum))
+
+
 def coupled_decay(optimizer: Optimizer, weight_decay: float) -> Optimizer:
     """Any class with PyTorch's coupled decay: `weight_decay * p` is added to the gradient, after clipping.
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         beta_1: float
         beta_2: float
         momentum: float
+        nesterov: bool
         centered: bool
         built: bool
         iterations: Tensor
@@ -237,6 +238,33 @@ class GradientMomentum(Rule):
         buffer.assign(buffer * ratio)
 
 
+class CycledBeta(Rule):
+    """Adam whose beta_1 is the one that its one-cycle schedule has for the update.
+
+    Its correction for bias is 1 - beta_1^t with this beta_1, in both frameworks.
+    """
+
+    def update_step(self, gradient: Tensor, variable: Tensor, *rate: Tensor) -> None:
+        with _during(self, beta_1=_cycled(self, variable.dtype)):
+            super().update_step(gradient, variable, *rate)
+
+
+class CycledMomentum(Rule):
+    """SGD whose momentum is the one that its one-cycle schedule has for the update."""
+
+    def update_step(self, gradient: Tensor, variable: Tensor, *rate: Tensor) -> None:
+        dtype = variable.dtype
+        momentum, buffer = _cycled(self, dtype), self.momentums[self.place(variable)]
+        step = _rate(self, rate, dtype) * _cast(gradient, dtype)
+        buffer.assign(momentum * buffer - step)
+        variable.assign_add(momentum * buffer - step if self.nesterov else buffer)
+
+
+def _cycled(optimizer: Stock, dtype: object) -> Tensor:
+    """The momentum of the update at the counter that the learning rate follows."""
+    return _cast(optimizer._learning_rate.momentum_at(optimizer._iterations), dtype)
+
+
 def _check_rates(before: float, value: object) -> None:
     """Raises: unsupported-feature where one of two rates is 0, so that the buffer's ratio is lost."""
     if not number(value) > 0 or not before > 0:
@@ -274,8 +302,11 @@ ORDER: tuple[type, ...] = (
     InMaxEpsilon,
     MomentumDecay,
     GradientMomentum,
+    CycledBeta,
+    CycledMomentum,
 )
-"""A decay first: every other rule has to see the gradient with it."""
+"""A decay first: every other rule has to see the gradient with it. A momentum of the schedule's last: the
+others see the plain one, which is that of the optimizer's configuration."""
 
 
 def _cast(value: object, dtype: object) -> Tensor:

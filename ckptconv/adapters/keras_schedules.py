@@ -66,14 +66,20 @@ def table(rates: Sequence[float], start: int = 0, package: str = "keras") -> Rat
 
 
 def one_cycle(
-    length: int, phases: Sequence[tuple[float, float, float]], anneal: str = "cos", package: str = "keras"
+    length: int,
+    phases: Sequence[tuple[float, float, float]],
+    anneal: str = "cos",
+    momentum: tuple[float, float] | None = None,
+    package: str = "keras",
 ) -> Rates:
     """torch's OneCycleLR: `phases` are (last index, rate at its beginning, rate at its end).
 
+    `momentum`: that at the highest rate and that at both ends, which `cycled_momentum` follows.
     Raises: missing-dependency.
     """
+    cycled = {} if momentum is None else {"momentum": [float(value) for value in momentum]}
     made: Rates = _classes(package)["OneCycle"](
-        length=length, phases=[list(phase) for phase in phases], anneal=anneal
+        length=length, phases=[list(phase) for phase in phases], anneal=anneal, **cycled
     )
     return made
 
@@ -169,15 +175,26 @@ def _classes(package: str) -> Mapping[str, Callable[..., Rates]]:
 
     class OneCycle(Base):
         def __call__(self, step: object) -> object:
+            return self._moved(step, self.phases)
+
+        def momentum_at(self, step: object) -> object:
+            """The momentum, or beta_1, of an update: low where the rate is high."""
+            low, high = self.momentum
+            ends = [phase[0] for phase in self.phases]
+            # Down while the rate climbs, up while it falls; a third phase stays.
+            ways = [(high, low), (low, high), (high, high)]
+            return self._moved(step, [(end, *way) for end, way in zip(ends, ways, strict=False)])
+
+        def _moved(self, step: object, phases: Sequence[tuple[float, float, float]]) -> Tensor:
             index = tf.minimum(tf.cast(step, tf.float64), self.length - 1)
-            begin, rate = 0.0, None
-            for end, first, last in self.phases:
+            begin, value = 0.0, None
+            for end, first, last in phases:
                 share = (index - begin) / (end - begin)
                 moved = share if self.anneal == "linear" else (1 - tf.cos(math.pi * share)) / 2
                 here = first + (last - first) * moved
-                rate = here if rate is None else tf.where(index > begin, here, rate)
+                value = here if value is None else tf.where(index > begin, here, value)
                 begin = end
-            return real(rate)
+            return real(value)
 
     class Epochs(Base):
         def __call__(self, step: object) -> object:

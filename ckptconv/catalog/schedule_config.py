@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptconv.catalog.schedule_forms import rebased
 from ckptconv.catalog.schedule_keras import whole
-from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError
+from ckptconv.catalog.schedule_rates import ONE_CYCLE_MOMENTA, TICK, Curve, NotExpressibleError
 from ckptconv.document import Value
 
 
@@ -22,7 +22,7 @@ class Declared:
     curve: Curve
     base: float
     named: Mapping[str, float] = field(default_factory=dict)
-    """Rates that the curve names, beside its base."""
+    """Rates and momenta that the curve names, beside its base."""
 
 
 def from_keras_config(config: object) -> Declared | None:
@@ -192,8 +192,10 @@ def _read_one_cycle(c: _Config) -> Declared:
         parameters[f"phase.{place}.end"] = end
         for which, rate in (("from", first), ("to", last)):
             (parameters[f"phase.{place}.{which}"], *_) = [n for n, value in rates.items() if value == rate]
-    curve = Curve(family="one-cycle", parameters={**parameters, "cycle_momentum": False})
-    return Declared(curve=curve, base=rates.pop("initial_lr"), named=rates)
+    moves = c.get("momentum") is not None
+    momenta = dict(zip(ONE_CYCLE_MOMENTA, _floats(c, "momentum"), strict=True)) if moves else {}
+    curve = Curve(family="one-cycle", parameters={**parameters, "cycle_momentum": moves})
+    return Declared(curve=curve, base=rates.pop("initial_lr"), named={**rates, **momenta})
 
 
 def _read_epochs(c: _Config) -> Declared:

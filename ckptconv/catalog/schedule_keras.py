@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptconv.catalog.schedule_rates import TICK, Curve, NotExpressibleError, part_at, rate
+from ckptconv.catalog.schedule_rates import ONE_CYCLE_MOMENTA, TICK, Curve, NotExpressibleError, part_at, rate
 from ckptconv.document import Value
 
 HELPERS: Mapping[str, str] = {
@@ -89,6 +89,7 @@ def _by_the_tick(curve: Curve, base: float, index: int, named: Mapping[str, floa
     """A schedule whose ticks are several updates long."""
     ticks = int(curve.number(TICK))
     inner = replace(curve, parameters={n: v for n, v in curve.parameters.items() if n != TICK})
+    _rate_alone(inner)
     stretch = _STRETCHED.get(curve.family)
     if stretch is not None:
         return keras_code(replace(inner, parameters=stretch(inner, ticks)), base, index, named)
@@ -304,6 +305,7 @@ def _sequential(v: Curve, at: _Place) -> Code:
     if known is not None:
         return known
     begins = [0, *(int(m) for m in v.numbers("milestones"))]
+    _rate_alone(*v.parts)
     now, _ = part_at(v, at.index)
     codes = [
         keras_code(part, at.base, max(at.index - begin, 0) if place == now else 0, at.named)
@@ -329,10 +331,6 @@ def _chained(v: Curve, at: _Place) -> Code:
 
 
 def _one_cycle(v: Curve, at: _Place) -> Code:
-    if v.parameters.get("cycle_momentum"):
-        raise NotExpressibleError(
-            "cycle_momentum=True moves momentum or beta_1 with the rate, which Keras cannot"
-        )
     names = {"initial_lr": at.base, **at.named}
     phases: list[object] = []
     while f"phase.{len(phases)}.end" in v.parameters:
@@ -340,10 +338,20 @@ def _one_cycle(v: Curve, at: _Place) -> Code:
         ends = [names[str(v.parameters[name + which])] for which in ("from", "to")]
         phases.append([v.number(name + "end"), *ends])
     length = whole(v.number("length"))
+    cycled = {"momentum": [names[name] for name in ONE_CYCLE_MOMENTA]} if v.moves_momentum else {}
     return Code(
-        call=at.call("OneCycle", length=length, phases=phases, anneal=str(v.parameters["anneal"])),
+        call=at.call("OneCycle", length=length, phases=phases, anneal=str(v.parameters["anneal"]), **cycled),
         remark=f"torch stops with an error after {length} updates, this one stays at its last rate",
     )
+
+
+def _rate_alone(*curves: Curve) -> None:
+    """Raises: NotExpressibleError where one moves a momentum, which goes by the optimizer's counter alone."""
+    if any(curve.moves_momentum for curve in curves):
+        raise NotExpressibleError(
+            "cycle_momentum=True moves momentum or beta_1, which Keras can only with every update of a "
+            "OneCycleLR that is the whole schedule"
+        )
 
 
 def _table(v: Curve, at: _Place) -> Code:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckptconv.catalog.schedules import CUSTOM, UNKNOWN
 from ckptconv.document import Known, Schedule, Value
@@ -34,6 +34,11 @@ class Curve:
     parameters: Mapping[str, Value] = field(default_factory=dict)
     parts: tuple[Curve, ...] = ()
     """Of `sequential` and `chained`."""
+
+    @property
+    def moves_momentum(self) -> bool:
+        """Whether it moves the optimizer's momentum or beta_1 against its rate."""
+        return bool(self.parameters.get("cycle_momentum"))
 
     def number(self, name: str, default: float | None = None) -> float:
         """A parameter as a float. Raises: KeyError, TypeError."""
@@ -157,6 +162,31 @@ def _piecewise(v: Curve, base: float, t: int, _: _Named) -> float:
 def _table(v: Curve, base: float, t: int, _: _Named) -> float | None:
     factors, place = v.numbers("factors"), t - int(v.number("start"))
     return base * factors[place] if 0 <= place < len(factors) else None
+
+
+ONE_CYCLE_MOMENTA = ("base_momentum", "max_momentum")
+"""Where OneCycleLR's momentum is at the highest rate, and where at its ends."""
+
+_OPPOSITE = {"initial_lr": "max_momentum", "max_lr": "base_momentum", "min_lr": "max_momentum"}
+"""Rate that a phase of OneCycleLR goes from or to -> the momentum there."""
+
+
+def rate_alone(curve: Curve) -> Curve:
+    """The curve without the momentum that it moves."""
+    if not curve.moves_momentum:
+        return curve
+    kept = {name: value for name, value in curve.parameters.items() if name != "beta_1_cycles"}
+    return replace(curve, parameters={**kept, "cycle_momentum": False})
+
+
+def momentum(curve: Curve, index: int, named: Mapping[str, float]) -> float | None:
+    """The momentum, or beta_1, of the update at `index`; None where the curve does not tell one.
+
+    `named`: both of `ONE_CYCLE_MOMENTA`.
+    """
+    if not curve.moves_momentum or any(name not in named for name in ONE_CYCLE_MOMENTA):
+        return None
+    return rate(curve, 0.0, index, {name: named[opposite] for name, opposite in _OPPOSITE.items()})
 
 
 def _one_cycle(v: Curve, _base: float, t: int, named: _Named) -> float | None:

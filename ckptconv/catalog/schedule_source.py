@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, cast
 
-from ckptconv.catalog.schedule_rates import TABLED, Curve, curve_of, flat, rate, state_at
+from ckptconv.catalog.schedule_rates import (
+    ONE_CYCLE_MOMENTA,
+    TABLED,
+    Curve,
+    curve_of,
+    flat,
+    rate,
+    state_at,
+)
 from ckptconv.catalog.schedule_settings import UNIT, UNITS
 from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.document import Checkpoint, Fact, Known, Optimizer, Progress, Schedule, Unknown, value_of
@@ -21,7 +29,7 @@ _STATE = ("position", "calls", "last_rate", "base_rate", "since_restart", "cycle
 ONE_CYCLE_RATES = ("max_lr", "min_lr")
 """Rates that OneCycleLR keeps in each group, beside `initial_lr`."""
 
-KEPT_IN_GROUPS = ("base_learning_rate", *ONE_CYCLE_RATES, "swa_lr", "base_momentum", "max_momentum")
+KEPT_IN_GROUPS = ("base_learning_rate", *ONE_CYCLE_RATES, "swa_lr", *ONE_CYCLE_MOMENTA)
 """What torch's schedulers keep in each group."""
 
 
@@ -279,8 +287,8 @@ def with_epochs(schedule: Schedule, progress: Progress) -> Schedule:
 
 
 def named_rates(group: Mapping[str, Fact]) -> dict[str, float]:
-    """The rates of a group that a one-cycle schedule goes by."""
-    values = {name: value_of(group.get(name)) for name in ONE_CYCLE_RATES}
+    """The rates and momenta of a group that a one-cycle schedule goes by."""
+    values = {name: value_of(group.get(name)) for name in (*ONE_CYCLE_RATES, *ONE_CYCLE_MOMENTA)}
     return {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
 
 

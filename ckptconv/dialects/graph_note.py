@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptconv.catalog.optimizers import as_algorithm, row, with_form
+from ckptconv.catalog.schedule_rates import ONE_CYCLE_MOMENTA
 from ckptconv.catalog.schedule_source import ONE_CYCLE_RATES
 from ckptconv.dialects.residue import untold
 from ckptconv.document import (
@@ -106,7 +107,7 @@ def _with_rates(optimizer: Optimizer, checkpoint: Checkpoint, note: Note) -> Opt
     theirs = noted.groups[0].hyperparameters
     rates = {
         name: fact
-        for name in ("base_learning_rate", *ONE_CYCLE_RATES)
+        for name in ("base_learning_rate", *ONE_CYCLE_RATES, *ONE_CYCLE_MOMENTA)
         if isinstance(fact := theirs.get(name), Known)
     }
     groups = tuple(

@@ -176,7 +176,10 @@ def made_of(parts: Any) -> Made:
 
 
 NOT_BY_KERAS: dict[tuple[str, str], tuple[Made, int]] = {
-    ("one-cycle", "cycle_momentum=True"): (lambda o: S.OneCycleLR(o, 0.4, total_steps=60), DONE),
+    ("one-cycle", "cycle_momentum=True, another optimizer or a part of a schedule"): (
+        lambda o: S.SequentialLR(o, [S.ConstantLR(o), S.OneCycleLR(o, 0.4, total_steps=60)], [3]),
+        DONE,
+    ),
     ("cosine", "beyond its minimum"): (lambda o: S.CosineAnnealingLR(o, 60, eta_min=0.003), 61),
     ("lambda", "no table"): (lambda o: S.LambdaLR(o, lambda t: 0.95**t), DONE),
     ("cyclic", "no table"): (lambda o: S.CyclicLR(o, 0.01, 0.2, 7, cycle_momentum=False), DONE),
