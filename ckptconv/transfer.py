@@ -20,6 +20,7 @@ from ckptconv.document import (
 from ckptconv.errors import Problem
 from ckptconv.extras import own_param, place_extras
 from ckptconv.mapping import Cover
+from ckptconv.optimizer_parts import divide
 from ckptconv.optimizer_transfer import transfer_optimizers
 from ckptconv.rawtree import Lifted, Node, Path, transform, walk
 from ckptconv.report import Entry, Fate
@@ -61,11 +62,12 @@ def transfer(
     }
     _source_only(source, cover, account)
     account.merged = frozenset(merge.source for merge in cover.merged)
-    optimizers = transfer_optimizers(unwrapped(source), unwrapped(template), pairs, account)
-    wrapped = wrap(source, template, optimizers, params, pairs, account)
-    schedules = place_schedules(
-        source, template, account.allow, optimizers=wrapped.optimizers, conventions=conventions
-    )
+    division = divide(source, template, pairs, account)
+    ours, theirs = (division.source, division.template) if division else (source, template)
+    optimizers = transfer_optimizers(unwrapped(ours), unwrapped(theirs), pairs, account)
+    wrapped = wrap(ours, theirs, optimizers, params, pairs, account)
+    made = division.undone(wrapped.optimizers, account) if division else wrapped.optimizers
+    schedules = place_schedules(source, template, account.allow, optimizers=made, conventions=conventions)
     for rate, code in schedules.codes.items():
         account.requires = [line.replace(rate, code) for line in account.requires]
     account.requires = [*schedules.requires, *account.requires, *schedules.helpers]

@@ -65,6 +65,11 @@ def lines() -> Iterator[str]:
     yield ""
     yield from (f"- {name}: {reason}" for name, reason in alone())
     yield ""
+    yield "A class that trains some parameters by another algorithm crosses to two optimizers and back, each"
+    yield "part as its algorithm does; which parameter is whose must be the same on both sides:"
+    yield ""
+    yield from (f"- {text}" for text in parts())
+    yield ""
     yield "## Exact continuation"
     yield ""
     yield "Where the target's class only comes near the source's rule, a helper makes it follow it. Every"
@@ -115,6 +120,16 @@ def error(direction: Direction, run: Measured) -> str:
     text = f"{run.worst('float32') if number is None else number:.0e}"
     name = run.run.removeprefix(run.algorithm).strip(" _")
     return f"{text} ({name})" if len(direction.measured) > 1 else text
+
+
+def parts() -> Iterator[str]:
+    """The classes of two algorithms, with the arguments that divide the parameters."""
+    for name in algorithms():
+        for framework in COLUMNS:
+            known = row(name, framework)
+            if known is not None and known.part is not None:
+                arguments = ", ".join(f"`{each}`" for each in known.part.divided_by)
+                yield f"`{known.class_name}`: {name} and {known.part.algorithm}, divided by {arguments}"
 
 
 def alone() -> Iterator[tuple[str, str]]:

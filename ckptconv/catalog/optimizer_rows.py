@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from ckptconv.catalog.loading import Record, load, names
+from ckptconv.catalog.parts import Part, read, row_of_part
 from ckptconv.catalog.transitions import transitions
 from ckptconv.document import Value
 
@@ -117,6 +118,8 @@ class Row:
     """Slot lists that the container names even when they are empty."""
     interleaved: bool = False
     """Whether the lists are named and empty, and the slots stand in `_variables`, variable by variable."""
+    part: Part | None = None
+    """What else the class is, for some of its parameters."""
     placeholders: bool = False
     """Whether a parameter has a variable in place of a factor that it has not."""
     other_keys: frozenset[str] = frozenset()
@@ -284,6 +287,7 @@ def _row(
         scalar_inits={name: float(inits[name]) for name in scalars},
         lists=frozenset(record.texts("lists")),
         interleaved=record.flag("interleaved", False),
+        part=read(record),
         placeholders=record.flag("placeholders", False),
         other_keys=frozenset(record.texts("other_keys")),
         smallest=record.number_map("smallest"),
@@ -324,8 +328,10 @@ def rows_of_framework(framework: str) -> tuple[Row, ...]:
 
 
 def row(algorithm: str, framework: str) -> Row | None:
-    """The table row; None where the framework has no such class."""
-    return _tables().get(algorithm, {}).get(framework)
+    """The table row, also of a class's part (`muon.adamw`); None where the framework has no such class."""
+    name, _, part = algorithm.partition(".")
+    found = _tables().get(name, {}).get(framework)
+    return row_of_part(found, part, row(part, framework)) if found is not None and part else found
 
 
 def shape_of_slot(kind: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
