@@ -162,17 +162,21 @@ def assert_same_state(keras_side: tuple[Any, Any], torch_side: tuple[Any, Any, A
         assert int(state["step"]) == int(optimizer.iterations)
 
 
-def moved(keras_side: tuple[Any, Any], torch_side: tuple[Any, Any, Any]) -> dict[str, float]:
-    """One more update of both: the largest difference, relative to the largest move, by parameter."""
+def moved(
+    keras_side: tuple[Any, Any], torch_side: tuple[Any, Any, Any], updates: int = 1
+) -> dict[str, float]:
+    """After more updates of both: the largest difference, relative to the largest move, by parameter."""
     model, optimizer = keras_side
     net, muon, adamw = torch_side
     named = dict(net.named_parameters())
     before = {name: named[name].detach().numpy().copy() for name in PLACES}
-    grads = gradients(np.random.default_rng(8))
-    keras_update(model, optimizer, grads)
-    give(net, grads)
-    muon.step()
-    adamw.step()
+    rng = np.random.default_rng(8)
+    for _ in range(updates):
+        grads = gradients(rng)
+        keras_update(model, optimizer, grads)
+        give(net, grads)
+        muon.step()
+        adamw.step()
     result = {}
     for number, name in enumerate(PLACES):
         ours, theirs = as_torch(name, model.trainable_variables[number]), named[name].detach().numpy()
@@ -252,6 +256,28 @@ def test_torch_to_keras(kind: str, tmp_path: Path) -> None:
     assert float(result[1].learning_rate) == pytest.approx(0.02)
     assert_same_state(result, run, ulp=2)
     assert_goes_on(result, run)
+
+
+def test_twenty_updates_part_no_further_than_the_rules_do(tmp_path: Path) -> None:
+    """Of the distance travelled. Measured for Muon before: 0.076 to torch and 0.101 to Keras."""
+    run, other = keras_run(), torch_run()
+    there, back = tmp_path / "b.pt", tmp_path / "d.keras"
+    source = keras_file(run, "file", tmp_path / "a")
+    convert(source, there, template=torch_file(torch_run((0, 0)), tmp_path / "t.pt"), allow=ALLOWED)
+    template = keras_file(keras_run(0), "file", tmp_path / "e")
+    convert(torch_file(other, tmp_path / "c.pt"), back, template=template, allow=ALLOWED)
+
+    cold = loaded_torch(there)
+    for optimizer in cold[1:]:
+        optimizer.state.clear()
+    without = moved(loaded_keras(source, "file"), cold, 20)
+    for measured, found in (
+        (0.076, moved(run, loaded_torch(there), 20)),
+        (0.101, moved(loaded_keras(back, "file"), other, 20)),
+    ):
+        for name, error in found.items():
+            assert error <= (measured if name in MATRICES else 2e-4), name
+            assert without[name] > 10 * error, name
 
 
 def test_there_and_back(tmp_path: Path) -> None:
