@@ -76,7 +76,7 @@ def test_what_no_counter_tells_is_an_error_with_the_candidates(
     ("tracker", "text", "name"),
     [
         ("latest", "global_step10\n", "global_step10"),
-        ("last_checkpoint", "/work/elsewhere/model_0000009.pth", "model_0000009.pth"),
+        ("last_checkpoint", "/data/elsewhere/model_0000009.pth", "model_0000009.pth"),
         ("last_checkpoint", "C:\\runs\\model_0000009.pth", "model_0000009.pth"),
         ("latest_checkpointed_iteration.txt", "10", "iter_0000010"),
         ("latest_checkpointed_iteration.txt", "release", "release"),
