@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptconv.catalog.optimizer_rows import row
-from ckptconv.catalog.schedule_rates import NotExpressibleError
+from ckptconv.catalog.schedule_rates import NotExpressibleError, curve_of, momentum
 from ckptconv.catalog.schedule_source import named_rates, placed
 from ckptconv.catalog.wrappers import bare
 from ckptconv.dialects.torch_scheduler import moved, rate_at
@@ -244,10 +244,16 @@ def _with_rate(
         if due is not None and _alike(fact.value, due):
             groups.append(group)
         elif due is not None and was is not None and _alike(fact.value, was):
-            moved_rate = Known(value=due, status="derived", source=schedule.name, formula=f"at {position}")
-            groups.append(
-                replace(group, hyperparameters={**group.hyperparameters, "learning_rate": moved_rate})
-            )
+            driven = {"learning_rate": due}
+            curve = curve_of(schedule)
+            cycled = momentum(curve, position, named_rates(group.hyperparameters))
+            if cycled is not None:
+                driven["beta_1" if curve.parameters["beta_1_cycles"] else "momentum"] = cycled
+            facts = {
+                name: Known(value=value, status="derived", source=schedule.name, formula=f"at {position}")
+                for name, value in driven.items()
+            }
+            groups.append(replace(group, hyperparameters={**group.hyperparameters, **facts}))
         else:
             groups.append(group)
             wanted = f"is {due} there" if due is not None else f"there is not known ('{schedule.family}')"

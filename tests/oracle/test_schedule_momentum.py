@@ -282,3 +282,21 @@ def test_a_keras_file_says_the_momenta(tmp_path: Path) -> None:
     group, own = (loaded(p)["optimizer"]["param_groups"][0] for p in (source, tmp_path / "back.pt"))
     assert own["betas"] == pytest.approx(group["betas"], rel=1e-12)
     assert (own["base_momentum"], own["max_momentum"]) == (LOWEST, HIGHEST)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+def test_an_edited_step_takes_rate_and_momentum_along(name: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=50)
+    for update in range(20):
+        if update == 10:
+            parts = {"model": model, "optimizer": optimizer, "scheduler": schedule}
+            torch.save({part: value.state_dict() for part, value in parts.items()}, tmp_path / "run.pt")
+        model(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    ckptconv.convert(tmp_path / "run.pt", tmp_path / "out.pt", set_={"step": "20"})
+    group = torch.load(tmp_path / "out.pt")["optimizer"]["param_groups"][0]
+    assert group["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+    assert group["betas"] == pytest.approx(optimizer.param_groups[0]["betas"], rel=1e-12)
