@@ -13,7 +13,6 @@ from functools import cache
 
 from ckptconv.catalog.loading import Record, load
 
-ANY = "*"
 _OUTCOMES: Mapping[str, tuple[str, ...]] = {
     "step": ("restored", "zero", "refused", "absent"),
     "weights": ("restored", "kept"),
@@ -137,7 +136,7 @@ def kind_of_file(
     for kind in kinds_of_file():
         if (
             kind.format == format_
-            and (dialect in kind.dialects or ANY in kind.dialects)
+            and dialect in kind.dialects
             and kind.root == root
             and (kind.optimizer, kind.step) == (optimizer, step)
         ):
