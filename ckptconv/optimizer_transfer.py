@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from ckptconv import dtypes
 from ckptconv.account import MASTER, Account, through
 from ckptconv.catalog import sparse
@@ -28,7 +30,9 @@ from ckptconv.tensor import FilledTensor, TensorRef, TensorSpec
 from ckptconv.ties import Pair
 
 _NUMBER = TensorSpec(dtype=dtypes.BY_NAME["float32"], shape=())
-"""How a number per parameter stands that the source keeps once (torch's `mu_product`)."""
+_WIDE_NUMBER = TensorSpec(dtype=dtypes.BY_NAME["float64"], shape=())
+"""How a number per parameter stands that the source keeps once (torch's `mu_product`): float32 as torch makes
+it, where that holds the number. Loading it, torch gives it the dtype of its parameter."""
 
 
 def transfer_optimizers(
@@ -370,7 +374,8 @@ def _begun(
         pair = pairs[name]
         return through(source.params[pair.source].tensor, pair.ops, place.spec, loc, account)[0]
     if not isinstance(slot.init, str):
-        return FilledTensor(spec=place.spec, value=slot.init)
+        wide = slot.shape == "scalar" and float(np.float32(slot.init)) != slot.init
+        return FilledTensor(spec=_WIDE_NUMBER if wide else place.spec, value=slot.init)
     account.problems.append(
         Problem(
             code="hyperparameter-missing",

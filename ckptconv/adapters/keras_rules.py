@@ -157,7 +157,11 @@ class InMaxEpsilon(Rule):
 
 
 class MomentumDecay(Rule):
-    """Nadam: mu_t = beta_1 (1 - 0.5 * 0.96^(t * momentum_decay)), where the stock class has a decay of 1."""
+    """Nadam: mu_t = beta_1 (1 - 0.5 * 0.96^(t * momentum_decay)), where the stock class has a decay of 1.
+
+    The product of the momenta goes on in the precision that it has come in. PyTorch's is float32 in float64
+    models, too, unless `torch.set_default_dtype` was called; float32 does not hold a product of float64.
+    """
 
     momentum_decay: float
 
@@ -169,8 +173,17 @@ class MomentumDecay(Rule):
         return _cast(self.beta_1, dtype) * (1.0 - 0.5 * power)
 
     def _multiply(self) -> None:
-        product = self._u_product
-        product.assign(product * self._mu(self.iterations + 1, product.dtype))
+        import tensorflow as tf
+
+        product, mu = self._u_product, self._mu(self.iterations + 1, "float64")
+        present = tf.convert_to_tensor(product)
+        single = _cast(present, "float32")
+        short = (_cast(single, present.dtype) == present) & (present != 1)  # at 1 no update has been made
+        product.assign(
+            tf.where(
+                short, _cast(single * _cast(mu, "float32"), present.dtype), present * _cast(mu, present.dtype)
+            )
+        )
 
     def _backend_update_step(self, *args: object) -> None:
         import keras
