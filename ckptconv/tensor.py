@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -138,6 +138,9 @@ class Extent:
 class Op(Protocol):
     """A pure function of tensors; the operations themselves are in `ckptconv.ops`."""
 
+    elementwise: ClassVar[bool]
+    """Whether it makes each element of one, wherever it stands."""
+
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         """Spec of the result. Raises shape-mismatch where the inputs do not fit."""
 
@@ -166,6 +169,7 @@ class PlainOp:
     """What holds for an op unless it says otherwise."""
 
     __slots__ = ()
+    elementwise: ClassVar[bool] = False
 
     def inward(self, tensor: DerivedTensor) -> TensorRef | None:
         return None

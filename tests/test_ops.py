@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptconv import dtypes, ops
+from ckptconv import dtypes
 from ckptconv.errors import CkptError
-from ckptconv.ops import Cast, Concat, Permute, Reshape, Scale, Shift, Slice
+from ckptconv.ops import Add, Cast, Concat, Permute, Reorder, Reshape, Scale, Shift, Slice, layout
 from ckptconv.tensor import DerivedTensor, FilledTensor, StoredTensor, TensorRef, TensorSpec
 
 
@@ -39,11 +39,16 @@ def chains(draw: st.DrawFn):
         shape += (0,)
     steps, current = [], shape
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["permute", "reshape", "slice", "concat", "scale", "shift", "hide"]))
+        kind = draw(
+            st.sampled_from(["permute", "reorder", "reshape", "slice", "concat", "scale", "shift", "hide"])
+        )
         op: object = kind
         if kind == "permute":
             op = Permute(tuple(draw(st.permutations(range(len(current))))))
             current = tuple(current[i] for i in op.order)
+        elif kind == "reorder" and current:
+            axis = draw(st.integers(0, len(current) - 1))
+            op = Reorder(axis, tuple(draw(st.permutations(range(current[axis])))))
         elif kind == "reshape" and math.prod(current):
             op = Reshape(current, splits(math.prod(current), draw))
             current = op.after
@@ -68,6 +73,8 @@ def run(array: np.ndarray, lazy: TensorRef, steps) -> tuple[np.ndarray, TensorRe
         match op:
             case Permute():
                 array, lazy = array.transpose(op.order), lazy.apply(op)
+            case Reorder():
+                array, lazy = array.take(op.order, op.axis), lazy.apply(op)
             case Reshape():
                 array, lazy = array.reshape(op.after), lazy.apply(op)
             case Slice():
@@ -92,7 +99,7 @@ def test_chains_agree_with_numpy(chain, sizes, batch) -> None:
     array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     expected, lazy = run(array, StoredTensor.of_array(array), steps)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_BATCH_NBYTES", batch)
+        patch.setattr(layout, "_BATCH_NBYTES", batch)
         assert lazy.shape == expected.shape
         np.testing.assert_array_equal(lazy.read(), expected)
         pieces = [piece.tobytes() for piece in lazy.windows(*sizes)]
@@ -112,6 +119,33 @@ def test_inverse_of_permute(order) -> None:
     for start in (lazy, hidden(lazy)):
         op = Permute(tuple(order))
         np.testing.assert_array_equal(start.apply(op).apply(op.inverse()).read(), array)
+
+
+@given(st.integers(0, 3), st.randoms(use_true_random=False))
+@settings(max_examples=24, deadline=None)
+def test_inverse_of_reorder(axis, random) -> None:
+    array = np.arange(120).reshape(2, 3, 4, 5)
+    order = list(range(array.shape[axis]))
+    random.shuffle(order)
+    op = Reorder(axis, tuple(order))
+    lazy = StoredTensor.of_array(array)
+    np.testing.assert_array_equal(lazy.apply(op).apply(op.inverse()).read(), array)
+
+
+def test_a_sum_is_rounded_once() -> None:
+    parts = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    first, *others = (StoredTensor.of_array(part) for part in parts)
+    expected = parts.astype(np.float64).sum(0).astype(np.float32)
+    np.testing.assert_array_equal(first.apply(Add(), *others).read(), expected)
+    nan = StoredTensor.of_array(np.full((4, 5), np.nan, np.float32))
+    assert np.isnan(first.apply(Add(), nan).read()).all()
+
+
+def test_a_sum_that_leaves_the_range_is_an_error() -> None:
+    lazy = StoredTensor.of_array(np.array([3e38], np.float32))
+    with pytest.raises(CkptError) as caught:
+        lazy.apply(Add(), lazy).read()
+    assert [p.code for p in caught.value.problems] == ["precision-loss"]
 
 
 def test_inverses() -> None:
@@ -186,6 +220,11 @@ STRING = TensorSpec(dtype=dtypes.BY_NAME["string"], shape=(2,), encoded_nbytes=6
         (Slice(2, 0, 1), None),
         (Slice(0, 1, 9), None),
         (Concat(3), None),
+        (Reorder(2, (0,)), None),
+        (Reorder(0, (0, 0)), None),
+        (Reorder(0, (1, 0)), STRING),
+        (Add(), STRING),
+        (Add(), TensorSpec(dtype=dtypes.BY_NAME["int32"], shape=(2,))),
         (Permute((0,)), STRING),
         (Slice(0, 0, 1), STRING),
         (Concat(0), STRING),
@@ -221,4 +260,4 @@ def test_a_block_of_a_reshape_takes_memory_by_its_own_size(before, after) -> Non
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert block.shape == stop
-    assert peak < 2 * ops._BATCH_NBYTES + 3 * block.nbytes
+    assert peak < 2 * layout._BATCH_NBYTES + 3 * block.nbytes

@@ -1,4 +1,4 @@
-"""What may happen to a tensor on its way: values that say what they do, their inverse, or what they lose."""
+"""Ops that move elements and change none: their inverse gives every bit back."""
 
 from __future__ import annotations
 
@@ -9,52 +9,22 @@ from itertools import chain
 
 import numpy as np
 
-from ckptconv import dtypes
-from ckptconv.errors import LossError, MappingError, Problem
+from ckptconv.ops.checks import fixed, misfit
 from ckptconv.strided import box_shape, dense, flat_boxes
 from ckptconv.tensor import (
     Array,
     Bytes,
     DerivedTensor,
     Index,
+    Op,
     PlainOp,
     StoredTensor,
     TensorRef,
     TensorSpec,
-    as_bytes,
     dense_strides,
 )
 
 _BATCH_NBYTES = 4 << 20
-
-
-def _misfit(op: object, spec: TensorSpec, hint: str = "Check the mapping or the template.") -> MappingError:
-    what = f"{spec.dtype.name} of shape {list(spec.shape)}"
-    return MappingError(
-        Problem(code="shape-mismatch", loc=(), message=f"{op} does not fit {what}", hint=hint)
-    )
-
-
-def _fixed(op: object, spec: TensorSpec) -> TensorSpec:
-    """The spec, if its elements are of one length, so that they can be taken apart."""
-    if spec.encoded_nbytes is not None:
-        raise _misfit(op, spec, "Strings and variants can only be copied whole.")
-    return spec
-
-
-def _within(op: Scale | Shift | Cast, before: Array, after: Array) -> Array:
-    """`after`, if no finite value of `before` has left the range of its dtype."""
-    lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
-    if lost:
-        raise LossError(
-            Problem(
-                code="precision-loss",
-                loc=(),
-                message=f"{lost} of {before.size} values leave the range of {after.dtype.name} by {op}",
-                hint="Choose a wider dtype.",
-            )
-        )
-    return after
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +39,8 @@ class Permute(PlainOp):
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         (spec,) = inputs
         if sorted(self.order) != list(range(len(spec.shape))):
-            raise _misfit(self, spec)
-        _fixed(self, spec)
+            raise misfit(self, spec)
+        fixed(self, spec)
         return TensorSpec(dtype=spec.dtype, shape=tuple(spec.shape[i] for i in self.order))
 
     def view(self, tensor: StoredTensor) -> StoredTensor:
@@ -110,7 +80,7 @@ class Reshape(PlainOp):
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         (spec,) = inputs
         if spec.shape != self.before or math.prod(self.before) != math.prod(self.after):
-            raise _misfit(self, spec)
+            raise misfit(self, spec)
         return replace(spec, shape=self.after)
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
@@ -209,9 +179,9 @@ class Slice(PlainOp):
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         (spec,) = inputs
-        _fixed(self, spec)
+        fixed(self, spec)
         if self.axis >= len(spec.shape) or not 0 <= self.start <= self.stop <= spec.shape[self.axis]:
-            raise _misfit(self, spec)
+            raise misfit(self, spec)
         shape = list(spec.shape)
         shape[self.axis] = self.stop - self.start
         return TensorSpec(dtype=spec.dtype, shape=tuple(shape))
@@ -238,6 +208,52 @@ class Slice(PlainOp):
 
 
 @dataclass(frozen=True, slots=True)
+class Reorder(PlainOp):
+    """Reorder the entries of one axis: entry `i` of the result is entry `order[i]` of the input."""
+
+    axis: int
+    order: tuple[int, ...]
+
+    def inverse(self) -> Reorder:
+        return Reorder(self.axis, tuple(int(i) for i in np.argsort(self.order)))
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        (spec,) = inputs
+        fixed(self, spec)
+        if self.axis >= len(spec.shape) or sorted(self.order) != list(range(spec.shape[self.axis])):
+            raise misfit(self, spec)
+        return spec
+
+    def view(self, tensor: StoredTensor) -> StoredTensor | None:
+        self.spec((tensor.spec,))
+        return tensor if list(self.order) == sorted(self.order) else None
+
+    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
+        return _below_elementwise(self, tensor)
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        """Reads the runs of entries that stand together on both sides."""
+        out = np.empty(box_shape(start, stop), inputs[0].dtype.numpy)
+        if not out.size:
+            return out
+        wanted = self.order[start[self.axis] : stop[self.axis]]
+        low = 0
+        while low < len(wanted):
+            high = low + 1
+            while high < len(wanted) and wanted[high] == wanted[low] + high - low:
+                high += 1
+            begin, end, into = list(start), list(stop), [slice(None)] * out.ndim
+            begin[self.axis], end[self.axis] = wanted[low], wanted[low] + high - low
+            into[self.axis] = slice(low, high)
+            out[tuple(into)] = inputs[0].block(tuple(begin), tuple(end))
+            low = high
+        return out
+
+    def to_json(self) -> dict[str, object]:
+        return {"op": "reorder", "axis": self.axis, "order": list(self.order)}
+
+
+@dataclass(frozen=True, slots=True)
 class Concat(PlainOp):
     """Join tensors along one axis; `Slice` of each part's range is the inverse."""
 
@@ -245,12 +261,12 @@ class Concat(PlainOp):
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         first = inputs[0]
-        if self.axis >= len(_fixed(self, first).shape):
-            raise _misfit(self, first)
+        if self.axis >= len(fixed(self, first).shape):
+            raise misfit(self, first)
         for other in inputs[1:]:
             same = [n for a, n in enumerate(other.shape) if a != self.axis]
             if other.dtype != first.dtype or same != [n for a, n in enumerate(first.shape) if a != self.axis]:
-                raise _misfit(self, other)
+                raise misfit(self, other)
         shape = list(first.shape)
         shape[self.axis] = sum(spec.shape[self.axis] for spec in inputs)
         return TensorSpec(dtype=first.dtype, shape=tuple(shape))
@@ -284,176 +300,12 @@ class Concat(PlainOp):
         return {"op": "concat", "axis": self.axis}
 
 
-@dataclass(frozen=True, slots=True)
-class Scale(PlainOp):
-    """Multiply by a number; the product is rounded once, to the tensor's dtype."""
-
-    factor: float
-
-    def inverse(self) -> Scale:
-        return Scale(1.0 / self.factor)
-
-    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-        (spec,) = inputs
-        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
-            raise _misfit(self, spec, "Only floating-point numbers are scaled.")
-        return spec
-
-    def view(self, tensor: StoredTensor) -> StoredTensor | None:
-        return tensor if self.factor == 1.0 else None
-
-    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return self.of(inputs[0].block(start, stop))
-
-    def of(self, part: Array) -> Array:
-        """The product of each element.
-
-        Raises: precision-loss where a finite value would become infinite.
-        """
-        wide = np.complex128 if part.dtype.kind == "c" else np.float64
-        with np.errstate(all="ignore"):
-            product = np.asarray(part.astype(wide) * self.factor).astype(part.dtype)
-        return _within(self, part, product)
-
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
-
-    def to_json(self) -> dict[str, object]:
-        return {"op": "scale", "factor": self.factor}
-
-
-@dataclass(frozen=True, slots=True)
-class Shift(PlainOp):
-    """Add a number; the sum is rounded once, to the tensor's dtype."""
-
-    offset: float
-
-    def inverse(self) -> Shift:
-        return Shift(-self.offset)
-
-    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-        (spec,) = inputs
-        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
-            raise _misfit(self, spec, "Only floating-point numbers are shifted.")
-        return spec
-
-    def view(self, tensor: StoredTensor) -> StoredTensor | None:
-        return tensor if self.offset == 0.0 else None
-
-    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return self.of(inputs[0].block(start, stop))
-
-    def of(self, part: Array) -> Array:
-        """The sum of each element and the offset.
-
-        Raises: precision-loss where a finite value would become infinite.
-        """
-        wide = np.complex128 if part.dtype.kind == "c" else np.float64
-        with np.errstate(all="ignore"):
-            total = np.asarray(part.astype(wide) + self.offset).astype(part.dtype)
-        return _within(self, part, total)
-
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
-
-    def to_json(self) -> dict[str, object]:
-        return {"op": "shift", "offset": self.offset}
-
-
-@dataclass(frozen=True, slots=True)
-class Cast(PlainOp):
-    """Convert to another dtype; exact where the target holds every value of the source."""
-
-    dtype: str
-
-    @property
-    def target(self) -> dtypes.DType:
-        return dtypes.BY_NAME[self.dtype]
-
-    def is_exact(self, source: dtypes.DType) -> bool:
-        """Whether every value of the source dtype survives."""
-        if source.kind in ("quantized", "packed", "bytes") or self.target.kind in (
-            "quantized",
-            "packed",
-            "bytes",
-        ):
-            return source == self.target
-        return bool(np.can_cast(source.numpy, self.target.numpy, "safe"))
-
-    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
-        (spec,) = inputs
-        if spec.dtype != self.target:
-            for row in (_fixed(self, spec).dtype, self.target):
-                if row.kind in ("quantized", "packed", "bytes") or row.name == "complex32":
-                    raise _misfit(self, spec, "Such elements are not numbers; they can only be copied.")
-            if spec.dtype.kind == "complex" and self.target.kind != "complex":
-                raise _misfit(self, spec, "An imaginary part cannot be dropped.")
-        return replace(spec, dtype=self.target)
-
-    def view(self, tensor: StoredTensor) -> StoredTensor | None:
-        return tensor if tensor.dtype == self.target else None
-
-    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return self.of(inputs[0].block(start, stop))
-
-    def of(self, part: Array) -> Array:
-        """Each element in the target's dtype; floats are rounded to nearest even.
-
-        Raises: precision-loss where a value leaves the range, or where an integer would not come back equal.
-        """
-        if part.dtype == self.target.numpy:
-            return part
-        with np.errstate(all="ignore"):
-            result = part.astype(self.target.numpy)
-            if self.is_exact(dtypes.of_array(part)):
-                return result
-            if self.target.kind in ("float", "complex") and dtypes.of_array(part).kind in (
-                "float",
-                "complex",
-            ):
-                return _within(self, part, result)
-            back = result.astype(part.dtype)
-            # The signs too: -1 comes back equal from the largest unsigned integer.
-            changed = int(np.count_nonzero((back != part) | (np.less(result, 0) != np.less(part, 0))))
-        if changed:
-            raise LossError(
-                Problem(
-                    code="precision-loss",
-                    loc=(),
-                    message=f"{changed} values of {part.dtype.name} have no equal in {self.dtype}",
-                    hint="Choose a dtype that holds them.",
-                )
-            )
-        return result
-
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
-
-    def to_json(self) -> dict[str, object]:
-        return {"op": "cast", "dtype": self.dtype}
-
-
-def _below_elementwise(op: Permute | Reshape | Slice, tensor: DerivedTensor) -> TensorRef | None:
+def _below_elementwise(op: Op, tensor: DerivedTensor) -> TensorRef | None:
     """Move `op` below an op that treats every element alike: there it can become a view of stored bytes."""
-    if not isinstance(tensor.op, (Scale, Shift, Cast)):
+    if not tensor.op.elementwise:
         return None
     (part,) = tensor.parts
     return part.apply(op).apply(tensor.op)
-
-
-def _elementwise_windows(
-    op: Scale | Shift | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
-) -> Iterator[Bytes]:
-    after = op.spec((tensor.spec,)).dtype.itemsize
-    room = max(min(nbytes, nbytes * tensor.dtype.itemsize // after), 1)
-    for window in tensor.windows(room, panel_nbytes):
-        yield as_bytes(op.of(window.view(tensor.dtype.numpy)))
 
 
 def _flat(tensor: TensorRef, low: int, high: int) -> Array:

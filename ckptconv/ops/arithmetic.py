@@ -1,0 +1,233 @@
+"""Ops that compute new values: what rounding takes is gone, what leaves the range is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import ClassVar
+
+import numpy as np
+
+from ckptconv import dtypes
+from ckptconv.errors import LossError, Problem
+from ckptconv.ops.checks import fixed, misfit
+from ckptconv.tensor import (
+    Array,
+    Bytes,
+    Index,
+    PlainOp,
+    StoredTensor,
+    TensorRef,
+    TensorSpec,
+    as_bytes,
+)
+
+
+def _within(op: Scale | Shift | Cast | Add, before: Array, after: Array) -> Array:
+    """`after`, if no finite value of `before` has left the range of its dtype."""
+    lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
+    if lost:
+        raise LossError(
+            Problem(
+                code="precision-loss",
+                loc=(),
+                message=f"{lost} of {before.size} values leave the range of {after.dtype.name} by {op}",
+                hint="Choose a wider dtype.",
+            )
+        )
+    return after
+
+
+@dataclass(frozen=True, slots=True)
+class Scale(PlainOp):
+    """Multiply by a number; the product is rounded once, to the tensor's dtype."""
+
+    factor: float
+    elementwise: ClassVar[bool] = True
+
+    def inverse(self) -> Scale:
+        return Scale(1.0 / self.factor)
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        (spec,) = inputs
+        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+            raise misfit(self, spec, "Only floating-point numbers are scaled.")
+        return spec
+
+    def view(self, tensor: StoredTensor) -> StoredTensor | None:
+        return tensor if self.factor == 1.0 else None
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        return self.of(inputs[0].block(start, stop))
+
+    def of(self, part: Array) -> Array:
+        """The product of each element.
+
+        Raises: precision-loss where a finite value would become infinite.
+        """
+        wide = np.complex128 if part.dtype.kind == "c" else np.float64
+        with np.errstate(all="ignore"):
+            product = np.asarray(part.astype(wide) * self.factor).astype(part.dtype)
+        return _within(self, part, product)
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
+
+    def to_json(self) -> dict[str, object]:
+        return {"op": "scale", "factor": self.factor}
+
+
+@dataclass(frozen=True, slots=True)
+class Shift(PlainOp):
+    """Add a number; the sum is rounded once, to the tensor's dtype."""
+
+    offset: float
+    elementwise: ClassVar[bool] = True
+
+    def inverse(self) -> Shift:
+        return Shift(-self.offset)
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        (spec,) = inputs
+        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+            raise misfit(self, spec, "Only floating-point numbers are shifted.")
+        return spec
+
+    def view(self, tensor: StoredTensor) -> StoredTensor | None:
+        return tensor if self.offset == 0.0 else None
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        return self.of(inputs[0].block(start, stop))
+
+    def of(self, part: Array) -> Array:
+        """The sum of each element and the offset.
+
+        Raises: precision-loss where a finite value would become infinite.
+        """
+        wide = np.complex128 if part.dtype.kind == "c" else np.float64
+        with np.errstate(all="ignore"):
+            total = np.asarray(part.astype(wide) + self.offset).astype(part.dtype)
+        return _within(self, part, total)
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
+
+    def to_json(self) -> dict[str, object]:
+        return {"op": "shift", "offset": self.offset}
+
+
+@dataclass(frozen=True, slots=True)
+class Cast(PlainOp):
+    """Convert to another dtype; exact where the target holds every value of the source."""
+
+    dtype: str
+    elementwise: ClassVar[bool] = True
+
+    @property
+    def target(self) -> dtypes.DType:
+        return dtypes.BY_NAME[self.dtype]
+
+    def is_exact(self, source: dtypes.DType) -> bool:
+        """Whether every value of the source dtype survives."""
+        if source.kind in ("quantized", "packed", "bytes") or self.target.kind in (
+            "quantized",
+            "packed",
+            "bytes",
+        ):
+            return source == self.target
+        return bool(np.can_cast(source.numpy, self.target.numpy, "safe"))
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        (spec,) = inputs
+        if spec.dtype != self.target:
+            for row in (fixed(self, spec).dtype, self.target):
+                if row.kind in ("quantized", "packed", "bytes") or row.name == "complex32":
+                    raise misfit(self, spec, "Such elements are not numbers; they can only be copied.")
+            if spec.dtype.kind == "complex" and self.target.kind != "complex":
+                raise misfit(self, spec, "An imaginary part cannot be dropped.")
+        return replace(spec, dtype=self.target)
+
+    def view(self, tensor: StoredTensor) -> StoredTensor | None:
+        return tensor if tensor.dtype == self.target else None
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        return self.of(inputs[0].block(start, stop))
+
+    def of(self, part: Array) -> Array:
+        """Each element in the target's dtype; floats are rounded to nearest even.
+
+        Raises: precision-loss where a value leaves the range, or where an integer would not come back equal.
+        """
+        if part.dtype == self.target.numpy:
+            return part
+        with np.errstate(all="ignore"):
+            result = part.astype(self.target.numpy)
+            if self.is_exact(dtypes.of_array(part)):
+                return result
+            if self.target.kind in ("float", "complex") and dtypes.of_array(part).kind in (
+                "float",
+                "complex",
+            ):
+                return _within(self, part, result)
+            back = result.astype(part.dtype)
+            # The signs too: -1 comes back equal from the largest unsigned integer.
+            changed = int(np.count_nonzero((back != part) | (np.less(result, 0) != np.less(part, 0))))
+        if changed:
+            raise LossError(
+                Problem(
+                    code="precision-loss",
+                    loc=(),
+                    message=f"{changed} values of {part.dtype.name} have no equal in {self.dtype}",
+                    hint="Choose a dtype that holds them.",
+                )
+            )
+        return result
+
+    def windows(
+        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
+    ) -> Iterator[Bytes] | None:
+        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
+
+    def to_json(self) -> dict[str, object]:
+        return {"op": "cast", "dtype": self.dtype}
+
+
+@dataclass(frozen=True, slots=True)
+class Add(PlainOp):
+    """The sum of tensors, rounded once, to their dtype: which was which cannot be told from it."""
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        first = inputs[0]
+        for spec in inputs:
+            if spec != first or spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+                raise misfit(self, spec, "Only floating-point numbers of one shape are added.")
+        return first
+
+    def view(self, tensor: StoredTensor) -> StoredTensor | None:
+        return tensor
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        """Raises: precision-loss where the sum of finite values would become infinite."""
+        parts = [tensor.block(start, stop) for tensor in inputs]
+        wide = np.complex128 if parts[0].dtype.kind == "c" else np.float64
+        with np.errstate(all="ignore"):
+            total = reduce(np.add, (part.astype(wide) for part in parts))
+            largest = reduce(np.maximum, (np.abs(part) for part in parts))
+            return _within(self, largest, total.astype(parts[0].dtype))
+
+    def to_json(self) -> dict[str, object]:
+        return {"op": "add"}
+
+
+def _elementwise_windows(
+    op: Scale | Shift | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
+) -> Iterator[Bytes]:
+    after = op.spec((tensor.spec,)).dtype.itemsize
+    room = max(min(nbytes, nbytes * tensor.dtype.itemsize // after), 1)
+    for window in tensor.windows(room, panel_nbytes):
+        yield as_bytes(op.of(window.view(tensor.dtype.numpy)))
