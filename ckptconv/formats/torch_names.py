@@ -14,7 +14,7 @@ import numpy as np
 
 from ckptconv.dtypes import BY_TORCH, BY_TORCH_STORAGE, DType
 from ckptconv.formats import numpy_pickle
-from ckptconv.tensor import Array, Bytes, DerivedTensor, Index, StoredTensor, TensorRef, TensorSpec, as_bytes
+from ckptconv.tensor import Array, Bytes, Index, PlainOp, StoredTensor, TensorRef, TensorSpec, as_bytes
 
 TENSOR_V2 = "torch._utils._rebuild_tensor_v2"
 TENSOR_V3 = "torch._utils._rebuild_tensor_v3"
@@ -98,7 +98,7 @@ HARMLESS: frozenset[str] = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class ResolveBits:
+class ResolveBits(PlainOp):
     """Apply the conj and neg flags of a tensor whose stored bytes are as before them."""
 
     conj: bool
@@ -108,9 +108,6 @@ class ResolveBits:
         return inputs[0]
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
-        return None
-
-    def inward(self, tensor: DerivedTensor) -> TensorRef | None:
         return None
 
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
