@@ -90,7 +90,8 @@ def detect_format(path: PathLike) -> Format:
     """
     load_registries()
     where = reachable(path)
-    for candidate in FORMATS.values():
+    # By name, whatever was imported first: a trainer's folder is PyTorch's before it is one of safetensors.
+    for _, candidate in sorted(FORMATS.items()):
         if candidate.sniff(where):
             return candidate
     if not where.exists():

@@ -240,6 +240,9 @@ class Checkpoint:
     data: tuple[Block, ...] = ()
     extras: Mapping[str, TensorRef] = field(default_factory=dict)
     """Arrays that are neither parameters nor slots (generator states, averages), by the source's key."""
+    described: tuple[Block, ...] = ()
+    """Parameters that are no plain arrays (quantized, sparse, nested, of a class of their own): what each is
+    as its library, its parts among the extras, its structure in the residue."""
     residue: Residue | None = None
     provenance: Provenance = Provenance()
     oddities: tuple[str, ...] = ()

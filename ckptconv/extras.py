@@ -7,7 +7,7 @@ skeleton has values only of what is small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptconv.catalog import layers
@@ -30,7 +30,38 @@ class Extras:
     problems: tuple[Problem, ...]
 
 
-def place_extras(source: Checkpoint, template: Checkpoint, params: Mapping[str, Param]) -> Extras:
+def undescribable(source: Checkpoint) -> Iterator[Problem]:
+    """A loss for every parameter of the source that is no plain array: another file cannot hold it."""
+    for block in source.described:
+        yield Problem(
+            code="state-dropped",
+            loc=("params", block.name),
+            message=f"'{block.name}' is no plain array ({block.library}); the target holds only plain ones",
+            hint="Save the model with plain arrays (dequantize(), to_dense()), or --allow state-dropped.",
+        )
+
+
+def left_described(source: Checkpoint) -> Iterator[Entry]:
+    """The account of the parameters that are no plain arrays, where leaving them behind was allowed."""
+    for block in source.described:
+        yield Entry(item=("param", block.name), fate="left", detail=block.library, allowed_by="state-dropped")
+
+
+def _unfilled(template: Checkpoint) -> list[Problem]:
+    return [
+        Problem(
+            code="param-unmatched",
+            loc=("template", "params", block.name),
+            message=f"the template's '{block.name}' is no plain array ({block.library}): nothing fills it",
+            hint="Use a template of plain arrays, or --allow param-unmatched to keep the template's value.",
+        )
+        for block in template.described
+    ]
+
+
+def place_extras(
+    source: Checkpoint, template: Checkpoint, params: Mapping[str, Param], allow: Collection[str] = ()
+) -> Extras:
     """The template's extras, with the source's values where both are of one dialect.
 
     `params`: the target's. The average of one that no optimizer trains is the parameter itself.
@@ -38,7 +69,8 @@ def place_extras(source: Checkpoint, template: Checkpoint, params: Mapping[str, 
     carried = {key: source.extras[key] for key in _in_place(source, template)}
     ledger = [Entry(item=("extra", key), fate="copied", target=key) for key in carried]
     ledger += _left(source, carried)
-    problems = []
+    problems = [] if "state-dropped" in allow else list(undescribable(source))
+    problems += [] if "param-unmatched" in allow else _unfilled(template)
     averages = {}
     for key, tensor in template.extras.items():
         if key in carried:
@@ -99,7 +131,7 @@ def _in_place(source: Checkpoint, template: Checkpoint) -> Iterator[str]:
         return
     in_parts = {
         key
-        for block in (*source.rng, *source.data)
+        for block in (*source.rng, *source.data, *source.described)
         if block.library not in _ARRAYS_ALONE
         for key in block.tensors
     }
@@ -119,7 +151,8 @@ def _left(source: Checkpoint, carried: Mapping[str, TensorRef]) -> Iterator[Entr
             fate="left",
             detail=f"{block.library} state cannot change framework; --keep holds it for the way back",
         )
-    in_blocks = {key for block in blocks for key in block.tensors}
+    yield from left_described(source)
+    in_blocks = {key for block in (*blocks, *source.described) for key in block.tensors}
     for key in source.extras:
         if key not in in_blocks and key not in carried:
             yield Entry(

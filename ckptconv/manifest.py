@@ -82,6 +82,11 @@ def to_json(
             }
             for key, tensor in checkpoint.extras.items()
         ],
+        **(
+            {"described": [_block_to_json(block) for block in checkpoint.described]}
+            if checkpoint.described
+            else {}
+        ),
         "residue": residue_to_json(checkpoint.residue, state_file),
         "provenance": provenance_to_json(checkpoint.provenance),
         "files": [_file_to_json(file) for file in files],
@@ -115,6 +120,7 @@ def from_json(obj: Json, tensors: Tensors = None, state: bytes | None = None) ->
         rng=tuple(_block_from_json(block) for block in manifest["rng"]),
         data=tuple(_block_from_json(block) for block in manifest["data"]),
         extras={e["name"]: _tensor_from_json(e, ("extra", e["name"]), find) for e in manifest["extras"]},
+        described=tuple(_block_from_json(block) for block in manifest.get("described", [])),
         residue=residue_from_json(manifest["residue"], state),
         provenance=provenance_from_json(manifest["provenance"]),
         oddities=tuple(manifest["oddities"]),

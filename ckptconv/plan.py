@@ -15,7 +15,7 @@ from ckptconv.dialects.base import DIALECTS, fills
 from ckptconv.dialects.residue import scalar_tensor, untold
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
-from ckptconv.extras import kept_from_template
+from ckptconv.extras import kept_from_template, left_described, undescribable
 from ckptconv.fitting import ASSUMED_LAYOUT
 from ckptconv.formats.base import FORMATS, Format
 from ckptconv.goal import Goal
@@ -193,6 +193,8 @@ def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) ->
                     hint="Build model and optimizer in the target's framework, save them once, pass that.",
                 )
             )
+        if "state-dropped" not in allowed:
+            problems += undescribable(checkpoint)
         weights_only = goal.format.name == "safetensors"  # its choice is consent to leave the rest behind
         for optimizer in checkpoint.optimizers:
             if not problems and not weights_only and "state-dropped" not in allowed:
@@ -214,6 +216,7 @@ def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) ->
                         allowed_by="" if weights_only else "state-dropped",
                     )
                 )
+        ledger += left_described(checkpoint)
         ledger += [
             Entry(item=("extra", key), fate="left", detail="the target holds weights only")
             for key in checkpoint.extras

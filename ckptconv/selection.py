@@ -81,7 +81,8 @@ def _averaged(checkpoint: Checkpoint, average: Average) -> Checkpoint:
 def _of_optimizers(checkpoint: Checkpoint, optimizers: tuple[Optimizer, ...]) -> Checkpoint:
     """The document with these optimizers only, and what goes with them."""
     kept = {optimizer.name for optimizer in optimizers}
-    blocks = {name for block in (*checkpoint.rng, *checkpoint.data) for name in block.tensors}
+    kept_blocks = (*checkpoint.rng, *checkpoint.data, *checkpoint.described)
+    blocks = {name for block in kept_blocks for name in block.tensors}
     progress = checkpoint.progress
     if len(optimizers) == 1 and len(checkpoint.optimizers) > 1:
         progress = replace(progress, step=optimizers[0].step)

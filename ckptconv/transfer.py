@@ -71,7 +71,7 @@ def transfer(
     for rate, code in schedules.codes.items():
         account.requires = [line.replace(rate, code) for line in account.requires]
     account.requires = [*schedules.requires, *account.requires, *schedules.helpers]
-    extras = place_extras(source, template, params)
+    extras = place_extras(source, template, params, account.allow)
     account.ledger += (*schedules.ledger, *extras.ledger)
     account.problems += (*schedules.problems, *extras.problems)
     account.ledger += progress_entries(replace(template, progress=wrapped.progress))

@@ -151,8 +151,8 @@ def _references(manifest: dict[str, Json]) -> Iterator[Problem]:
     for i, schedule in enumerate(manifest["schedules"]):
         loc = ("schedules", i, "optimizer")
         yield from _exist([(loc, schedule["optimizer"])], optimizers, "optimizer")
-    for key in ("rng", "data"):
-        for i, block in enumerate(manifest[key]):
+    for key in ("rng", "data", "described"):
+        for i, block in enumerate(manifest.get(key, ())):
             tensors = [((key, i, "tensors", j), name) for j, name in enumerate(block["tensors"])]
             yield from _exist(tensors, extras, "extra")
     residue, listed = manifest["residue"], {file["path"] for file in manifest["files"]}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ckptconv import engine, verification
+from ckptconv import detect, engine, verification
 from ckptconv.detect import detect_format, read_raw
 from ckptconv.errors import CkptError
 from ckptconv.formats.base import FORMATS
@@ -198,3 +198,12 @@ def test_arrays_within_a_pickle_are_verified_too(tmp_path: Path) -> None:
     with pytest.raises(CkptError) as caught:
         engine.write(layout, tmp_path / "out", verify=verification.checker(FORMATS["pytorch"], other, layout))
     assert [p.code for p in caught.value.problems] == ["verify-failed"]
+
+
+def test_what_was_imported_first_does_not_decide_whose_a_folder_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trainer_folder(tmp_path / "checkpoint-4")
+    assert detect_format(folder).name == "pytorch"
+    monkeypatch.setattr(detect, "FORMATS", dict(reversed(FORMATS.items())))
+    assert detect_format(folder).name == "pytorch"

@@ -101,7 +101,7 @@ class Accelerate:
         optimizers, odd = _optimizers(root, modules, lifter)
         schedules, odd_schedules = _schedules(root, optimizers, lifter)
         progress = _progress(root, optimizers, schedules, lifter)
-        extras = lift_rest(root, lifter)
+        extras = lift_rest(root, lifter, {k: v for _, module in modules for k, v in module.parts.items()})
         params = {name: param for _, module in modules for name, param in module.params.items()}
         checkpoint = Checkpoint(
             progress=progress,
@@ -111,6 +111,7 @@ class Accelerate:
             rng=tuple(b for b in blocks(root, extras, _is_generators) if not b.name.endswith("/step")),
             data=blocks(root, extras, lambda key: key.startswith((_LOADER, "sampler"))),
             extras=extras,
+            described=tuple(block for _, module in modules for block in module.described),
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),

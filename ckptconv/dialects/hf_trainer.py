@@ -93,7 +93,7 @@ class HFTrainer:
         schedule, odd_schedule = _schedule(root, optimizer, lifter)
         progress, odd_progress = read_state(root, optimizers, lifter)
         scaling = lift_scaling([((SCALER,), root.get(SCALER))], lifter)
-        extras = lift_rest(root, lifter)
+        extras = lift_rest(root, lifter, module.parts)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(module.params, optimizers),
@@ -102,6 +102,7 @@ class HFTrainer:
             loss_scaling=scaling,
             rng=blocks(root, extras, is_rng),
             extras=extras,
+            described=module.described,
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),

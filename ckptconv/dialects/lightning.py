@@ -82,7 +82,7 @@ class Lightning:
         progress, odd_progress = read_loops(root, optimizers, schedules, lifter)
         schedules = tuple(with_epochs(schedule, progress) for schedule in schedules)
         scaling = lift_scaling(scalers(root, LIGHTNING), lifter)
-        extras = lift_rest(root, lifter)
+        extras = lift_rest(root, lifter, module.parts)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(module.params, optimizers),
@@ -91,6 +91,7 @@ class Lightning:
             loss_scaling=scaling,
             data=_loaders(root, extras),
             extras=extras,
+            described=module.described,
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 from ckptconv.catalog import layers
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
+from ckptconv.dialects.torch_described import describe, kind_of, packed_kind
 from ckptconv.dialects.torch_values import dotted, layout_of, tensor_of, view_id
-from ckptconv.document import Evidence, Param
+from ckptconv.document import Block, Evidence, Param
 from ckptconv.errors import FormatError
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path
 from ckptconv.tensor import TensorRef
@@ -46,6 +47,10 @@ class Module:
     params: Mapping[str, Param]
     raw_names: Mapping[str, str]
     """Name in the file -> name of the parameter."""
+    described: tuple[Block, ...] = ()
+    """Parameters that are no plain arrays."""
+    parts: Mapping[str, TensorRef] = field(default_factory=dict)
+    """The arrays of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,13 @@ class _Entry:
     path: Path
     tensor: TensorRef
     trainable: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    raw: str
+    path: Path
+    node: Node
 
 
 def is_state_dict(node: Node, *, nested: bool = False) -> bool:
@@ -66,6 +78,7 @@ def is_state_dict(node: Node, *, nested: bool = False) -> bool:
             return False
         if (
             tensor_of(value) is not None
+            or kind_of(value) is not None
             or _was_param(value)
             or (nested and is_state_dict(value, nested=True))
         ):
@@ -120,8 +133,10 @@ def lift_module(
     that may be tied to each other; `buffers` are names that the container tells to be no parameters.
     Raises: duplicate-key.
     """
-    entries = list(_module_entries(node, path) if is_module(node) else _entries(node, path))
-    names = _names([entry.raw for entry in entries], path)
+    found = list(_module_entries(node, path) if is_module(node) else _entries(node, path))
+    names = _names([entry.raw for entry in found], path)
+    entries = [entry for entry in found if isinstance(entry, _Entry)]
+    others = [entry for entry in found if isinstance(entry, _Described)]
     seen = {} if seen is None else seen
     siblings = _siblings((names[entry.raw], entry.tensor.shape) for entry in entries)
     params: dict[str, Param] = {}
@@ -145,7 +160,10 @@ def lift_module(
             tied_to=None if first == name else first,
         )
         lifter.take(entry.path, ("param", name), **layout_of(entry.tensor))
-    return Module(key=path, params=params, raw_names=raw_names)
+    described, parts = describe(
+        ((prefix + names[other.raw], other.path, other.node) for other in others), lifter
+    )
+    return Module(key=path, params=params, raw_names=raw_names, described=described, parts=parts)
 
 
 def flat_shards(params: Iterable[str]) -> tuple[str, ...]:
@@ -164,7 +182,7 @@ def optimizable(params: Mapping[str, Param]) -> tuple[str, ...]:
     return tuple(p.name for p in params.values() if p.trainable is not False and p.tied_to is None)
 
 
-def _module_entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]:
+def _module_entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry | _Described]:
     """What `state_dict()` of a pickled module would hold, in its order."""
     if not isinstance(node, Opaque) or not isinstance(node.state, DictNode) or not is_module(node):
         return
@@ -182,9 +200,11 @@ def _module_entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]
                     continue
                 trainable = False if part == "_buffers" else found[2]
                 yield _Entry(f"{outer}{key}", (*spot, *found[1]), found[0], trainable)
+            elif packed_kind(value) is not None:
+                yield _Described(f"{outer}{key}", spot, value)
 
 
-def _entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]:
+def _entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry | _Described]:
     for key, value in node.items if isinstance(node, DictNode) else ():
         if not isinstance(key, (str, int)) or isinstance(key, bool) or str(key).endswith("_extra_state"):
             continue
@@ -193,6 +213,8 @@ def _entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry]:
         if found is not None:
             tensor, inside, trainable = found
             yield _Entry(raw, (*where, *inside), tensor, trainable)
+        elif packed_kind(value) is not None:
+            yield _Described(raw, where, value)
         elif isinstance(value, DictNode):
             yield from _entries(value, where, f"{raw}.")
 

@@ -93,7 +93,7 @@ class TrainingDictionary:
         if unit != "unknown":
             schedules, odd_schedules = tuple(replace(s, unit=unit) for s in schedules), ()
         scaling = lift_scaling(scalers(root, self._row), lifter)
-        extras = lift_rest(root, lifter)
+        extras = lift_rest(root, lifter, {k: v for module in modules for k, v in module.parts.items()})
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(params, optimizers),
@@ -103,6 +103,7 @@ class TrainingDictionary:
             rng=blocks(root, extras, is_rng),
             data=blocks(root, extras, lambda key: key in torch_keys.DATA),
             extras=extras,
+            described=tuple(block for module in modules for block in module.described),
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),

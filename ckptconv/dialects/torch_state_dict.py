@@ -61,11 +61,12 @@ class StateDict:
         refuse_repeated_keys(raw.root)
         lifter = Lifter(raw.root)
         module = lift_module(raw.root, (), lifter, buffers=_buffers(raw))
-        extras = lift_rest(raw.root, lifter)
+        extras = lift_rest(raw.root, lifter, module.parts)
         return Checkpoint(
             progress=Progress(step=_NO_RUN, epochs=_NO_RUN),
             params=module.params,
             extras=extras,
+            described=module.described,
             residue=Residue(
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
+from types import MappingProxyType
 
 from ckptconv.dialects.residue import Lifter
 from ckptconv.document import Checkpoint
@@ -12,6 +13,7 @@ from ckptconv.tensor import MissingTensor, StoredTensor, TensorRef
 
 Encoding = dict[str, str | int | float | bool | tuple[int, ...] | None]
 Number = bool | int | float
+_NONE: Mapping[str, TensorRef] = MappingProxyType({})
 
 
 def dotted(path: Path) -> str:
@@ -98,9 +100,9 @@ def keyed(node: Node, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, N
         yield from keyed(value, (*path, step), depth - 1)
 
 
-def lift_rest(root: Node, lifter: Lifter) -> dict[str, TensorRef]:
-    """Every tensor that no one else has lifted, by its path: the extras of the document."""
-    extras: dict[str, TensorRef] = {}
+def lift_rest(root: Node, lifter: Lifter, own: Mapping[str, TensorRef] = _NONE) -> dict[str, TensorRef]:
+    """The extras of the document: what has its name already, and every tensor that no one else has lifted."""
+    extras = dict(own)
     for path, leaf in walk(root):
         if not isinstance(leaf, TensorRef) or lifter.has(path):
             continue

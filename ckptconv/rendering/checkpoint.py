@@ -311,7 +311,12 @@ def _also(checkpoint: Checkpoint) -> list[View]:
         for block in checkpoint.rng
     ]
     rows += [("data loader", f"{clean(block.name)} ({block.library})") for block in checkpoint.data]
-    owned = {name for block in (*checkpoint.rng, *checkpoint.data) for name in block.tensors}
+    for kind in dict.fromkeys(block.library for block in checkpoint.described):
+        names = [block.name for block in checkpoint.described if block.library == kind]
+        rows.append((clean(kind), f"{listed(names)}; no plain array: another kind of file cannot hold it"))
+    owned = {
+        name for block in (*checkpoint.rng, *checkpoint.data, *checkpoint.described) for name in block.tensors
+    }
     others = [key for key in checkpoint.extras if key not in owned]
     if others:
         rows.append(("other arrays", listed(others)))
