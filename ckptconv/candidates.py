@@ -25,6 +25,8 @@ from pathlib import Path, PurePosixPath
 
 from ckptconv.errors import CkptError, FormatError
 from ckptconv.formats.base import FORMATS
+from ckptconv.formats.bundle_path import names_in
+from ckptconv.formats.checkpoint_state import STATE_FILE
 from ckptconv.formats.torch_folder import only_file
 from ckptconv.strictjson import parse
 
@@ -102,7 +104,7 @@ def _is_checkpoint(path: Path) -> bool:
 def _run_folders(path: Path) -> tuple[str, ...]:
     """The numbered checkpoints in a folder that holds a run's weights alone."""
     entries = list(_entries(path))
-    if any(entry.name.startswith("optimizer") for entry in entries):
+    if any(entry.name.startswith("optimizer") or entry.name == STATE_FILE for entry in entries):
         return ()
     numbered = (entry.name for entry in entries if entry.is_dir() and _NUMBER.search(entry.name))
     return tuple(sorted((name for name in numbered if _is_checkpoint(path / name)), key=_by_numbers))
@@ -132,8 +134,7 @@ def _candidates(path: Path) -> tuple[str, ...]:
             fits = entry.name.endswith(suffixes) and not _SHARD.search(entry.name) and entry.is_file()
         if fits:
             names.append(entry.name)
-    prefixes = (name.removesuffix(".index") for name in os.listdir(path) if name.endswith(".index"))
-    return tuple(sorted({*names, *prefixes}, key=_by_numbers))
+    return tuple(sorted({*names, *names_in(path)}, key=_by_numbers))
 
 
 def _may_be_one(name: str) -> bool:

@@ -213,11 +213,14 @@ def choose(path: PathLike, select: Sequence[str] = ()) -> Choice:
 
 def open_chosen(choice: Choice, *, format: str | None = None, dialect: str | None = None) -> Checkpoint:
     """The document of what was chosen."""
+    why = choice.why
     if format is None and is_skeleton_file(choice.path):
         checkpoint = read_skeleton(choice.path)
     else:
         raw = read_raw(choice.path, format)
         chosen, _ = detect_dialect(raw, dialect)
         checkpoint = chosen.lift(raw)
+        told = raw.attributes.get("chosen_by", "")
+        why = " ".join(filter(None, (why, str(told))))
     checkpoint = selected(checkpoint, choice.names, choice.candidates)
-    return replace(checkpoint, oddities=(choice.why, *checkpoint.oddities)) if choice.why else checkpoint
+    return replace(checkpoint, oddities=(why, *checkpoint.oddities)) if why else checkpoint

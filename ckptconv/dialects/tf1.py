@@ -41,6 +41,7 @@ from ckptconv.rawtree import DictNode, RawTree
 from ckptconv.tensor import TensorRef
 
 _STATISTICS = frozenset({"moving_mean", "moving_variance"})
+_PRODUCERS = {"v1": "TensorFlow, first checkpoint format (V1; written is V2)"}
 _BETAS = ("beta_1", "beta_2")
 
 
@@ -148,6 +149,7 @@ class _Lifting:
                 dialect=Tf1.name,
                 evidence=evidence,
                 source=self.raw.location.replace("\\", "/").rpartition("/")[2],
+                producer=_PRODUCERS.get(str(self.raw.attributes.get("container")), ""),
             ),
             oddities=tuple(self.oddities),
         )

@@ -117,7 +117,7 @@ def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry
     shape = tuple([dim.size for dim in shape_proto.dim])
     if shape_proto.unknown_rank or any(dim.name for dim in shape_proto.dim):
         raise _refuse("unsupported-feature", "named dimensions or an unknown rank", key)
-    checked = _checked_spec(proto.dtype, shape)
+    checked = checked_spec(proto.dtype, shape)
     if isinstance(checked[1], str):
         raise _refuse(checked[0], checked[1], key)
     dtype, expected = checked
@@ -125,7 +125,7 @@ def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry
     if proto.slices:
         if shard or offset or nbytes or proto.crc32c:
             raise _refuse("corrupt-file", "a partitioned variable has bytes of its own", key)
-        return Entry(dtype, shape, slices=tuple(_slice(part, shape, key) for part in proto.slices))
+        return Entry(dtype, shape, slices=tuple(slice_of(part, shape, key) for part in proto.slices))
     if not 0 <= shard < num_shards:
         raise _refuse("corrupt-file", f"shard {shard} of {num_shards}", key)
     if offset < 0 or nbytes < 0 or (dtype.itemsize and nbytes != expected):
@@ -141,8 +141,8 @@ def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry
 
 
 @lru_cache(maxsize=4096)
-def _checked_spec(enum: int, shape: tuple[int, ...]) -> tuple[DType, int] | tuple[Code, str]:
-    """The dtype and the bytes of a dense tensor (0 for encoded ones), or what is wrong.
+def checked_spec(enum: int, shape: tuple[int, ...]) -> tuple[DType, int] | tuple[Code, str]:
+    """The dtype and the bytes of a dense tensor (0 for encoded ones), or what is wrong with a spec.
 
     A large checkpoint has few specs, and to check them is most of the time that an entry would take.
     """
@@ -159,7 +159,8 @@ def _checked_spec(enum: int, shape: tuple[int, ...]) -> tuple[DType, int] | tupl
     return dtype, math.prod(shape) * dtype.itemsize
 
 
-def _slice(proto: protos.TensorSliceProto, shape: tuple[int, ...], key: bytes) -> Slice:
+def slice_of(proto: protos.TensorSliceProto, shape: tuple[int, ...], key: bytes) -> Slice:
+    """The extents of a slice of a tensor. Raises: corrupt-file."""
     extents = []
     for extent in proto.extent:
         full = not extent.HasField("length")

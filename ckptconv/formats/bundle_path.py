@@ -3,10 +3,15 @@
 Of several checkpoints in a directory the state file names the newest; where it is missing or names one that
 is gone, the number at the end of their common name does, and how it was chosen is said. A SavedModel means
 its `variables/variables`.
+
+A checkpoint of the first format (see `saved_slices`) is a file with no suffix, or its shards
+`P-00000-of-00002`; a state file names these `P-?????-of-00002`, which stands for P here. In a directory it is
+seen where the state file names it.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +25,7 @@ _SAVED_MODEL = "saved_model.pb"
 _VARIABLES = "variables"
 _SHARD_SUFFIX = re.compile(r"\.data-\d{5,}-of-\d{5,}$")
 
+_SLICES_SUFFIX = re.compile(r"-(\d{5,}|\?{5})-of-(\d{5,})$")
 _NUMBERED = re.compile(r"(.*-)(\d{1,18})")
 
 
@@ -28,8 +34,10 @@ class Located:
     """A checkpoint that was found."""
 
     prefix: Path
+    slices: tuple[Path, ...] = ()
+    """The files of a checkpoint of the first format; none of a bundle."""
     why: str | None = None
-    """How it was chosen, where the path did not name it."""
+    """How it was chosen in a directory, a sentence for people."""
 
 
 def index_path(prefix: Path) -> Path:
@@ -70,10 +78,68 @@ def indexes(directory: Path) -> list[Path]:
     return sorted(entry for entry in found if has_magic(entry) or has_shard(prefix_of(entry)))
 
 
+def slice_files(path: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint of the first format that a path means: itself, or the shards; else none.
+
+    Raises: missing-file where some of the shards are there, checkpoint-ambiguous.
+    """
+    if not path.name or path.is_dir():
+        return ()
+    prefix = path.with_name(slices_prefix(path.name))
+    if prefix == path and has_magic(path) and prefix_of(path) == path:
+        return (path,)
+    if not path.parent.is_dir():
+        return ()
+    shards = [
+        _SLICES_SUFFIX.fullmatch(name, len(prefix.name))
+        for name in os.listdir(path.parent)
+        if name.startswith(prefix.name) and has_magic(path.with_name(name))
+    ]
+    counts = {int(match[2]): int(match[2]) for match in shards if match is not None}
+    if not counts:
+        return ()
+    if len(counts) > 1:
+        raise FormatError.of(
+            "checkpoint-ambiguous",
+            f"'{prefix}' is there in {' and in '.join(map(str, sorted(counts)))} shards",
+            "Delete those of the older one.",
+            loc=(prefix.name,),
+        )
+    (count,) = counts
+    present = {int(match[1]) for match in shards if match is not None}
+    missing = next((number for number in range(count) if number not in present), None)
+    if missing is not None or len(present) > count:
+        raise FormatError.of(
+            "missing-file",
+            f"shard {missing} of {count} of '{prefix}' is not there, {len(present)} are",
+            "Copy all files of the checkpoint.",
+            loc=(prefix.name,),
+        )
+    return tuple(path.with_name(f"{prefix.name}-{number:05d}-of-{count:05d}") for number in range(count))
+
+
+def slices_prefix(name: str) -> str:
+    """Name of a checkpoint of the first format, of that of a shard or of the pattern of all."""
+    return _SLICES_SUFFIX.sub("", name)
+
+
+def names_in(directory: Path) -> list[str]:
+    """Every checkpoint of a directory: those with an index by name, then those that the state file names.
+
+    Raises: as `read_state` and `slice_files`.
+    """
+    names = [path.name.removesuffix(INDEX_SUFFIX) for path in indexes(directory)]
+    state = read_state(directory)
+    told = [] if state is None else [slices_prefix(base_name(path)) for path in (*state.paths, state.newest)]
+    others = (name for name in dict.fromkeys(told) if name and name not in names)
+    return [*names, *(name for name in others if slice_files(directory / name))]
+
+
 def locate(path: Path) -> Located:
     """The checkpoint that a path means.
 
-    Raises: missing-file, corrupt-file (of a state file), usage where a directory holds several.
+    Raises: missing-file, checkpoint-ambiguous, corrupt-file (of a state file); usage where a directory holds
+    several.
     """
     if index_path(path).is_file():
         return Located(prefix=path)
@@ -81,6 +147,8 @@ def locate(path: Path) -> Located:
         return Located(prefix=prefix_of(path))
     if path.is_dir():
         return _in_directory(path)
+    if slices := slice_files(path):
+        return Located(prefix=path.with_name(slices_prefix(path.name)), slices=slices)
     raise FormatError.of(
         "missing-file",
         f"'{index_path(path)}' is not there",
@@ -107,22 +175,23 @@ def saved_model_prefix(directory: Path) -> Path | None:
 def _in_directory(directory: Path) -> Located:
     prefix = saved_model_prefix(directory)
     if prefix is not None and index_path(prefix).is_file():
-        return Located(prefix=prefix, why=f"the variables of the SavedModel ('{_SAVED_MODEL}')")
-    state, found = read_state(directory), indexes(directory)
-    names = [path.name.removesuffix(INDEX_SUFFIX) for path in found]
-    if state is not None:
-        newest = base_name(state.newest)
-        if newest in names:
-            how = "" if state.newest == newest else f", as '{state.newest}'"
-            return Located(prefix=directory / newest, why=f"the newest that '{STATE_FILE}' names{how}")
-    if len(names) == 1:
-        absent = "no state file" if state is None else f"'{state.newest}' is gone"
-        return Located(prefix=directory / names[0], why=f"the only one in the directory ({absent})")
-    if (numbered := _highest(names)) is not None:
-        told = "no state file" if state is None else f"'{state.newest}', which it names, is gone"
-        return Located(
-            prefix=directory / numbered, why=f"the highest number of {len(names)} in the directory ({told})"
-        )
+        return Located(prefix=prefix)
+    state, names = read_state(directory), names_in(directory)
+    gone = "there is no state file" if state is None else f"'{state.newest}', which it names, is gone"
+    name, why = None, ""
+    if state is not None and (newest := slices_prefix(base_name(state.newest))) in names:
+        how = "" if state.newest == newest else f", as '{state.newest}'"
+        name, why = newest, f"the newest that '{STATE_FILE}' names{how}"
+    elif len(names) == 1:
+        name, why = names[0], f"the only one; {gone}"
+    elif (name := _highest(names)) is not None:
+        why = f"the highest number; {gone}"
+    if name is not None:
+        prefix = directory / name
+        slices = () if index_path(prefix).is_file() else slice_files(prefix)
+        others = ", ".join(other for other in names if other != name)
+        other = f"; --select takes another: {others}" if others else ""
+        return Located(prefix=prefix, slices=slices, why=f"'{name}' was taken: it is {why}{other}.")
     if names:
         raise FormatError.of(
             "usage",

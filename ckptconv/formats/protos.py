@@ -7,6 +7,7 @@ Enums are declared int32: the wire is the same, and an unknown value stays a num
 original files nest stand here under their own name. A oneof of one member is an `optional` field.
 
 Source: tensorflow v2.21 `tensorflow/core/protobuf/{tensor_bundle,trackable_object_graph}.proto`,
+`tensorflow/core/util/saved_tensor_slice.proto`,
 `tensorflow/core/framework/{tensor_shape,tensor_slice,versions}.proto`,
 `tensorflow/python/training/checkpoint_state.proto`; `optional_restore` as up to v2.5, reserved since.
 """
@@ -81,6 +82,24 @@ class BundleEntryProto(Wire):
     slices: Annotated[Repeated[TensorSliceProto], 7]
 
 
+class SavedSliceMeta(Wire):
+    name: Annotated[str, 1, "string"]
+    shape: Annotated[TensorShapeProto, 2]
+    type: Annotated[int, 3, "int32"]
+    slice: Annotated[Repeated[TensorSliceProto], 4]
+
+
+class SavedTensorSliceMeta(Wire):
+    tensor: Annotated[Repeated[SavedSliceMeta], 1]
+    versions: Annotated[VersionDef, 2]
+
+
+class SavedTensorSlices(Wire):
+    """Of the two fields the first: the other holds a tensor, see `saved_slices`."""
+
+    meta: Annotated[SavedTensorSliceMeta, 1]
+
+
 class CheckpointState(Wire):
     model_checkpoint_path: Annotated[str, 1, "string"]
     all_model_checkpoint_paths: Annotated[Repeated[str], 2, "string"]
@@ -149,6 +168,9 @@ _MESSAGES: tuple[type[Wire], ...] = (
     Extent,
     TensorSliceProto,
     BundleEntryProto,
+    SavedSliceMeta,
+    SavedTensorSliceMeta,
+    SavedTensorSlices,
     CheckpointState,
     SavedObjectMetadata,
     SavedMetadata,

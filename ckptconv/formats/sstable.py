@@ -10,7 +10,8 @@ Layout, all fixed integers little-endian:
   varint size without trailer);
 - footer = metaindex handle, index handle, zeros to byte 40, magic `57 fb 80 8b 24 75 47 db`.
 
-Producers: TensorFlow 1 and 2 (uncompressed, blocks of 256 KiB, 16 entries a restart), LevelDB (snappy).
+Producers: TensorFlow 1 and 2 (uncompressed, blocks of 256 KiB, 16 entries a restart; a larger value has a
+block to itself), LevelDB (snappy).
 Written: byte for byte what TensorFlow's `TableBuilder` writes.
 Refused: checksums that do not match, keys that do not increase, blocks that overlap, restarts or separators
 that contradict the entries, a filled metaindex, keys that expand beyond what 16 entries a restart can.
@@ -21,12 +22,14 @@ Source: tensorflow `tsl/lib/io/{format,table_builder,block,block_builder}.cc`, l
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from ckptconv.errors import CkptError, Code, FormatError, Loc
 from ckptconv.formats import crc, snappy
+from ckptconv.formats.peek import Peek
 from ckptconv.formats.varint import read_varint, write_varint
-from ckptconv.tensor import ByteSource
+from ckptconv.tensor import ByteSource, Checksum, Extent
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER_NBYTES = 48
@@ -35,11 +38,14 @@ _TRAILER_NBYTES = 5
 _HANDLES_NBYTES = FOOTER_NBYTES - len(MAGIC)
 _BLOCK_NBYTES = 262_144
 _DATA_RESTART, _INDEX_RESTART = 16, 1
+_COUNT_NBYTES = 4
 _MAX_BLOCK_NBYTES = 256 << 20
 _KEY_EXPANSION = 64
 """Bytes of keys per byte of table; with a full key every 16 entries it stays below 16."""
 
 Entry = tuple[bytes, bytes]
+Handle = tuple[int, int]
+V = TypeVar("V")
 
 
 def read_table(source: ByteSource) -> list[Entry]:
@@ -49,6 +55,22 @@ def read_table(source: ByteSource) -> list[Entry]:
     Raises: truncated-file, corrupt-file, checksum-mismatch, duplicate-key, limit-exceeded,
     unsupported-feature.
     """
+    return _table(source, _Reader.entries)
+
+
+def places(source: ByteSource) -> list[tuple[bytes, Extent]]:
+    """All keys in order with where their values lie; each is within its block, whose checksum is recorded.
+
+    I/O: reads keys, and as much of the values as lies near them; the checksums of the blocks are left to
+    whoever reads the values.
+    Raises: as `read_table`; unsupported-feature for a compressed block.
+    """
+    return _table(source, _Reader.places)
+
+
+def _table(
+    source: ByteSource, load: Callable[[_Reader, Handle], list[tuple[bytes, V]]]
+) -> list[tuple[bytes, V]]:
     loc = (source.name,)
     metaindex, index = _footer(source, loc)
     if _Reader(source, loc).entries(metaindex):
@@ -56,7 +78,7 @@ def read_table(source: ByteSource) -> list[Entry]:
             "unsupported-feature", "the table's metaindex is not empty", loc, "Write it with TensorFlow."
         )
     reader = _Reader(source, loc)
-    entries: list[Entry] = []
+    entries: list[tuple[bytes, V]] = []
     separator: bytes | None = None
     end = 0
     for upper, value in _Reader(source, loc).entries(index):
@@ -65,7 +87,7 @@ def read_table(source: ByteSource) -> list[Entry]:
             raise _error("corrupt-file", f"a block at {offset} overlaps the one that ends at {end}", loc)
         end = offset + size + _TRAILER_NBYTES
         before = len(entries)
-        entries += reader.entries((offset, size))
+        entries += load(reader, (offset, size))
         if (
             len(entries) == before
             or entries[-1][0] > upper
@@ -78,7 +100,7 @@ def read_table(source: ByteSource) -> list[Entry]:
     return entries
 
 
-def _footer(source: ByteSource, loc: Loc) -> tuple[tuple[int, int], tuple[int, int]]:
+def _footer(source: ByteSource, loc: Loc) -> tuple[Handle, Handle]:
     if source.nbytes < FOOTER_NBYTES:
         raise _error(
             "truncated-file",
@@ -99,7 +121,7 @@ def _footer(source: ByteSource, loc: Loc) -> tuple[tuple[int, int], tuple[int, i
     return metaindex, index
 
 
-def _handle(data: bytes, position: int, loc: Loc) -> tuple[tuple[int, int], int]:
+def _handle(data: bytes, position: int, loc: Loc) -> tuple[Handle, int]:
     offset, position = read_varint(data, position, loc)
     size, position = read_varint(data, position, loc)
     return (offset, size), position
@@ -115,16 +137,37 @@ class _Reader:
         self._budget = _KEY_EXPANSION * source.nbytes
         """Bytes of keys that may still come: shared prefixes must not multiply."""
 
-    def entries(self, handle: tuple[int, int]) -> list[Entry]:
-        """The entries of one block."""
+    def entries(self, handle: Handle) -> list[Entry]:
+        """The entries of one block, which is verified."""
         block = self._block(*handle)
+        return [(key, block[start:stop]) for key, start, stop in self._walk(block)]
+
+    def places(self, handle: Handle) -> list[tuple[bytes, Extent]]:
+        """The entries of one block, which is not read."""
+        offset, size = handle
+        self._check_bounds(offset, size)
+        trailer = _read(self._source, offset + size, _TRAILER_NBYTES)
+        if trailer[0] != 0:
+            raise _error("unsupported-feature", f"block at {offset} has compression {trailer[0]}", self._loc)
+        (stored,) = struct.unpack_from("<I", trailer, 1)
+        recorded = Checksum(kind="crc32c", value=crc.unmask(stored))
+        whole = Extent(source=self._source, offset=offset, nbytes=size + 1, checksum=recorded)
+        return [
+            (key, Extent(source=self._source, offset=offset + start, nbytes=stop - start, within=whole))
+            for key, start, stop in self._walk(Peek(self._source, offset, size))
+        ]
+
+    def _walk(self, block: bytes | Peek) -> list[tuple[bytes, int, int]]:
+        """Keys of a block, and where in it their values begin and end."""
         loc = self._loc
-        (restarts,) = struct.unpack_from("<I", block, len(block) - 4)
-        end = len(block) - 4 - 4 * restarts
+        if len(block) < _COUNT_NBYTES:
+            raise _error("corrupt-file", f"a block of {len(block)} bytes has no room for its restarts", loc)
+        (restarts,) = struct.unpack("<I", block[len(block) - _COUNT_NBYTES : len(block)])
+        end = len(block) - _COUNT_NBYTES * (restarts + 1)
         if end < 0 or restarts == 0:
             raise _error("corrupt-file", f"a block of {len(block)} bytes states {restarts} restarts", loc)
-        result: list[Entry] = []
-        unseen = struct.unpack_from(f"<{restarts}I", block, end)
+        unseen = struct.unpack(f"<{restarts}I", block[end : len(block) - _COUNT_NBYTES])
+        result: list[tuple[bytes, int, int]] = []
         if unseen[0] != 0:
             raise _error("corrupt-file", f"a block's first restart is at {unseen[0]}, not 0", loc)
         points, reached = set(unseen), 0
@@ -160,7 +203,7 @@ class _Reader:
             if last is not None and key <= last:
                 raise _unordered(last, key, loc)
             last = key
-            result.append((key, block[value_at:next_at]))
+            result.append((key, value_at, next_at))
             position = next_at
         if reached != len(points) and not (end == 0 and points == {0}):
             raise _error("corrupt-file", f"{len(points) - reached} restarts of a block are at no entry", loc)
@@ -168,13 +211,8 @@ class _Reader:
         return result
 
     def _block(self, offset: int, size: int) -> bytes:
-        loc, limit = self._loc, self._source.nbytes - FOOTER_NBYTES
-        if offset + size + _TRAILER_NBYTES > limit:
-            raise _error(
-                "truncated-file",
-                f"a block needs bytes {offset}..{offset + size + _TRAILER_NBYTES}, the blocks end at {limit}",
-                loc,
-            )
+        loc = self._loc
+        self._check_bounds(offset, size)
         if size > _MAX_BLOCK_NBYTES:
             raise _error(
                 "limit-exceeded", f"a block of {size} bytes, at most {_MAX_BLOCK_NBYTES} are read", loc
@@ -193,9 +231,14 @@ class _Reader:
             block = snappy.decode(block, loc)
         elif compression != 0:
             raise _error("unsupported-feature", f"block at {offset} has compression {compression}", loc)
-        if len(block) < 4:
-            raise _error("corrupt-file", f"a block of {len(block)} bytes has no room for its restarts", loc)
         return block
+
+    def _check_bounds(self, offset: int, size: int) -> None:
+        """Raises: truncated-file."""
+        end, limit = offset + size + _TRAILER_NBYTES, self._source.nbytes - FOOTER_NBYTES
+        if end > limit:
+            message = f"a block needs bytes {offset}..{end}, the blocks end at {limit}"
+            raise _error("truncated-file", message, self._loc)
 
 
 def _read(source: ByteSource, offset: int, nbytes: int) -> bytes:

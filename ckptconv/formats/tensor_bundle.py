@@ -6,8 +6,10 @@ prefix; one of its files, or the directory that it stands in, means it too.
 
 What the tree holds: a dict of key to tensor in key order; strings and variants are tensors of encoded bytes
 (see `string_tensor`), the object graph is one of them (see `object_graph`). A partitioned variable is one
-tensor; the keys of its slices are not listed. Attributes:
-- `prefix`: base name; `chosen_by`: how a directory's checkpoint was chosen;
+tensor; the keys of its slices are not listed. Checkpoints of the first format (`saved_slices`) give the same
+tree. Attributes:
+- `prefix`: base name; `container`: `v1` of the first format;
+- `chosen_by`: how a directory's checkpoint was chosen, a sentence;
 - `layer_classes`: of a SavedModel of tf_keras, see `keras_metadata`;
 - where the tensors were: see `bundle_origin`.
 
@@ -35,16 +37,18 @@ from ckptconv.formats.bundle_path import (
     has_magic,
     has_shard,
     index_path,
-    indexes,
     locate,
+    names_in,
     prefix_of,
     saved_model_prefix,
     shard_name,
+    slice_files,
 )
 from ckptconv.formats.bundle_read import Reading
 from ckptconv.formats.bundle_write import NOTE_KEY, Writing, items_of
 from ckptconv.formats.checkpoint_state import STATE_FILE, read_state, record
 from ckptconv.formats.keras_metadata import layer_classes
+from ckptconv.formats.saved_slices import SliceReading
 from ckptconv.rawtree import DictNode, RawTree, Scalar
 from ckptconv.tensor import FileSource, TensorRef
 
@@ -55,7 +59,7 @@ class TensorBundle:
     """The format `tensorflow`."""
 
     name = "tensorflow"
-    summary = "TensorFlow checkpoint (TensorBundle: P.index and P.data-*), with object graph or names"
+    summary = "TensorFlow checkpoint (TensorBundle: P.index, P.data-*; V1 is read): object graph or names"
     suffixes: tuple[str, ...] = (INDEX_SUFFIX,)
     checksums: tuple[ChecksumKind, ...] = ("crc32c",)
     shards = False
@@ -65,11 +69,13 @@ class TensorBundle:
         try:
             if path.is_dir() and not index_path(path).is_file():
                 saved = saved_model_prefix(path)
-                return bool(indexes(path)) or (saved is not None and has_magic(index_path(saved)))
+                return bool(names_in(path)) or (saved is not None and has_magic(index_path(saved)))
             prefix = prefix_of(path)
-            return has_magic(index_path(prefix)) or has_shard(prefix)
+            return has_magic(index_path(prefix)) or has_shard(prefix) or bool(slice_files(path))
         except OSError:
             return False
+        except FormatError:
+            return True  # which reading it tells
 
     def read(self, path: Path) -> RawTree:
         """The checkpoint's tensors; also the one string that is the note.
@@ -79,14 +85,18 @@ class TensorBundle:
         unsupported-feature.
         """
         located = locate(Path(path))
-        index = read_index(FileSource(index_path(located.prefix)))
         attributes: dict[str, Scalar | tuple[str, ...]] = {"prefix": located.prefix.name}
         if located.why is not None:
             attributes["chosen_by"] = located.why
         if located.prefix == saved_model_prefix(Path(path)):
             lines = tuple(f"{node} {name}" for node, name in layer_classes(Path(path)))
             attributes |= {"layer_classes": lines} if lines else {}
-        tensors, origin = Reading(located.prefix, index).tensors()
+        if located.slices:
+            tensors, origin = SliceReading(located.slices).tensors()
+            attributes["container"] = "v1"
+        else:
+            index = read_index(FileSource(index_path(located.prefix)))
+            tensors, origin = Reading(located.prefix, index).tensors()
         note = tensors.get(NOTE_KEY)
         text = None
         if note is not None and note.spec.dtype == string_tensor.STRING and note.shape == ():

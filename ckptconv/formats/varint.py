@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ckptconv.errors import FormatError, Loc
+from ckptconv.formats.peek import Peek
 
 _MAX_NBYTES = 10
 
 
-def read_varint(data: bytes | memoryview, position: int, loc: Loc) -> tuple[int, int]:
+def read_varint(data: bytes | memoryview | Peek, position: int, loc: Loc) -> tuple[int, int]:
     """The unsigned 64-bit integer at `position`, and the position after it.
 
     Raises: corrupt-file where it does not end within the data, or does not fit 64 bits.

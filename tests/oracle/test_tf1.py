@@ -269,3 +269,60 @@ def test_a_moved_directory_is_read_by_its_state_file(tmp_path: Path) -> None:
     shutil.copytree(case("adam-global-step")[0].parent, tmp_path / "run")
     (tmp_path / "run/checkpoint").write_text('model_checkpoint_path: "/gone/run/model.ckpt-7"\n')
     assert value_of(ckptconv.open(tmp_path / "run").progress.step) == 7
+
+
+ESTIMATOR = FIXTURES / "estimator/artifact"
+
+
+def test_an_estimators_directory() -> None:
+    """The newest of its checkpoints, which is said; another by --select; the rest is let alone."""
+    opened = ckptconv.open(ESTIMATOR)
+    assert (opened.provenance.source, opened.provenance.dialect) == ("model.ckpt-10", "tf1")
+    assert opened.progress.step == Known(value=10, source="global_step")
+    assert any("'model.ckpt-10' was taken" in said and "model.ckpt-8" in said for said in opened.oddities)
+    older = ckptconv.open(ESTIMATOR, select=["model.ckpt-8"])
+    assert (older.provenance.source, value_of(older.progress.step)) == ("model.ckpt-8", 8)
+
+
+def test_an_estimators_newest_checkpoint_without_its_state_file(tmp_path: Path) -> None:
+    shutil.copytree(ESTIMATOR, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint"))
+    opened = ckptconv.open(tmp_path / "run")
+    assert value_of(opened.progress.step) == 10
+    assert any("the highest number" in said for said in opened.oddities)
+    (tmp_path / "run/checkpoint").write_text('model_checkpoint_path: "/gone/model.ckpt-12"\n')
+    opened = ckptconv.open(tmp_path / "run")
+    assert value_of(opened.progress.step) == 10
+    assert any("/gone/model.ckpt-12" in said for said in opened.oddities)
+
+
+def test_an_estimators_exported_model_beside_its_checkpoints(tmp_path: Path) -> None:
+    """A numbered SavedModel in the directory of the run is not taken for the newest of it."""
+    run = shutil.copytree(ESTIMATOR, tmp_path / "run")
+    shutil.move(run / "export/best/1700000000", run / "1700000000")
+    assert value_of(ckptconv.open(run).progress.step) == 10
+    assert ckptconv.open(run / "1700000000").provenance.source == "variables"
+    assert ckptconv.open(run, select=["1700000000"]).provenance.source == "variables"
+
+
+def test_an_estimators_run_goes_on(tmp_path: Path) -> None:
+    ckptconv.convert(ESTIMATOR, tmp_path / "neutral", to="neutral")
+    (tmp_path / "again").mkdir()
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "again/model.ckpt-10", to="tensorflow:tf1")
+    ours = Graph().go_on(tmp_path / "again/model.ckpt-10", batches())
+    theirs = Graph().go_on(ESTIMATOR / "model.ckpt-10", batches())
+    assert ours["global_step"] == 14
+    for key, value in theirs.items():
+        assert value.tobytes() == ours[key].tobytes(), key
+    assert tf.train.latest_checkpoint(str(tmp_path / "again")) == str(tmp_path / "again/model.ckpt-10")
+
+
+@pytest.mark.parametrize("name", ["v1-adam", "v1-sharded"])
+def test_the_first_format_goes_on_as_a_bundle(name: str, tmp_path: Path) -> None:
+    path, expected = case(name)
+    ckptconv.convert(path, tmp_path / "run", to="tensorflow:tf1")
+    if name == "v1-sharded":  # its graph is partitioned, `Graph` is not; both read the same names
+        assert len(list(tmp_path.glob("run.data-*"))) == 3
+    ours, theirs = Graph().go_on(tmp_path / "run", batches()), Graph().go_on(path, batches())
+    assert ours["global_step"] == expected["step"] + len(batches())
+    for key, value in theirs.items():
+        assert value.tobytes() == ours[key].tobytes(), key
