@@ -21,6 +21,7 @@ import typer
 from ckptconv.cli import app
 from ckptconv.dialects.torch_table import TABLE
 from ckptconv.errors import CODES, Code
+from ckptconv.rendering.registry import dialect_rows
 from ckptconv.report import ALLOWABLE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +65,7 @@ def formats_block() -> str:
     for entry in listing:
         suffixes = ", ".join(f"`{suffix}`" for suffix in entry["suffixes"])
         rows.append((f"`{entry['name']}`", entry["summary"], suffixes))
-        rows += [(f"`{entry['name']}:{d['name']}`", d["summary"], "") for d in entry["dialects"]]
+        rows += [(f"`{name}`", summary, "") for name, summary in dialect_rows(entry, listing)]
     return table(("name", "what it is", "suffixes"), *rows)
 
 

@@ -28,6 +28,7 @@ from ckptconv.document import (
 from ckptconv.errors import Problem
 from ckptconv.rendering import formats_view, inspect_view, plain, problems_view, raw_view, report_view
 from ckptconv.rendering.checkpoint import TABLE_ROWS
+from ckptconv.rendering.registry import dialect_rows
 from ckptconv.rendering.text import clean, clip, size
 from ckptconv.report import Entry, OptimizerVerdict, Report
 from ckptconv.tensor import MissingTensor, TensorSpec
@@ -260,6 +261,15 @@ def test_formats_list_their_dialects() -> None:
     assert "torch.optim.Adam" in text
     assert "pytorch:plain" in text
     assert ".pt" in text
+
+
+def test_a_dialect_of_two_formats_is_told_once() -> None:
+    dialect = {"name": "plain", "framework": "torch", "summary": "a dictionary"}
+    entries = [
+        {"name": name, "summary": "", "suffixes": [], "dialects": [dialect]} for name in ("dcp", "pytorch")
+    ]
+    assert dialect_rows(entries[0], entries) == [("dcp:DIALECT", "as pytorch:DIALECT: plain")]
+    assert dialect_rows(entries[1], entries) == [("pytorch:plain", "a dictionary")]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.text import Text
 
@@ -30,19 +31,40 @@ def _raw_cell(row: Mapping[str, object]) -> str:
     return f"{row['dtype']} {shape_text(shape)}{digest}"
 
 
+def dialect_rows(
+    entry: Mapping[str, Any], formats: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, str | Text]]:
+    """Names and summaries of a format's dialects; those that another format has as well share a row."""
+    elsewhere = {
+        (dialect["name"], dialect["summary"]): other["name"]
+        for other in formats
+        if other["name"] > entry["name"]
+        for dialect in other["dialects"]
+    }
+    rows: list[tuple[str, str | Text]] = []
+    shared: dict[str, list[str]] = {}
+    for dialect in entry["dialects"]:
+        home = elsewhere.get((dialect["name"], dialect["summary"]))
+        if home is None:
+            rows.append((f"{entry['name']}:{dialect['name']}", str(dialect["summary"])))
+        else:
+            shared.setdefault(home, []).append(dialect["name"])
+    for home, names in shared.items():
+        rows.append((f"{entry['name']}:DIALECT", f"as {home}:DIALECT: {', '.join(names)}"))
+    return rows
+
+
 def formats_view(
     formats: Sequence[Mapping[str, object]], optimizers: Sequence[Mapping[str, object]]
 ) -> list[View]:
     """The registered containers with their dialects, then the optimizers with their classes."""
     views: list[View] = []
     for entry in formats:
-        suffixes, dialects = entry["suffixes"], entry["dialects"]
+        suffixes = entry["suffixes"]
         assert isinstance(suffixes, list)
-        assert isinstance(dialects, list)
         ends = f" ({', '.join(suffixes)})" if suffixes else ""
         views.append(Text.assemble((str(entry["name"]), "bold"), f": {entry['summary']}{ends}"))
-        if dialects:
-            views.append(fields([(f"{entry['name']}:{d['name']}", str(d["summary"])) for d in dialects]))
+        views.append(fields(dialect_rows(entry, formats)))
         views.append(Text())
     views.append(heading("Optimizers whose state converts"))
     rows: list[tuple[str, str | Text]] = []
