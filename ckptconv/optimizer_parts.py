@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from ckptconv.account import Account
+from ckptconv.catalog.conversion import in_float64
 from ckptconv.catalog.hyperparameters import Settings
 from ckptconv.catalog.optimizer_rows import Row, row
 from ckptconv.catalog.parts import Part
@@ -54,7 +55,7 @@ class Division:
         settings = Settings(facts=(facts,), source=({},))
         constructor = f"{self.known.class_name}("
         account.requires = [
-            *target_code(self.known, settings, self.whole.form, rest.step)[:1],
+            *target_code(self.known, settings, self.whole.form, rest.step, exact=in_float64(rest))[:1],
             f"# {' and '.join(self.part.divided_by)} of {self.known.class_name} as in the template",
             *(line for line in account.requires if not line.startswith(constructor)),
         ]

@@ -4,6 +4,7 @@ from ckptconv.adapters.pytorch import capture, describe, restore
 from ckptconv.adapters.pytorch_exact import (
     after_max_epsilon,
     decoupled_decay,
+    full_orthogonalization,
     inside_epsilon,
     lion,
     raw_epsilon,
@@ -15,6 +16,7 @@ __all__ = [
     "capture",
     "decoupled_decay",
     "describe",
+    "full_orthogonalization",
     "inside_epsilon",
     "lion",
     "raw_epsilon",

@@ -48,9 +48,9 @@ def lines() -> Iterator[str]:
     yield ""
     yield "`exact`: the same update in exact arithmetic. `exact-at-constant-learning-rate`: until the rate"
     yield "changes. `approximate`: the report states the largest and the median relative difference of the"
-    yield "next update, from the second moments that are converted. `refused`: `--allow form-mismatch`"
-    yield "converts the state all the same. The error is what was measured (below): the larger of the two"
-    yield "models' in float64, or in float32 where the classes compute in that alone, of each run."
+    yield "next update, from the second moments that are converted. `lossy` and `refused`: only with"
+    yield "`--allow form-mismatch`; what a `lossy` one comes to was measured. The error is what was measured"
+    yield "(below): the larger of the two models' in float64, of each run."
     yield ""
     yield "| algorithm | direction | verdict | error | what remains different | the run must have had |"
     yield "|---|---|---|---|---|---|"
@@ -70,14 +70,20 @@ def lines() -> Iterator[str]:
     yield ""
     yield from (f"- {text}" for text in parts())
     yield ""
+    yield "Keras' Muon trains by Muon what has two axes and is no embedding, and the rest by AdamW: kernels"
+    yield "of convolutions, too. PyTorch's takes matrices alone; give the rest to `torch.optim.AdamW`. In"
+    yield "each step of Newton-Schulz PyTorch's rounds to bfloat16, in float64 models, too. With the helper"
+    yield "below (`muon full`, AdamW with `raw_epsilon`) it goes on as Keras' does. Keras' fails in float64"
+    yield "models unless `keras.config.set_floatx('float64')` is called."
+    yield ""
     yield "## Exact continuation"
     yield ""
     yield "Where the target's class only comes near the source's rule, a helper makes it follow it. Every"
     yield "helper was measured with at least one algorithm, in a float64 run that crossed at update 20: below"
     yield "1e-10 of the distance travelled. The report names the call with the run's numbers beside the"
     yield "difference that it removes; other differences stay. It takes an optimizer that is not built"
-    yield "(Keras) or has no scheduler yet (PyTorch), keeps its variables and state keys, and may be put around"
-    yield "another: `optimizer = ckptconv.keras.corrected_epsilon(optimizer, 1e-8)`."
+    yield "(Keras) or has no scheduler yet (PyTorch), keeps its variables and state keys, and may be"
+    yield "put around another: `optimizer = ckptconv.keras.corrected_epsilon(optimizer, 1e-8)`."
     yield ""
     yield "| algorithm | in | difference | helper |"
     yield "|---|---|---|---|"
@@ -99,8 +105,8 @@ def lines() -> Iterator[str]:
     yield "sides: MLP is two dense layers, CNN an embedding, a convolution, a batch normalization and a dense"
     yield "layer. The error is the largest difference of a weight at the end, relative to the largest"
     yield "distance that a weight has travelled since the conversion. Stated is what the report said of the"
-    yield "next update, of which no element was beyond it. `lossy`: what the target's class lacks was"
-    yield "allowed."
+    yield "next update, of which no element was beyond it. `lossy`: what the target's class lacks, or does"
+    yield "otherwise, was allowed."
     yield ""
     yield "| run | direction | verdict | stated | float64, MLP | CNN | float32, MLP | CNN |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -115,8 +121,7 @@ def lines() -> Iterator[str]:
 
 def error(direction: Direction, run: Measured) -> str:
     """The largest error of a run, with the run's name where there are several."""
-    number = run.worst("float64")
-    text = f"{run.worst('float32') if number is None else number:.0e}"
+    text = f"{run.worst('float64'):.0e}"
     name = run.run.removeprefix(run.algorithm).strip(" _")
     return f"{text} ({name})" if len(direction.measured) > 1 else text
 

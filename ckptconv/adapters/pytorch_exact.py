@@ -13,7 +13,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ckptconv.adapters import torch_rules
-from ckptconv.adapters.torch_rules import Update, adamax_after_max, rmsprop_inside, stepping, torch_module
+from ckptconv.adapters.torch_rules import (
+    Update,
+    adamax_after_max,
+    muon_full,
+    rmsprop_inside,
+    stepping,
+    torch_module,
+)
 from ckptconv.adapters.torch_rules import lion as lion_update
 from ckptconv.errors import CkptError
 
@@ -146,6 +153,16 @@ def after_max_epsilon(optimizer: torch.optim.Optimizer, epsilon: float) -> torch
     """
     _check(optimizer, ("Adamax",), epsilon=epsilon)
     return _marked(_stepping(optimizer, adamax_after_max(epsilon)), after_max_epsilon=epsilon)
+
+
+def full_orthogonalization(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Muon with Keras' rule: Newton-Schulz in the parameters' precision where PyTorch has bfloat16.
+
+    The groups' `eps` is not read any more. In float32 an update takes twice the memory of PyTorch's own.
+    Raises: unsupported-feature once a scheduler has been made for it.
+    """
+    _check(optimizer, ("Muon",))
+    return _stepping(optimizer, muon_full)
 
 
 def lion(

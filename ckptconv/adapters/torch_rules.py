@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -96,6 +97,35 @@ def lion(parameter: torch.Tensor, state: State, group: Settings) -> None:
     parameter.mul_(1 - rate * decay)
     parameter.add_(mean.lerp(gradient, 1 - beta_1).sign_(), alpha=-rate)
     mean.lerp_(gradient, 1 - beta_2)
+
+
+def muon_full(parameter: torch.Tensor, state: State, group: Settings) -> None:
+    """PyTorch's Muon with Keras' Newton-Schulz: in the parameter's precision, of x / (|x| + 1e-7).
+
+    The 1e-7 stands beside the norm of Keras' buffer, which is 1 / (1 - momentum) times PyTorch's.
+    """
+    torch = torch_module()
+    momentum, rate = _number(group, "momentum"), _number(group, "lr")
+    gradient = parameter.grad
+    assert gradient is not None
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(gradient)
+    mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+    step = gradient.lerp(mean, momentum) if group["nesterov"] else mean
+    tall = step.size(0) > step.size(1)
+    x = step.T if tall else step
+    x = x / (x.norm() + 1e-7 * (1 - momentum))
+    coefficients = group["ns_coefficients"]
+    assert isinstance(coefficients, (tuple, list))
+    a, b, c = map(float, coefficients)
+    for _ in range(int(_number(group, "ns_steps"))):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    rows, columns = parameter.shape
+    wide = 0.2 * math.sqrt(max(rows, columns))
+    scale = wide if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
+    parameter.mul_(1 - rate * _number(group, "weight_decay"))
+    parameter.add_(x.T if tall else x, alpha=-rate * scale)
 
 
 def _gradient(parameter: torch.Tensor, group: Settings) -> torch.Tensor:

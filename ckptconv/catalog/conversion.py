@@ -91,15 +91,23 @@ def convert(source: Optimizer, target: Optimizer, *, allow: frozenset[str] = fro
         )
     steps, lacking = between(theirs.family, meant, form)
     steps = tuple(each for each in steps if not _is_one_rule(each, settings))
-    for point in lacking:
+
+    def apart(point: str, why: str = "", helper: str = "") -> None:
         findings.refuse(
             "form-mismatch",
             f"{point} is '{meant.get(point, 'none')}' in the source's rule and '{form.get(point, 'none')}' "
-            f"in that of {theirs.class_name}, and no conversion closes that",
+            f"in that of {theirs.class_name}, and no conversion closes that{why}",
             "Allow form-mismatch to convert the state all the same.",
             "form",
             point,
+            helper=helper,
         )
+
+    for point in lacking:
+        apart(point)
+    for each in steps:
+        if each.verdict == "lossy":
+            apart(each.point, f": {each.text}", helper_of(each, theirs, settings))
     slots, left = convert_slots(source, target, ours, theirs, settings, steps, findings)
     per_param, scalars = scalar_slots(source, theirs, len(settings.facts), findings)
     step, param_steps = _steps(source, theirs, findings)
@@ -223,8 +231,8 @@ def _differences(
     """States what stays different, and how its size is computed."""
     residual = None
     for each in steps:
-        if each.verdict == "exact" and not each.text:
-            continue
+        if each.verdict == "lossy" or (each.verdict == "exact" and not each.text):
+            continue  # refused, or nothing to say
         if each.slots and not held & each.slots.keys():
             continue  # what would differ does not cross: a buffer of a run without momentum
         text = f"{each.point}: {each.before} here, {each.after} there"

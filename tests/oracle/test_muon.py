@@ -24,6 +24,7 @@ from ckptconv.optimizer_parts import divide  # noqa: E402
 
 ALLOWED = ["form-mismatch"]
 """Newton-Schulz is in bfloat16 in torch."""
+HELPER = "ckptconv.pytorch.full_orthogonalization(optimizer)"
 PLACES = ["embedding.weight", "dense.weight", "dense.bias", "head.weight", "head.bias"]
 """torch's names in the order of Keras' variables."""
 MATRICES = ("dense.weight",)
@@ -208,11 +209,13 @@ def test_keras_to_torch(kind: str, tmp_path: Path) -> None:
     assert [(problem.code, problem.loc) for problem in caught.value.problems] == [
         ("form-mismatch", ("optimizers", "muon", "form", "orthogonalization"))
     ]
+    assert HELPER in caught.value.problems[0].hint
     report = convert(source, tmp_path / "b.pt", template=template, allow=ALLOWED)
     assert [(each.optimizer, each.verdict) for each in report.verdicts] == [
         ("muon", "lossy"),
         ("adamw", "approximate"),
     ]
+    assert HELPER in " ".join(report.verdicts[0].residuals)
     items = {entry.item for entry in report.ledger}
     document = ckptconv.open(source)
     for slot, by_param in document.optimizers[0].slots.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -15,10 +15,11 @@ import numpy as np
 
 from ckptconv.catalog.directions import directions
 from ckptconv.catalog.optimizer_rows import FRAMEWORKS, algorithms, row
+from ckptconv.catalog.transitions import between
 from ckptconv.conversion import convert
 from ckptconv.document import Value
 from ckptconv.report import Report, Verdict
-from tests.parity.sides import Array, rounded, side
+from tests.parity.sides import FIXED, Array, Side, part_of, rounded, side
 
 STEPS = 20
 MODELS = ("mlp", "cnn")
@@ -30,11 +31,7 @@ OTHER_RULE = 1e-2
 NOT_IN_THE_MATRIX: Mapping[tuple[str, str], str] = {
     ("lbfgs", "torch"): "its update needs the loss as a function; its state goes to its own class only",
     ("sparse_adam", "torch"): "it takes sparse gradients only; its state goes to its own class only",
-    ("muon", "torch"): "it takes matrices only, and the models have vectors",
-    (
-        "schedule_free_adamw",
-        "torch",
-    ): "its class is another package's, see tests/oracle/test_schedule_free.py",
+    ("schedule_free_adamw", "torch"): "another package's, see tests/oracle/test_schedule_free.py",
 }
 """Classes without a case; `tests/oracle/test_torch_only_optimizers.py` shows what there is to show."""
 
@@ -58,9 +55,10 @@ class Case:
     """LAMB's does not: its trust ratio takes the bias correction out again, but for the epsilon."""
     measured: Mapping[str, list[float | None]]
     only: tuple[str, ...] = FRAMEWORKS
-    """Frameworks that can train the models of this harness with it (torch's Muon takes matrices alone)."""
-    dtypes: tuple[str, ...] = tuple(FLOOR)
-    """What the classes compute in: Keras' Muon fails in float64 models."""
+    """Frameworks that can train the models of this harness with it."""
+    helpers: Mapping[str, str] = field(default_factory=dict)
+    """Calls around torch's optimizers, by name, with which its rule is the other one's to the last digit. The
+    verdict is that of the stock classes all the same: a file does not tell of a helper."""
 
     @property
     def has_state(self) -> bool:
@@ -141,7 +139,7 @@ def cases() -> Mapping[str, Case]:
             reads_step=item["reads_step"],
             measured=item["measured"],
             only=tuple(item.get("only", FRAMEWORKS)),
-            dtypes=tuple(item.get("dtypes", FLOOR)),
+            helpers=item.get("helpers", {}),
         )
         for name, item in data["cases"].items()
     }
@@ -159,8 +157,14 @@ def _makes(framework: str, case: Case) -> bool:
     known = row(case.algorithm, framework)
     assert known is not None
     told = {**known.neutral, **{n: h.default for n, h in known.hyperparameters.items()}}
+    part = part_of(case.algorithm)
+    others = {
+        name for same in known.equivalents if same.keys() & known.hyperparameters.keys() for name in same
+    }
+    others |= part.own if part is not None else set()
     return all(
-        name in known.hyperparameters or told.get(name) == value for name, value in case.hypers.items()
+        name in known.hyperparameters or name in others or told.get(name) == value
+        for name, value in case.hypers.items()
     )
 
 
@@ -170,7 +174,7 @@ def cells() -> list[Place]:
         Place(name, source, target, model, dtype)
         for name, case in cases().items()
         for model in MODELS
-        for dtype in case.dtypes
+        for dtype in FLOOR
         for source, target in pairs(case)
         if (case.algorithm, source, target, model) not in FACTORED
     ]
@@ -214,7 +218,7 @@ def complaints(cell: Cell) -> list[str]:
     found = []
     if not cell.error <= bound:  # nan too
         found.append(f"{cell.verdict}: {cell.error:.1e} apart, may be {bound:.1e}")
-    same = place.dtype == "float64" and cell.error <= floor(case, place.dtype)
+    same = place.dtype == "float64" and cell.error <= floor(case, place.dtype) and not case.helpers
     if same and not cell.verdict.startswith("exact"):
         found.append(f"{cell.verdict}: {cell.error:.1e} apart, which is the same")
     if not cell.same_weights:
@@ -234,9 +238,12 @@ def complaints(cell: Cell) -> list[str]:
 
 
 def allowed(case: Case, source: str, target: str) -> tuple[str, ...]:
-    """Codes that the pair needs, because the target's class cannot be told something."""
-    known = row(case.algorithm, target)
+    """Codes that the pair needs, because the target's class cannot be told something, or has another rule."""
+    ours, known = row(case.algorithm, source), row(case.algorithm, target)
+    assert ours is not None
     assert known is not None
+    if any(step.verdict == "lossy" for step in between(known.family, ours.base_form, known.base_form)[0]):
+        return ("form-mismatch",)
     lacks = [
         name
         for name, value in case.hypers.items()
@@ -257,7 +264,7 @@ class Runs:
         """The source's run, trained `STEPS` on each side of its checkpoint."""
         key = (case.name, source, model, dtype)
         if key not in self._done:
-            run = side(source, model, case.algorithm, case.hypers, seed=1, dtype=dtype)
+            run = _side(case, source, model, dtype, seed=1)
             run.train(0, STEPS - 1)
             before = run.weights()
             run.train(STEPS - 1, 1)
@@ -273,7 +280,7 @@ class Runs:
         """A fresh checkpoint of the target."""
         key = (case.name, target, model, dtype)
         if key not in self._templates:
-            fresh = side(target, model, case.algorithm, case.hypers, seed=2, dtype=dtype)
+            fresh = _side(case, target, model, dtype, seed=2)
             self._templates[key] = fresh.save(self._place("template", *key))
         return self._templates[key]
 
@@ -303,7 +310,7 @@ class Runs:
             force=True,
         )
         code = [] if target == "torch" else report.target_requires
-        run = side(target, model, case.algorithm, case.hypers, seed=3, dtype=dtype, code=code)
+        run = _side(case, target, model, dtype, seed=3, code=code)
         run.restore(converted)
         restored, steps = run.weights(), frozenset(run.steps())
         run.train(STEPS, 1)
@@ -314,7 +321,7 @@ class Runs:
         def withheld(name: str) -> Control:
             other = run
             if name == "cold":
-                other = side(target, model, case.algorithm, case.hypers, seed=3, dtype=dtype, code=code)
+                other = _side(case, target, model, dtype, seed=3, code=code)
                 other.put(origin.switch)
             else:
                 other.restore(converted)
@@ -338,16 +345,22 @@ class Runs:
         )
 
 
+def _side(case: Case, kind: str, model: str, dtype: str, *, seed: int, code: Sequence[str] = ()) -> Side:
+    return side(
+        kind, model, case.algorithm, case.hypers, seed=seed, dtype=dtype, code=code, helpers=case.helpers
+    )
+
+
 def supplied(case: Case, source: str) -> dict[str, str]:
     """What the source's file does not hold and its user knows."""
     known = row(case.algorithm, source)
     assert known is not None
-    told = {} if known.step_key else {"step": str(STEPS)}
+    told = {} if known.step_key or part_of(case.algorithm) else {"step": str(STEPS)}
     if source != "torch":
         for name, value in case.hypers.items():
             entry = known.hyperparameters.get(name)
             if entry is not None and not entry.stored:
-                told[name] = json.dumps(rounded(value))
+                told[name] = json.dumps(value if name in FIXED else rounded(value))
     return told
 
 

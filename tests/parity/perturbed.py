@@ -96,6 +96,7 @@ def claims() -> Iterator[Claim]:
             yield from _forms(known)
             yield from _slots(known)
             yield from _betas(known)
+            yield from _part(known)
             yield from _neutrals(known)
         if rows[0].family == algorithm:
             yield from _amounts(algorithm)
@@ -126,7 +127,8 @@ def _signs(known: Row) -> Iterator[Claim]:
     def form(data: dict[str, Any]) -> None:
         data["frameworks"][known.framework]["form"]["sign"] = "turned"
 
-    for slot in sorted(_tried(known)):
+    of_part = {known.part.told_by} if known.part is not None else set()  # its row claims that
+    for slot in sorted(_tried(known) - of_part):
 
         def transition(data: dict[str, Any], slot: str = slot) -> None:
             turned = {"verdict": "exact", "slots": {slot: {"scale": {"coefficient": -1}}}}
@@ -187,14 +189,28 @@ def _twins(known: Row) -> Iterator[str]:
 
 
 def _betas(known: Row) -> Iterator[Claim]:
-    if not {"beta_1", "beta_2"} <= known.hyperparameters.keys():
+    for one, other in (("beta_1", "beta_2"), ("adam_beta_1", "adam_beta_2")):
+        if not {one, other} <= known.hyperparameters.keys():
+            continue
+
+        def change(data: dict[str, Any], one: str = one, other: str = other) -> None:
+            own = data["frameworks"][known.framework]["hyperparameters"]
+            own[one], own[other] = own[other], own[one]
+
+        yield _claim(known, "betas", f"{one} {other}", change)
+
+
+def _part(known: Row) -> Iterator[Claim]:
+    """What a class of two algorithms says of the other one: its slots in another order."""
+    if known.part is None:
         return
+    one, other = known.part.slots
 
-    def change(data: dict[str, Any]) -> None:
-        own = data["frameworks"][known.framework]["hyperparameters"]
-        own["beta_1"], own["beta_2"] = own["beta_2"], own["beta_1"]
+    def slots(data: dict[str, Any]) -> None:
+        own = data["frameworks"][known.framework]["part"]["slots"]
+        own[one], own[other] = own[other], own[one]
 
-    yield _claim(known, "betas", "beta_1 beta_2", change)
+    yield _claim(known, "slots", f"{known.part.algorithm}'s", slots)
 
 
 def _neutrals(known: Row) -> Iterator[Claim]:

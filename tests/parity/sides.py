@@ -8,14 +8,17 @@ numbers are rounded to float32 first: Keras passes hyperparameters through float
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 import ckptconv
-from ckptconv.catalog.optimizer_rows import Row, row
+from ckptconv.catalog.optimizer_rows import FRAMEWORKS, Row, row
+from ckptconv.catalog.parts import Part
 from ckptconv.document import Value
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -40,6 +43,10 @@ GAIN = {"mlp": 1.0, "cnn": 3.0}
 would weigh three times as much as in the dense model, of which the limits were measured."""
 EAGER = frozenset({("tf_keras", "nadam")})
 """Classes that follow another rule in a compiled step: a Python number of theirs is fixed there."""
+FLOATX = frozenset({("keras3", "muon")})
+"""Classes that mix numbers of Keras' `floatx` in: it has to be that of the model."""
+FIXED = frozenset({"rms_rate"})
+"""Hyperparameters that Keras does not pass through float32, and PyTorch has fixed in float64."""
 LAYOUT = {2: (1, 0), 4: (3, 2, 0, 1)}
 """Axes of a Keras kernel in PyTorch's order, by rank."""
 
@@ -77,6 +84,24 @@ def initial(model: str, seed: int, dtype: str) -> dict[str, Array]:
     }
 
 
+def part_of(algorithm: str) -> Part | None:
+    """The other algorithm within the algorithm's class, of the framework where it is one class."""
+    rows = (row(algorithm, framework) for framework in FRAMEWORKS)
+    return next((known.part for known in rows if known is not None and known.part is not None), None)
+
+
+def hypers_of_part(part: Part, hypers: Mapping[str, Value]) -> dict[str, Value]:
+    """What the class of the part alone is told for the whole class's hyperparameters."""
+    own = {name: hypers[ours] for name, ours in part.hyperparameters.items()}
+    ratio = hypers[part.rate]
+    assert isinstance(ratio, (int, float))
+    for name, factor in (("learning_rate", ratio), ("weight_decay", 1 / ratio)):
+        value = own.get(name, hypers[name])
+        assert isinstance(value, (int, float))
+        own[name] = value * factor
+    return own
+
+
 def rounded(value: Value) -> Value:
     return float(np.float32(value)) if isinstance(value, float) else value
 
@@ -90,7 +115,7 @@ def arguments(known: Row, hypers: Mapping[str, Value]) -> dict[str, Any]:
         if entry is None or entry.argument is None:
             continue
         if entry.index is None:
-            plain[entry.argument] = rounded(value)
+            plain[entry.argument] = value if name in FIXED else rounded(value)
         else:
             indexed.setdefault(entry.argument, {})[entry.index] = rounded(value)
     return {**plain, **{name: tuple(parts[i] for i in sorted(parts)) for name, parts in indexed.items()}}
@@ -100,7 +125,13 @@ class TorchSide:
     """The model in PyTorch."""
 
     def __init__(
-        self, model: str, algorithm: str, hypers: Mapping[str, Value], seed: int, dtype: str
+        self,
+        model: str,
+        algorithm: str,
+        hypers: Mapping[str, Value],
+        seed: int,
+        dtype: str,
+        helpers: Mapping[str, str],
     ) -> None:
         import torch
         from torch import nn
@@ -130,12 +161,40 @@ class TorchSide:
         self.torch, self.name, self.dtype = torch, model, dtype
         self.model = (Mlp() if model == "mlp" else Cnn()).to(getattr(torch, dtype))
         self.put(initial(model, seed, dtype))
+        named, part = dict(self.model.named_parameters()), part_of(algorithm)
+        if part is None:
+            self.optimizers = {"optimizer": self._made(algorithm, [*named.values()], hypers)}
+            return
+        ours = [(name, p) for name, p in named.items() if p.ndim == 2 and not name.startswith("emb")]
+        theirs = [(name, p) for name, p in named.items() if name not in dict(ours)]
+        self.optimizers = {
+            algorithm: self._made(algorithm, ours, hypers),
+            part.algorithm: self._made(part.algorithm, theirs, hypers_of_part(part, hypers)),
+        }
+        for name, call in helpers.items():
+            told = {"ckptconv": ckptconv, "optimizer": self.optimizers[name]}
+            self.optimizers[name] = eval(call, told)  # of cases.json
+
+    def _made(self, algorithm: str, parameters: Sequence[Any], hypers: Mapping[str, Value]) -> Any:
         known = row(algorithm, "torch")
         assert known is not None
-        cls: Any = {"torch": torch, "ckptconv": ckptconv}[known.class_name.partition(".")[0]]
+        cls: Any = {"torch": self.torch, "ckptconv": ckptconv}[known.class_name.partition(".")[0]]
         for part in known.class_name.split(".")[1:]:
             cls = getattr(cls, part)
-        self.optimizer = cls(self.model.parameters(), **arguments(known, hypers))
+        return cls(parameters, **arguments(known, hypers))
+
+    @property
+    def optimizer(self) -> Any:
+        """The only one."""
+        return self.optimizers["optimizer"]
+
+    @optimizer.setter
+    def optimizer(self, made: Any) -> None:
+        self.optimizers = {"optimizer": made}
+
+    def _states(self) -> list[dict[str, Any]]:
+        """Of every parameter that has one."""
+        return [state for optimizer in self.optimizers.values() for state in optimizer.state.values()]
 
     def put(self, weights: Mapping[str, Array]) -> None:
         with self.torch.no_grad():
@@ -146,12 +205,13 @@ class TorchSide:
         losses = []
         for number in range(first, first + count):
             x, y = batch(self.name, number, self.dtype)
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             loss = self.torch.nn.functional.cross_entropy(
                 self.model(self.torch.from_numpy(x)), self.torch.from_numpy(y)
             )
             (loss * GAIN[self.name]).backward()
-            self.optimizer.step()
+            for optimizer in self.optimizers.values():
+                optimizer.step()
             losses.append(float(loss.detach()))
         return losses
 
@@ -160,23 +220,26 @@ class TorchSide:
 
     def save(self, directory: Path) -> Path:
         path = directory / "run.pt"
-        self.torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+        states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        self.torch.save({"model": self.model.state_dict(), **states}, path)
         return path
 
     def restore(self, path: Path) -> None:
         state = self.torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
 
     def steps(self) -> set[int]:
-        return {int(state["step"]) for state in self.optimizer.state.values() if "step" in state}
+        return {int(state["step"]) for state in self._states() if "step" in state}
 
     def forget_step(self) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].zero_()
+        for state in self._states():
+            if "step" in state:
+                state["step"].zero_()
 
     def forget_slots(self) -> None:
-        for state in self.optimizer.state.values():
+        for state in self._states():
             for key in state.keys() - {"step"}:
                 state[key].zero_()
 
@@ -218,6 +281,17 @@ class KerasSide:
         self.model = keras.Sequential([keras.Input(shape, dtype=inputs), *layers], name="net")
         self.variables = dict(zip(SHAPES[model], self.model.trainable_variables, strict=True))
         self.put(initial(model, seed, dtype))
+        self.floatx = dtype if (kind, algorithm) in FLOATX else keras3.config.floatx()
+        with self._in_floatx():
+            self._make(algorithm, hypers, code)
+        self._update = self._one if (kind, algorithm) in EAGER else tf.function(self._one, autograph=False)
+
+    def _make(self, algorithm: str, hypers: Mapping[str, Value], code: Sequence[str]) -> None:
+        """The optimizer with its variables."""
+        import keras as keras3
+        import tf_keras
+
+        kind = self.kind
         line = next((text for text in code if not text.startswith("#")), "")
         if line:
             self.optimizer = eval(line, {"keras": keras3, "tf_keras": tf_keras})  # the report's own line
@@ -234,7 +308,15 @@ class KerasSide:
             self.optimizer._create_all_weights(self.model.trainable_variables)
         else:
             self.optimizer.build(self.model.trainable_variables)
-        self._update = self._one if (kind, algorithm) in EAGER else tf.function(self._one, autograph=False)
+
+    @contextmanager
+    def _in_floatx(self) -> Iterator[None]:
+        from keras import config
+
+        before = config.floatx()
+        config.set_floatx(self.floatx)
+        yield
+        config.set_floatx(before)
 
     def put(self, weights: Mapping[str, Array]) -> None:
         for name, value in weights.items():
@@ -244,7 +326,8 @@ class KerasSide:
     def train(self, first: int, count: int) -> list[float]:
         numbers = range(first, first + count)
         batches = (batch(self.name, number, self.dtype) for number in numbers)
-        return [float(self._update(self.tf.constant(x), self.tf.constant(y))) for x, y in batches]
+        with self._in_floatx():
+            return [float(self._update(self.tf.constant(x), self.tf.constant(y))) for x, y in batches]
 
     def _one(self, x: Any, y: Any) -> Any:
         tf, variables = self.tf, self.model.trainable_variables
@@ -299,7 +382,9 @@ def side(
     seed: int,
     dtype: str,
     code: Sequence[str] = (),
+    helpers: Mapping[str, str] = MappingProxyType({}),
 ) -> Side:
+    """`helpers`: calls around torch's optimizers, by name, of an algorithm that is two of them."""
     if kind == "torch":
-        return TorchSide(model, algorithm, hypers, seed, dtype)
+        return TorchSide(model, algorithm, hypers, seed, dtype, helpers)
     return KerasSide(kind, model, algorithm, hypers, seed, dtype, code)

@@ -36,6 +36,8 @@ QUICK = [
     ("asgd default", "torch", "torch"),
     ("adafactor default", "torch", "keras3"),
     ("adafactor default", "keras3", "torch"),
+    ("muon nesterov", "torch", "keras3"),
+    ("muon full", "keras3", "torch"),
 ]
 REFUSED = [Place("adafactor default", *rest, "float32") for _, *rest in sorted(FACTORED)]
 
