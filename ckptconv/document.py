@@ -131,6 +131,17 @@ class Param:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A module with parameters in a run of the model, and what its input is made of."""
+
+    module: str
+    """What the names of its parameters begin with: `layer1.0.conv1`; empty for those of the model itself."""
+    after: tuple[str, ...] = ()
+    """Modules whose output it takes, with nothing between that has parameters; those that reach it through
+    another one are left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
     """Parameters that are trained with the same hyperparameters."""
 
@@ -231,6 +242,8 @@ class Checkpoint:
     progress: Progress
     params: Mapping[str, Param] = field(default_factory=dict)
     """In the source's order."""
+    flow: tuple[Site, ...] = ()
+    """The modules in the order in which a run of the model uses them; empty where no run was seen."""
     optimizers: tuple[Optimizer, ...] = ()
     schedules: tuple[Schedule, ...] = ()
     loss_scaling: Mapping[str, Fact] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckptconv.catalog import layers
+from ckptconv.catalog import flatten, layers
 from ckptconv.catalog.axes import element_order
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import Problem
@@ -93,7 +93,7 @@ def fitting(source: Module, target: Module) -> Fit | None:
                 readings_s[candidate.name],
                 made,
                 readings_t[made.name],
-                same_framework=source.framework == target.framework,
+                (source.framework, target.framework),
             ):
                 options.append((candidate, way))
         names = list(dict.fromkeys(option[0].name for option in options))
@@ -130,7 +130,8 @@ def fitting(source: Module, target: Module) -> Fit | None:
 def _readings(param: Param, module: Module) -> tuple[layers.Candidate, ...]:
     """What the parameter may be: what is declared, else every catalog row that fits its name and rank."""
     if param.evidence in ("declared", "named") and param.axes is not None:
-        return (layers.Candidate(kind=param.layer, role=param.role, axes=param.axes),)
+        reading = layers.Candidate(kind=param.layer, role=param.role, axes=param.axes)
+        return layers.alike(module.framework, reading)
     if param.candidates:
         return tuple(layers.Candidate(c.layer, c.role, c.axes) for c in param.candidates)
     siblings = {parts(other.name)[-1]: other.tensor.shape for other in module.params}
@@ -142,22 +143,24 @@ def _layouts(
     readings_s: Sequence[layers.Candidate],
     target: Param,
     readings_t: Sequence[layers.Candidate],
-    *,
-    same_framework: bool,
+    frameworks: tuple[str, str],
 ) -> Iterator[Way]:
     """Each way in which the source's axes can be brought into the target's order, with its name."""
     before, after = source.tensor.shape, target.tensor.shape
+    same_framework = frameworks[0] == frameworks[1]
     for reading_t in readings_t:
         for reading_s in readings_s:
             if reading_s.role != reading_t.role or not layers.same_layer(reading_s.kind, reading_t.kind):
                 continue
             if same_framework and len(readings_s) > 1 and reading_s.kind != reading_t.kind:
                 continue  # one framework's file and another one's of the same model: the same class
-            ops = layers.layout_ops(reading_s.axes, before, reading_t.axes, after)
+            axes_s = flatten.alike(reading_s.axes, frameworks[0], reading_t.axes)
+            axes_t = flatten.alike(reading_t.axes, frameworks[1], axes_s)
+            ops = layers.layout_ops(axes_s, before, axes_t, after)
             if ops is not None:
                 told = reading_s if len(readings_s) > 1 else reading_t
                 text = f"{told.kind} ({', '.join(told.axes)})"
-                yield Way(_moving(ops, before, after), reading_t, text)
+                yield Way(_moving(ops, before, after), reading_t._replace(axes=axes_t), text)
     if not readings_s and not readings_t and before == after and leaf(source) == leaf(target):
         yield Way((), None, "the same axes")
         sizes = [size for size in before if size > 1]

@@ -21,6 +21,7 @@ from ckptconv.document import (
     Progress,
     Provenance,
     Schedule,
+    Site,
 )
 from ckptconv.errors import SchemaError
 from ckptconv.facts import fact_from_json, fact_to_json, facts_from_json, facts_to_json
@@ -69,6 +70,7 @@ def to_json(
         "kind": checkpoint.kind,
         "progress": progress_to_json(checkpoint.progress),
         "params": [_param_to_json(param, values) for param in checkpoint.params.values()],
+        **({"flow": [_site_to_json(site) for site in checkpoint.flow]} if checkpoint.flow else {}),
         "optimizers": [optimizer_to_json(o, checkpoint) for o in checkpoint.optimizers],
         "schedules": [schedule_to_json(schedule) for schedule in checkpoint.schedules],
         **({"loss_scaling": facts_to_json(checkpoint.loss_scaling)} if checkpoint.loss_scaling else {}),
@@ -114,6 +116,7 @@ def from_json(obj: Json, tensors: Tensors = None, state: bytes | None = None) ->
     return Checkpoint(
         progress=progress,
         params=params,
+        flow=tuple(_site_from_json(site) for site in manifest.get("flow", ())),
         optimizers=tuple(optimizer_from_json(o, progress, specs, find) for o in manifest["optimizers"]),
         schedules=tuple(schedule_from_json(schedule) for schedule in manifest["schedules"]),
         loss_scaling=facts_from_json(manifest.get("loss_scaling", {})),
@@ -227,6 +230,14 @@ def _param_from_json(item: Mapping[str, Json], find: Callable[[Path, TensorSpec]
             for layout in item.get("candidates", ())
         ),
     )
+
+
+def _site_to_json(site: Site) -> dict[str, Json]:
+    return {"module": site.module, "after": list(site.after)}
+
+
+def _site_from_json(item: Mapping[str, Json]) -> Site:
+    return Site(module=item["module"], after=tuple(item["after"]))
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Json]:

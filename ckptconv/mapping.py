@@ -1,7 +1,7 @@
 """Which parameter of the source is which of the target, and what happens to its axes on the way.
 
-Source and template are compared module by module: first by name, then by their order, and only where one
-assignment alone is possible. A layout operation follows from named axes on both sides; where two
+Source and template are compared module by module: by name, then by what each takes and gives where both sides
+tell (`dataflow`), then by their order, and only where one assignment alone is possible. A layout operation follows from named axes on both sides; where two
 operations fit and nothing declares which, that is a problem and not a guess.
 
 What is matched by order is taken in the order of declaration on both sides. Two models that declare layers of
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from ckptconv.alignment import Fits, by_name, by_order, by_shape, fits_of, is_counted
 from ckptconv.catalog import layers
+from ckptconv.dataflow import by_flow
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Problem
 from ckptconv.fitting import Module, may_be_left, modules
@@ -51,7 +52,11 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
     targets = modules(template.params, frameworks[1])
     fits = fits_of(sources, targets)
     chosen = by_name(sources, targets, fits)
-    named = frozenset(chosen)
+    evidence: dict[int, NameEvidence] = dict.fromkeys(chosen, "name")
+    if source.flow and template.flow:
+        flowing = by_flow(sources, targets, chosen, fits, (source.flow, template.flow))
+        evidence |= dict.fromkeys(flowing.keys() - chosen.keys(), "flow")
+        chosen.update(flowing)
     problems: list[Problem] = []
     if not all(may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
         unordered = any(
@@ -66,7 +71,7 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
             problems.append(found)
         else:
             chosen.update(found)
-    cover = _collect(source, template, targets, chosen, named, fits, problems)
+    cover = _collect(source, template, targets, chosen, evidence, fits, problems)
     if _image_layout(frameworks[0]) == _image_layout(frameworks[1]):
         return cover
     return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, template)))
@@ -121,7 +126,7 @@ def _collect(
     template: Checkpoint,
     targets: Sequence[Module],
     chosen: Mapping[int, int],
-    named: frozenset[int],
+    evidence: Mapping[int, NameEvidence],
     fits: Fits,
     problems: list[Problem],
 ) -> Cover:
@@ -140,14 +145,13 @@ def _collect(
             continue
         fit = fits(chosen[j], j)
         assert fit is not None
-        evidence: NameEvidence = "name" if j in named else "structure"
         for made_from, made, way, layout in fit.pairs:
             pairs.append(
                 Pair(
                     source=made_from.name,
                     target=made.name,
                     ops=way.ops,
-                    matched_by=evidence,
+                    matched_by=evidence.get(j, "structure"),
                     layout=layout,
                     reading=way.reading,
                 )

@@ -25,7 +25,7 @@ def apply_spec(checkpoint: Checkpoint, spec: Checkpoint, who: str = BY_SPEC) -> 
     if problems:
         raise MappingError(*problems)
     params = {name: _with_layout(param, spec.params.get(name)) for name, param in checkpoint.params.items()}
-    completed = replace(checkpoint, params=params)
+    completed = replace(checkpoint, params=params, flow=checkpoint.flow or spec.flow)
     for optimizer in checkpoint.optimizers:
         other = _counterpart(optimizer, checkpoint, spec)
         if other is None:
@@ -136,7 +136,9 @@ def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, spec: Checkpoint)
 
 
 def _with_layout(param: Param, other: Param | None) -> Param:
-    if other is None or param.evidence in ("declared", "named"):
+    if other is None or param.evidence == "declared":
+        return param
+    if param.evidence == "named" and other.evidence != "declared":
         return param
     trainable = other.trainable if param.trainable is None else param.trainable
     if other.axes is None:

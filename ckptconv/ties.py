@@ -12,7 +12,7 @@ from ckptconv.document import Checkpoint, Evidence
 from ckptconv.errors import Problem
 from ckptconv.tensor import MissingTensor, Op, TensorRef
 
-NameEvidence = Literal["name", "structure", "alias"]
+NameEvidence = Literal["name", "flow", "structure", "alias"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

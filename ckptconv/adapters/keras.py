@@ -14,8 +14,10 @@ from types import ModuleType
 from typing import Protocol
 
 from ckptconv import supply
+from ckptconv.adapters.flow import module_of
 from ckptconv.adapters.keras_callback import Plateau, curve_of_callback
 from ckptconv.adapters.keras_exact import follows_momentum, rules_of, stock_class
+from ckptconv.adapters.keras_flow import run_of
 from ckptconv.adapters.keras_table import table_of
 from ckptconv.adapters.live import (
     DESCRIBED,
@@ -27,6 +29,7 @@ from ckptconv.adapters.live import (
     unbuilt,
     undone,
     with_progress,
+    with_run,
     writing,
 )
 from ckptconv.catalog import layers
@@ -63,6 +66,8 @@ class Model(Protocol):
     @property
     def trainable_variables(self) -> Sequence[Variable]: ...
 
+    def __call__(self, inputs: object, *, training: bool) -> object: ...
+
 
 class KerasOptimizer(Protocol):
     """A Keras optimizer, as far as it is used here."""
@@ -86,19 +91,22 @@ def describe(
     model: Model,
     optimizer: KerasOptimizer | None = None,
     *,
+    inputs: object = None,
     callback: Plateau | None = None,
     remaining: int | None = None,
 ) -> Checkpoint:
     """A skeleton of built live objects: names, layer kinds and axes, class, hyperparameters, schedule.
 
     It serves as `template` or `source_spec`; `ckptconv.write_skeleton` makes a JSON file of it.
+    `inputs`: a batch in the structure that the model takes, so that layers are matched by what they take and
+    give; the model is traced with its shapes and types, not run.
     `callback`: the `ReduceLROnPlateau` of the run, whose state is in no file. `remaining`: for a schedule of
     a class of one's own, how many of its next rates to note.
     I/O: a temporary TensorFlow checkpoint, removed again.
     Raises: template-unbuilt; usage where the model is compiled with another optimizer; usage,
     unsupported-feature for a callback or a schedule that tells nothing.
     """
-    captured = _captured(model, optimizer, Spill())
+    captured = _captured(model, optimizer, Spill(), inputs)
     return skeleton_of(_scheduled(captured, _optimizer_of(model, optimizer), callback, remaining))
 
 
@@ -180,7 +188,9 @@ def _written_at(spill: Spill) -> Path:
     return spill.path / "captured"
 
 
-def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> Checkpoint:
+def _captured(
+    model: Model, optimizer: KerasOptimizer | None, spill: Spill, inputs: object = None
+) -> Checkpoint:
     """The objects' document, with what only they tell: kinds of layers, flags, class, hyperparameters."""
     if not model.built:
         hint = "Run model.build(input_shape), or the model once on a batch."
@@ -199,6 +209,8 @@ def _captured(model: Model, optimizer: KerasOptimizer | None, spill: Spill) -> C
     framework = dialect.framework or "keras3"
     live = _Live(raw, checkpoint, root)
     checkpoint = declared(checkpoint, dict(live.layouts(framework)), dict(live.trainable(model)))
+    if inputs is not None:
+        checkpoint = with_run(checkpoint, run_of(model, inputs, dict(live.modules())))
     if optimizer is None:
         return checkpoint
     inner = _inner(optimizer)
@@ -289,6 +301,13 @@ class _Live:
                 layout = layers.declared(framework, kind, edge, shape)
                 if name is not None and layout is not None:
                     yield name, (kind, *layout)
+
+    def modules(self) -> Iterator[tuple[int, str]]:
+        """The id of each parameter's handle, and its layer as the document names it."""
+        for node, live in self._objects.items():
+            name = self._name(node)
+            if name is not None:
+                yield id(live.handle), module_of(name)  # type: ignore[attr-defined]  # a variable
 
     def trainable(self, model: Model) -> Iterator[tuple[str, bool]]:
         """Whether each parameter is trained."""

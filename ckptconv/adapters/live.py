@@ -13,7 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptconv import supply
+from ckptconv.adapters.flow import Run, module_of
 from ckptconv.catalog import completion, conversion
+from ckptconv.catalog.flatten import flattened
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Param, Value
 from ckptconv.errors import CkptError, MappingError, Problem, TargetError
 from ckptconv.report import Report
@@ -128,6 +130,17 @@ def declared(checkpoint: Checkpoint, layouts: Layouts, trainable: Mapping[str, b
         )
 
     return replace(checkpoint, params={name: one(param) for name, param in checkpoint.params.items()})
+
+
+def with_run(checkpoint: Checkpoint, run: Run) -> Checkpoint:
+    """The document with what a run of the model tells: the flow, and the axes of flattened images."""
+    params = {
+        name: replace(param, axes=flattened(param.axes, param.tensor.shape, run.images.flat[module_of(name)]))
+        if param.axes is not None and module_of(name) in run.images.flat
+        else param
+        for name, param in checkpoint.params.items()
+    }
+    return replace(checkpoint, params=params, flow=run.sites())
 
 
 def of_class(

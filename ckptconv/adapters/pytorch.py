@@ -22,9 +22,11 @@ from ckptconv.adapters.live import (
     texts,
     unbuilt,
     with_progress,
+    with_run,
     writing,
 )
 from ckptconv.adapters.pytorch_exact import rules_of, stock_class
+from ckptconv.adapters.torch_flow import Inputs, run_of
 from ckptconv.adapters.torch_table import table_of
 from ckptconv.catalog import layers
 from ckptconv.catalog.schedule_rates import TABLED, flat
@@ -64,17 +66,22 @@ def describe(
     optimizer: torch.optim.Optimizer | None = None,
     scheduler: Scheduler | None = None,
     *,
+    inputs: Inputs | None = None,
     remaining: int | None = None,
 ) -> Checkpoint:
     """A skeleton of live objects: names, layer kinds and axes, parameter order, class and hyperparameters.
 
     It serves as `template` or `source_spec`; `ckptconv.write_skeleton` makes a JSON file of it.
+    `inputs`: a batch to run the model on, so that modules are matched by what they take and give; its first
+    argument, all of them as a tuple, or those with names as a dictionary.
     `remaining`: for a scheduler whose function no file holds (LambdaLR), how many of its next rates to note.
     I/O: a temporary file with small arrays only.
     Raises: template-unbuilt for lazy or meta parameters; template-mismatch for another model's optimizer;
     usage, unsupported-feature for a scheduler that has no table.
     """
     captured = _captured(_state(model, optimizer, scheduler, small=True), model, optimizer, Spill())
+    if inputs is not None:
+        captured = with_run(captured, run_of(_unwrapped(model), inputs, captured.params))
     return skeleton_of(_tabled(captured, optimizer, scheduler, remaining))
 
 

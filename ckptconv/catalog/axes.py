@@ -14,8 +14,14 @@ Axes = tuple[str, ...]
 
 
 def atoms(axis: str) -> tuple[str, ...]:
-    """The atoms of an axis: `in*multiplier` has two, `1` none."""
-    return () if axis == "1" else tuple(axis.split("*"))
+    """The atoms of an axis: `in*multiplier` has two, `in*h=2*w=3` three, `1` none."""
+    return () if axis == "1" else tuple(part.partition("=")[0] for part in axis.split("*"))
+
+
+def sizes_in(axis: str) -> dict[str, int]:
+    """The sizes of atoms that an axis tells itself: `in*h=2*w=3` those of `h` and `w`."""
+    said = (part.partition("=") for part in axis.split("*"))
+    return {name: int(size) for name, equals, size in said if equals}
 
 
 def expand(axes: Axes, rank: int) -> Axes | None:
@@ -40,6 +46,8 @@ def bind(pairs: Iterable[tuple[Axes, Shape]]) -> Mapping[str, int] | None:
         if full is None:
             return None
         for axis, size in zip(full, shape, strict=True):
+            if any(sizes.setdefault(atom, told) != told for atom, told in sizes_in(axis).items()):
+                return None
             parts = atoms(axis)
             if len(parts) == 1:
                 if sizes.setdefault(parts[0], size) != size:
@@ -71,7 +79,7 @@ def layout_ops(
     if source_full is None or target_full is None:
         return None
     # An axis that is merged on both sides need not be split, and its atoms' sizes need not be known.
-    whole = {axis: axis.replace("*", "&") for axis in set(source_full) & set(target_full)}
+    whole = {axis: axis.replace("*", "&").replace("=", ":") for axis in set(source_full) & set(target_full)}
     source_full = tuple(whole.get(axis, axis) for axis in source_full)
     target_full = tuple(whole.get(axis, axis) for axis in target_full)
     sizes = bind([(source_full, source_shape), (target_full, target_shape)])

@@ -21,6 +21,7 @@ from ckptconv.catalog.loading import Record, load
 
 __all__ = [
     "Candidate",
+    "alike",
     "candidates",
     "declared",
     "initial_value",
@@ -245,6 +246,24 @@ def declared(framework: str, kind: str, key: str, shape: Shape) -> tuple[str, tu
     variable = entry.variables.get(framework, {}).get(key) if entry else None
     axes = expand(variable.axes, len(shape)) if variable else None
     return (variable.role, axes) if variable is not None and axes is not None else None
+
+
+def alike(framework: str, reading: Candidate) -> tuple[Candidate, ...]:
+    """A reading of a declared layer, and those of the other kinds for which its framework has one class.
+
+    A Conv2d with a group for each channel is a depthwise convolution, and a convolution with groups.
+    """
+    framework = _COLUMN.get(framework, framework)
+    own = _table().kinds.get(reading.kind)
+    classes = set(own.classes.get(framework, ())) if own else set()
+    others = [
+        Candidate(kind.name, reading.role, variable.axes)
+        for kind in _table().kinds.values()
+        if kind is not own and own and own.equal_attributes and classes & set(kind.classes.get(framework, ()))
+        for variable in kind.variables.get(framework, {}).values()
+        if variable.role == reading.role
+    ]
+    return (reading, *others)
 
 
 def kind_of_class(framework: str, cls: type, layer: object = None) -> str | None:
