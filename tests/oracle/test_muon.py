@@ -43,7 +43,7 @@ class Net(torch.nn.Module):  # type: ignore[misc,name-defined]
         self.head = torch.nn.Linear(7, 3)
 
 
-def keras_run(steps: int = STEPS, **arguments: Any) -> tuple[Any, Any]:
+def keras_run(steps: int = STEPS, *, frozen: bool = False, **arguments: Any) -> tuple[Any, Any]:
     keras.utils.set_random_seed(7 + steps)
     model = keras.Sequential(
         [
@@ -54,12 +54,13 @@ def keras_run(steps: int = STEPS, **arguments: Any) -> tuple[Any, Any]:
             keras.layers.Dense(3, name="head"),
         ]
     )
+    model.layers[-1].trainable = not frozen
     optimizer = keras.optimizers.Muon(**{"learning_rate": 0.01, **EXCLUDED, **arguments})
     model.compile(optimizer, "mse")
     optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(5)
     for _ in range(steps):
-        keras_update(model, optimizer, gradients(rng))
+        keras_update(model, optimizer, gradients(rng)[: len(model.trainable_variables)])
     return model, optimizer
 
 
@@ -67,12 +68,14 @@ def torch_run(
     steps: Sequence[int] = (STEPS, STEPS),
     *,
     matrices: Sequence[str] = MATRICES,
+    frozen: bool = False,
     muon: dict[str, Any] | None = None,
     adamw: dict[str, Any] | None = None,
 ) -> tuple[Any, Any, Any]:
     torch.manual_seed(11)
     model = Net()
-    named = dict(model.named_parameters())
+    model.head.requires_grad_(not frozen)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ours = [(name, named[name]) for name in named if name in matrices]
     theirs = [(name, named[name]) for name in named if name not in matrices]
     first = torch.optim.Muon(

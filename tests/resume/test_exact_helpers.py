@@ -340,6 +340,7 @@ def test_helpers_refuse_what_they_do_not_fit() -> None:
         lambda: ckptconv.keras.coupled_decay(keras.optimizers.AdamW(weight_decay=0.1), 0.1),
         lambda: ckptconv.pytorch.raw_epsilon(sgd, 1e-8),
         lambda: ckptconv.pytorch.inside_epsilon(sgd, 1e-8),
+        lambda: ckptconv.pytorch.full_orthogonalization(sgd),
     ):
         with pytest.raises(CkptError) as caught:
             call()
