@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("h5py")
 
 import ckptconv  # noqa: E402
-from ckptconv.account import Account  # noqa: E402
 from ckptconv.conversion import convert  # noqa: E402
-from ckptconv.document import Known, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
-from ckptconv.optimizer_parts import divide  # noqa: E402
 
 ALLOWED = ["form-mismatch"]
 """Newton-Schulz is in bfloat16 in torch."""
@@ -332,26 +328,6 @@ def test_parts_that_differ_are_refused_by_name(tmp_path: Path) -> None:
     names = [name for name in ckptconv.open(including).params if name.endswith("head/kernel")]
     found = problems_of(back, tmp_path / "c.keras", including, "state-dropped", "slots-missing")
     assert found == {("template-mismatch", ("optimizers", "muon", "params", name)) for name in names}
-
-
-def test_steps_that_differ(tmp_path: Path) -> None:
-    """AdamW counts, torch's Muon does not; parameters of AdamW that differ are told."""
-    run = torch_run()
-    run[2].state[dict(run[0].named_parameters())["head.bias"]]["step"] += 2
-    source = torch_file(run, tmp_path / "a.pt")
-    template = keras_file(keras_run(0), "file", tmp_path / "t")
-    found = problems_of(source, tmp_path / "b.keras", template)
-    assert found == {("unequal-steps", ("optimizers", "adamw", "param_steps"))}
-    whole = ckptconv.open(torch_file(torch_run(), tmp_path / "c.pt"))
-    (muon, adamw), target = whole.optimizers, ckptconv.open(template)
-    counted = replace(whole, optimizers=(replace(muon, step=Known(value=STEPS + 2)), adamw))
-    refused, allowed = Account(frozenset()), Account(frozenset({"unequal-steps"}))
-    divide(counted, target, {}, refused)
-    assert [(p.code, p.loc) for p in refused.problems] == [("unequal-steps", ("optimizers", "muon", "step"))]
-    division = divide(counted, target, {}, allowed)
-    assert division is not None
-    assert not allowed.problems
-    assert [value_of(one.step) for one in division.source.optimizers] == [STEPS + 2] * 2
 
 
 def test_what_the_one_cannot_say(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ pytest.importorskip("keras")
 torch = pytest.importorskip("torch")
 pytest.importorskip("h5py")
 
+import ckptconv  # noqa: E402
+from ckptconv.account import Account  # noqa: E402
 from ckptconv.conversion import convert  # noqa: E402
+from ckptconv.document import Known, value_of  # noqa: E402
+from ckptconv.optimizer_parts import divide  # noqa: E402
 from tests.oracle.test_muon import (  # noqa: E402
     ALLOWED,
     MATRICES,
@@ -93,3 +98,23 @@ def test_groups_of_their_own_rates(tmp_path: Path) -> None:
     convert(source, tmp_path / "b.keras", template=template, allow=[*ALLOWED, "groups-differ"])
     optimizer = loaded_keras(tmp_path / "b.keras", "file")[1]
     assert optimizer.adam_lr_ratio == pytest.approx(0.25 / 0.02)
+
+
+def test_steps_that_differ(tmp_path: Path) -> None:
+    """AdamW counts, torch's Muon does not; parameters of AdamW that differ are told."""
+    run = torch_run()
+    run[2].state[dict(run[0].named_parameters())["head.bias"]]["step"] += 2
+    source = torch_file(run, tmp_path / "a.pt")
+    template = keras_file(keras_run(0), "file", tmp_path / "t")
+    found = problems_of(source, tmp_path / "b.keras", template)
+    assert found == {("unequal-steps", ("optimizers", "adamw", "param_steps"))}
+    whole = ckptconv.open(torch_file(torch_run(), tmp_path / "c.pt"))
+    (muon, adamw), target = whole.optimizers, ckptconv.open(template)
+    counted = replace(whole, optimizers=(replace(muon, step=Known(value=STEPS + 2)), adamw))
+    refused, allowed = Account(frozenset()), Account(frozenset({"unequal-steps"}))
+    divide(counted, target, {}, refused)
+    assert [(p.code, p.loc) for p in refused.problems] == [("unequal-steps", ("optimizers", "muon", "step"))]
+    division = divide(counted, target, {}, allowed)
+    assert division is not None
+    assert not allowed.problems
+    assert [value_of(one.step) for one in division.source.optimizers] == [STEPS + 2] * 2

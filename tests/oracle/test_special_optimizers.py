@@ -1,7 +1,8 @@
 """What is special about parameters, with optimizers other than Adam, whose steps and slots real updates made.
 
 Frozen and never updated ones, groups with settings of their own, bfloat16 under float32 moments, sparse
-gradients: from PyTorch to Keras 3 and back. Muon, which is two optimizers in PyTorch, is in `test_special_muon.py`; its steps that differ in `test_muon.py`.
+gradients: from PyTorch to Keras 3 and back. Muon, which is two optimizers in PyTorch, has
+`test_special_muon.py`.
 """
 
 from __future__ import annotations
