@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ckptconv.tensor import TensorRef
 
 Scalar = None | bool | int | float | complex | str | bytes
+
+_NAMES = frozenset({str, int})
+"""Types of keys that are steps of a path."""
+_SCANNED = 16
+"""Dictionaries up to this length are searched, longer ones get an index."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +30,13 @@ class DictNode:
     """Constructor arguments other than the items (a defaultdict's factory)."""
     state: Node = None
     """Attributes set on the object itself (a state_dict's `_metadata`)."""
+    _index: dict[Node, Node] | None = field(default=None, init=False, repr=False, compare=False)
+    """Value by name, once a long dictionary was asked for one."""
 
     def get(self, key: Node) -> Node:
         """Value of a key, the last one where it stands twice; None where it does not stand."""
+        if len(self.items) > _SCANNED and type(key) in _NAMES:
+            return self._by_name().get(key)
         found: Node = None
         for name, value in self.items:
             if type(name) is type(key) and name == key:
@@ -34,7 +44,16 @@ class DictNode:
         return found
 
     def __contains__(self, key: Node) -> bool:
+        if len(self.items) > _SCANNED and type(key) in _NAMES:
+            return key in self._by_name()
         return any(type(name) is type(key) and name == key for name, _ in self.items)
+
+    def _by_name(self) -> dict[Node, Node]:
+        if self._index is None:
+            index = {key: value for key, value in self.items if type(key) in _NAMES}
+            object.__setattr__(self, "_index", index)
+            return index
+        return self._index
 
     @property
     def keys(self) -> tuple[Node, ...]:
@@ -75,7 +94,9 @@ class Lifted:
     """What the address alone does not tell, e.g. `{"as": "tensor", "dtype": "float32", "plus": 1}`."""
 
 
-Node = Scalar | TensorRef | DictNode | ListNode | Opaque | Lifted
+Container = DictNode | ListNode | Opaque
+CONTAINERS = (DictNode, ListNode, Opaque)
+Node = Scalar | TensorRef | Container | Lifted
 Path = tuple[str | int, ...]
 """Keys from the root; positions in lists; `"@state"`, `"@args"`, `"@key"`, ... for parts that have no key."""
 
@@ -99,25 +120,38 @@ def is_tensor(node: Node) -> bool:
     return isinstance(node, TensorRef)
 
 
+def containers(root: Node) -> Iterator[Container]:
+    """The node and every container below it, an outer one before those in it."""
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, CONTAINERS):
+            yield node
+            todo += [part for _, part in children(node) if isinstance(part, CONTAINERS)]
+
+
 def children(node: Node) -> Iterator[tuple[str | int, Node]]:
     """The parts of a node with the path step that leads to each."""
     if isinstance(node, DictNode):
         for position, (key, value) in enumerate(node.items):
-            if isinstance(key, (str, int)) and not isinstance(key, bool):
+            if type(key) is str or type(key) is int:
                 yield key, value
             else:
                 yield f"@key{position}", key
                 yield f"@value{position}", value
-        yield from ((f"@args{i}", arg) for i, arg in enumerate(node.args))
+        for i, arg in enumerate(node.args):
+            yield f"@args{i}", arg
         if node.state is not None:
             yield "@state", node.state
     elif isinstance(node, ListNode):
         yield from enumerate(node.items)
     elif isinstance(node, Opaque):
-        yield from ((f"@args{i}", arg) for i, arg in enumerate(node.args))
+        for i, arg in enumerate(node.args):
+            yield f"@args{i}", arg
         if node.state is not None:
             yield "@state", node.state
-        yield from ((f"@item{i}", item) for i, item in enumerate(node.items))
+        for i, item in enumerate(node.items):
+            yield f"@item{i}", item
         for i, (key, value) in enumerate(node.pairs):
             yield f"@key{i}", key
             yield f"@value{i}", value
@@ -125,11 +159,15 @@ def children(node: Node) -> Iterator[tuple[str | int, Node]]:
 
 def walk(node: Node, path: Path = ()) -> Iterator[tuple[Path, Node]]:
     """Every leaf (tensor, scalar, empty container, global) with its path, in the file's order."""
-    parts = list(children(node))
-    if not parts:
+    leaf = True
+    for step, part in children(node):
+        leaf = False
+        if isinstance(part, CONTAINERS):
+            yield from walk(part, (*path, step))
+        else:
+            yield (*path, step), part
+    if leaf:
         yield path, node
-    for step, part in parts:
-        yield from walk(part, (*path, step))
 
 
 def at(node: Node, path: Path) -> Node:
@@ -147,48 +185,46 @@ def at(node: Node, path: Path) -> Node:
 def transform(node: Node, leaf: Callable[[Path, Node], Node], path: Path = ()) -> Node:
     """A copy in which `leaf(path, node)` replaces each node that it answers with another one.
 
-    It is asked for every node, containers first; what it replaces is not descended into.
+    It is asked for every node, containers first; what it replaces is not descended into. A container in which
+    nothing was replaced is itself.
     """
     changed = leaf(path, node)
-    if changed is not node:
+    if changed is not node or not isinstance(node, CONTAINERS):
         return changed
-    if not isinstance(node, (DictNode, ListNode, Opaque)):
-        return node
+    parts: list[Node] = []
+    same = True
+    for step, part in children(node):
+        where = (*path, step)
+        other = transform(part, leaf, where) if isinstance(part, CONTAINERS) else leaf(where, part)
+        same = same and other is part
+        parts.append(other)
+    return node if same else _with_parts(node, iter(parts))
+
+
+def _with_parts(node: Container, parts: Iterator[Node]) -> Container:
+    """The container with other parts, in the order of `children`."""
+    if isinstance(node, ListNode):
+        return ListNode(items=tuple(parts), kind=node.kind)
     if isinstance(node, DictNode):
-        items: list[tuple[Node, Node]] = []
-        for position, (key, value) in enumerate(node.items):
-            if isinstance(key, (str, int)) and not isinstance(key, bool):
-                items.append((key, transform(value, leaf, (*path, key))))
-            else:
-                items.append(
-                    (
-                        transform(key, leaf, (*path, f"@key{position}")),
-                        transform(value, leaf, (*path, f"@value{position}")),
-                    )
-                )
+        items = [(k if type(k) in _NAMES else next(parts), next(parts)) for k, _ in node.items]
         return DictNode(
             items=tuple(items),
             kind=node.kind,
-            args=tuple([transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)]),
-            state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
-        )
-    if isinstance(node, ListNode):
-        return ListNode(
-            items=tuple([transform(x, leaf, (*path, i)) for i, x in enumerate(node.items)]), kind=node.kind
+            args=_as_many(parts, node.args),
+            state=None if node.state is None else next(parts),
         )
     return Opaque(
         kind=node.kind,
         name=node.name,
-        args=tuple([transform(a, leaf, (*path, f"@args{i}")) for i, a in enumerate(node.args)]),
-        state=None if node.state is None else transform(node.state, leaf, (*path, "@state")),
-        items=tuple([transform(x, leaf, (*path, f"@item{i}")) for i, x in enumerate(node.items)]),
-        pairs=tuple(
-            [
-                (transform(k, leaf, (*path, f"@key{i}")), transform(v, leaf, (*path, f"@value{i}")))
-                for i, (k, v) in enumerate(node.pairs)
-            ]
-        ),
+        args=_as_many(parts, node.args),
+        state=None if node.state is None else next(parts),
+        items=_as_many(parts, node.items),
+        pairs=tuple([(next(parts), next(parts)) for _ in node.pairs]),
     )
+
+
+def _as_many(parts: Iterator[Node], old: tuple[Node, ...]) -> tuple[Node, ...]:
+    return tuple(islice(parts, len(old)))
 
 
 def dict_of(items: Mapping[str, Node] | list[tuple[Node, Node]], kind: str = "dict") -> DictNode:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptconv.errors import CODES, CkptError
-from ckptconv.formats.pickle_opcodes import _OPERATIONS
+from ckptconv.formats.pickle_opcodes import OPERATIONS
 from ckptconv.formats.pickle_reader import MAX_DEPTH, unpickle
 from ckptconv.formats.pickle_writer import pickle_tree
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque
@@ -178,7 +178,7 @@ def test_running_code_is_data() -> None:
 
 def test_every_opcode_of_python_has_an_answer() -> None:
     known = {ord(opcode.code) for opcode in pickletools.opcodes} - {ord(".")}
-    assert {opcode for opcode, operation in enumerate(_OPERATIONS) if operation} == known
+    assert {opcode for opcode, operation in enumerate(OPERATIONS) if operation} == known
 
 
 MALFORMED = {

@@ -32,7 +32,7 @@ from ckptconv.tensor import TensorRef
 Shape = tuple[int, ...]
 
 _DDP, _AVERAGED = "module", "n_averaged"
-_PEFT = ("base_model", "model")
+_PEFT = "base_model.model."
 
 PARTS = ("_parameters", "_buffers", "_modules")
 """Attributes that every module's pickle has."""
@@ -138,7 +138,7 @@ def lift_module(
     entries = [entry for entry in found if isinstance(entry, _Entry)]
     others = [entry for entry in found if isinstance(entry, _Described)]
     seen = {} if seen is None else seen
-    siblings = _siblings((names[entry.raw], entry.tensor.shape) for entry in entries)
+    told = _told_of((names[entry.raw], entry.tensor.shape) for entry in entries)
     params: dict[str, Param] = {}
     raw_names: dict[str, str] = {}
     for entry in entries:
@@ -148,14 +148,14 @@ def lift_module(
         shared = view_id(entry.tensor)
         first = None if shared is None else seen.setdefault(shared, name)
         owner, _, suffix = bare.rpartition(".")
-        told = _told(suffix, layers.candidates("torch", suffix, entry.tensor.shape, siblings[owner]))
+        layer, role, axes, evidence = told[owner][suffix]
         params[name] = Param(
             name=name,
             tensor=entry.tensor,
-            role=told.role,
-            layer=told.layer,
-            axes=told.axes,
-            evidence=told.evidence,
+            role=role,
+            layer=layer,
+            axes=axes,
+            evidence=evidence,
             trainable=False if entry.raw in buffers else _trainable(bare, entry),
             tied_to=None if first == name else first,
         )
@@ -237,30 +237,24 @@ def _names(raws: list[str], path: Path) -> dict[str, str]:
 
 def bare_names(raws: list[str]) -> dict[str, str]:
     """Each name of a state_dict without the marks of wrappers."""
-    wrapper = _wrapper(raws)
-    return {raw: _strip(raw, wrapper) for raw in raws}
+    unmarked = {raw: _without_marks(raw) for raw in raws}
+    before = _wrapper([bare for raw, bare in unmarked.items() if raw != _AVERAGED])
+    return {raw: bare.removeprefix(before) or raw for raw, bare in unmarked.items()}
 
 
-def _wrapper(raws: list[str]) -> tuple[str, ...]:
+def _wrapper(names: list[str]) -> str:
     """What stands before every name: the marks of wrappers, from the outside in."""
-    found: tuple[str, ...] = ()
-    named = [_parts(raw) for raw in raws if raw != "n_averaged"]
-    for mark in ((_DDP,), _PEFT):
-        width = len(found) + len(mark)
-        if named and all(len(n) > width and tuple(n[len(found) : width]) == mark for n in named):
-            found = (*found, *mark)
+    found = ""
+    for mark in (f"{_DDP}.", _PEFT):
+        if names and all(name.startswith(found + mark) for name in names):
+            found += mark
     return found
 
 
-def _parts(raw: str) -> list[str]:
-    return [part for part in raw.split(".") if part not in torch_keys.MARKS]
-
-
-def _strip(raw: str, wrapper: tuple[str, ...]) -> str:
-    parts = _parts(raw)
-    if len(parts) > len(wrapper) and tuple(parts[: len(wrapper)]) == wrapper:
-        parts = parts[len(wrapper) :]
-    return ".".join(parts) or raw
+def _without_marks(raw: str) -> str:
+    if not any(mark in raw for mark in torch_keys.MARKS):
+        return raw
+    return ".".join(part for part in raw.split(".") if part not in torch_keys.MARKS)
 
 
 def _trainable(name: str, entry: _Entry) -> bool | None:
@@ -269,15 +263,6 @@ def _trainable(name: str, entry: _Entry) -> bool | None:
     if entry.tensor.dtype.kind not in ("float", "complex"):
         return False
     return entry.trainable
-
-
-def _siblings(shapes: Iterable[tuple[str, Shape]]) -> dict[str, dict[str, Shape]]:
-    """Owner of the variables -> last part of each one's name -> shape."""
-    groups: dict[str, dict[str, Shape]] = {}
-    for name, shape in shapes:
-        owner, _, suffix = name.rpartition(".")
-        groups.setdefault(owner, {})[suffix] = shape
-    return groups
 
 
 class _Told(NamedTuple):
@@ -289,7 +274,22 @@ class _Told(NamedTuple):
     evidence: Evidence
 
 
+def _told_of(shapes: Iterable[tuple[str, Shape]]) -> dict[str, Mapping[str, _Told]]:
+    """What is told of each parameter from its layer: by owner, then by the last part of its name."""
+    groups: dict[str, dict[str, Shape]] = {}
+    for name, shape in shapes:
+        owner, _, suffix = name.rpartition(".")
+        groups.setdefault(owner, {})[suffix] = shape
+    return {owner: _layer(tuple(group.items())) for owner, group in groups.items()}
+
+
 @lru_cache(maxsize=1024)
+def _layer(shapes: tuple[tuple[str, Shape], ...]) -> Mapping[str, _Told]:
+    """What is told of each parameter of a layer; a model repeats its layers, so that few are worked out."""
+    group = dict(shapes)
+    return {key: _told(key, layers.candidates("torch", key, shape, group)) for key, shape in shapes}
+
+
 def _told(suffix: str, readings: tuple[layers.Candidate, ...]) -> _Told:
     """What all readings of a parameter agree on, and never more."""
     kinds = {kind for kind, _, _ in readings}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ckptconv.errors import FormatError, Problem
 from ckptconv.formats.torch_names import HARMLESS, WEIGHTS_ONLY
-from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, Path, transform
+from ckptconv.rawtree import DictNode, Node, Opaque, Path, containers, transform
 
-_BUILT_IN = frozenset({"dict", "list", "tuple", "set", "frozenset"})
 _SHOWN = 20
 
 
@@ -15,25 +16,29 @@ def refuse_repeated_keys(root: Node) -> None:
 
     Raises: duplicate-key with every key that stands twice.
     """
+    if not any(isinstance(node, DictNode) and _repeated(node) for node in containers(root)):
+        return
     problems: list[Problem] = []
 
     def look(path: Path, node: Node) -> Node:
         if isinstance(node, DictNode):
-            seen: set[object] = set()
-            for key, _ in node.items:
-                if not isinstance(key, (str, int, float, bytes)):
-                    continue
-                if key in seen:
-                    problems.append(_repeated((*path, key if isinstance(key, (str, int)) else repr(key))))
-                seen.add(key)
+            for key in _repeated(node):
+                problems.append(_problem((*path, key if isinstance(key, (str, int)) else repr(key))))
         return node
 
     transform(root, look)
-    if problems:
-        raise FormatError(*problems[:_SHOWN])
+    raise FormatError(*problems[:_SHOWN])
 
 
-def _repeated(path: Path) -> Problem:
+def _repeated(node: DictNode) -> list[Node]:
+    """The keys that stand more than once in a dictionary."""
+    plain = [key for key, _ in node.items if isinstance(key, (str, int, float, bytes))]
+    if len(set(plain)) == len(plain):
+        return []
+    return [key for key, times in Counter(plain).items() if times > 1]
+
+
+def _problem(path: Path) -> Problem:
     return Problem(
         code="duplicate-key",
         loc=path,
@@ -44,17 +49,8 @@ def _repeated(path: Path) -> Problem:
 
 def named_code(root: Node) -> tuple[str, ...]:
     """A sentence about the globals in a pickle that `torch.load(weights_only=True)` refuses, if any."""
-    names: set[str] = set()
-
-    def look(path: Path, node: Node) -> Node:
-        if isinstance(node, Opaque) and "." in node.name:
-            names.add(node.name)
-        elif isinstance(node, (DictNode, ListNode)) and node.kind not in _BUILT_IN:
-            names.add(node.kind)
-        return node
-
-    transform(root, look)
-    foreign = sorted(names - WEIGHTS_ONLY - HARMLESS)
+    names = {node.name if isinstance(node, Opaque) else node.kind for node in containers(root)}
+    foreign = sorted(name for name in names - WEIGHTS_ONLY - HARMLESS if "." in name)
     if not foreign:
         return ()
     more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""

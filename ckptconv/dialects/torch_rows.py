@@ -144,9 +144,10 @@ def matching(node: Node, pattern: Path, path: Path = ()) -> Iterator[tuple[Path,
         return
     step, rest = pattern[0], pattern[1:]
     entries: list[tuple[str | int, Node]] = []
-    if isinstance(node, DictNode):
+    if isinstance(node, DictNode) and step != ANY:
+        entries = [(step, node.get(step))] if step in node else []
+    elif isinstance(node, DictNode):
         entries = [(k, v) for k, v in node.items if isinstance(k, (str, int)) and not isinstance(k, bool)]
-        entries = [(k, v) for k, v in entries if step in (ANY, k)]
     elif isinstance(node, ListNode):
         numbered = list(enumerate(node.items))
         entries = [(i, v) for i, v in numbered if step == ANY or step in (i, i - len(numbered))]

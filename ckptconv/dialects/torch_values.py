@@ -8,7 +8,18 @@ from types import MappingProxyType
 from ckptconv.dialects.residue import Lifter
 from ckptconv.document import Checkpoint
 from ckptconv.formats.torch_layout import laid, strides_of
-from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, transform, walk
+from ckptconv.rawtree import (
+    CONTAINERS,
+    Container,
+    DictNode,
+    Lifted,
+    ListNode,
+    Node,
+    Opaque,
+    Path,
+    transform,
+    walk,
+)
 from ckptconv.tensor import MissingTensor, StoredTensor, TensorRef
 
 Encoding = dict[str, str | int | float | bool | tuple[int, ...] | None]
@@ -86,18 +97,14 @@ def view_id(tensor: TensorRef) -> Hashable | None:
     return tensor.storage_id, tensor.offset, tensor.strides, tensor.shape, tensor.dtype.name
 
 
-def keyed(node: Node, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, Node]]:
-    """The entries of nested dictionaries and lists down to `depth` levels, with their paths."""
-    if depth == 0:
+def keyed(node: Node, path: Path = (), depth: int = 2) -> Iterator[tuple[Path, Container]]:
+    """The containers in nested dictionaries and lists down to `depth` levels, with their paths."""
+    if depth == 0 or not isinstance(node, (DictNode, ListNode)):
         return
-    steps: list[tuple[str | int, Node]] = []
-    if isinstance(node, DictNode):
-        steps = [(k, v) for k, v in node.items if isinstance(k, (str, int)) and not isinstance(k, bool)]
-    elif isinstance(node, ListNode):
-        steps = list(enumerate(node.items))
-    for step, value in steps:
-        yield (*path, step), value
-        yield from keyed(value, (*path, step), depth - 1)
+    for step, value in node.items if isinstance(node, DictNode) else enumerate(node.items):
+        if isinstance(value, CONTAINERS) and (type(step) is str or type(step) is int):
+            yield (*path, step), value
+            yield from keyed(value, (*path, step), depth - 1)
 
 
 def lift_rest(root: Node, lifter: Lifter, own: Mapping[str, TensorRef] = _NONE) -> dict[str, TensorRef]:

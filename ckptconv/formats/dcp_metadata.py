@@ -29,7 +29,7 @@ from ckptconv.dtypes import BY_TORCH, DType
 from ckptconv.errors import Code, FormatError
 from ckptconv.formats.pickle_checks import INT64
 from ckptconv.formats.pickle_machine import AtOnce, Machine, Made, Value
-from ckptconv.formats.pickle_opcodes import run
+from ckptconv.formats.pickle_run import run
 from ckptconv.formats.pickle_writer import pickle_tree
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, Path
 from ckptconv.tensor import Index

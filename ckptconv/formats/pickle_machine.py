@@ -64,6 +64,13 @@ class Made:
 
 Value = Node | Made
 
+SKIPPED: Final = Opaque(kind="skipped")
+"""In the memo: what an idiom did not make, since nobody gets it; who does raises `SkippedError`."""
+
+Idiom = Callable[["Machine", int], int]
+"""Runs the opcodes at a position as one, where it knows them, and answers where they end; else changes
+nothing and answers the position. What it leaves, or raises, is what they would have one by one."""
+
 PLAIN: Final = frozenset({type(None), bool, int, float, str, bytes, Opaque})
 """Types of which a tuple is a node at once; an `Opaque` on the stack is a global or a decoded id."""
 
@@ -76,6 +83,8 @@ class AtOnce:
     """What a persistent id of plain values stands for."""
     calls: Mapping[str, Callable[[Sequence[Node]], Node]]
     """By the callee's name: the result from arguments that are nodes already."""
+    idiom: Idiom | None = None
+    """Tried where two marks follow on a value."""
 
 
 def tuple_of(values: list[Value]) -> Value:
@@ -121,6 +130,10 @@ def error(code: Code, name: str, message: str) -> FormatError:
     )
     assert isinstance(error, FormatError)
     return error
+
+
+class SkippedError(Exception):
+    """An idiom left out what the pickle does get: it is to be run again without idioms."""
 
 
 class Machine:

@@ -1,4 +1,4 @@
-"""The opcodes of `pickle_reader`: one function each, in a dispatch table.
+"""The opcodes of `pickle_reader`: one function each, in a dispatch table; `pickle_run` runs them.
 
 Source: CPython 3.11 `Lib/pickletools.py`, `Lib/pickle.py`.
 """
@@ -9,13 +9,20 @@ import struct
 from collections.abc import Callable
 from typing import Final, Literal
 
-from ckptconv.formats.pickle_machine import MAX_INT_NBYTES, Machine, Made, Value, tuple_of
+from ckptconv.formats.pickle_machine import (
+    MAX_INT_NBYTES,
+    SKIPPED,
+    Machine,
+    Made,
+    SkippedError,
+    Value,
+    tuple_of,
+)
 from ckptconv.rawtree import ListNode
 
 _Operation = Callable[[Machine], None]
-_OPERATIONS: list[_Operation | None] = [None] * 256
-_STOP: Final = ord(".")
-_UINT32: Final = struct.Struct("<I")
+OPERATIONS: Final[list[_Operation | None]] = [None] * 256
+"""By opcode; STOP has none."""
 NO_ARGUMENTS: Final = ListNode(kind="tuple")
 
 
@@ -24,7 +31,7 @@ def _op(*opcodes: int | str) -> Callable[[_Operation], _Operation]:
 
     def enter(operation: _Operation) -> _Operation:
         for opcode in opcodes:
-            _OPERATIONS[ord(opcode) if isinstance(opcode, str) else opcode] = operation
+            OPERATIONS[ord(opcode) if isinstance(opcode, str) else opcode] = operation
         return operation
 
     return enter
@@ -318,6 +325,8 @@ _op("Q")(lambda m: m.stack.append(m.persistent(m.pop())))
 def _get(m: Machine, key: int) -> None:
     if key not in m.memo:
         raise m.error("malformed-pickle", f"the memo has no entry {key}, it has {len(m.memo)} entries")
+    if m.memo[key] is SKIPPED:
+        raise SkippedError
     m.stack.append(m.memo[key])
 
 
@@ -340,118 +349,3 @@ def _elsewhere(m: Machine) -> None:
         "unsupported-feature",
         f"opcode 0x{m.data[m.op_at]:02x} refers to a registry or a buffer that is not in the file",
     )
-
-
-def run(machine: Machine) -> Value:
-    """The value on the stack at STOP.
-
-    The opcodes that make up nearly all of a checkpoint are executed here, where nothing is wrong with them;
-    the table has every opcode, and whatever is wrong is found there.
-
-    Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature.
-    """
-    data, end = machine.data, len(machine.data)
-    stack, marks, memo = machine.stack, machine.marks, machine.memo
-    push, uint32 = stack.append, _UINT32.unpack_from
-    at = machine.at
-    floor = 0  # of the stack above the last mark
-    while True:
-        if at >= end:
-            machine.op_at = at
-            raise machine.error("truncated-file", f"the pickle ends at {end} without STOP")
-        opcode = data[at]
-        if opcode == 0x72 and len(stack) > floor and at + 5 <= end:  # LONG_BINPUT
-            memo[uint32(data, at + 1)[0]] = stack[-1]
-            at += 5
-            continue
-        if opcode == 0x94 and len(stack) > floor:  # MEMOIZE
-            memo[len(memo)] = stack[-1]
-            at += 1
-            continue
-        if opcode == 0x4B and at + 1 < end:  # BININT1
-            push(data[at + 1])
-            at += 2
-            continue
-        if opcode == 0x68 and at + 1 < end and data[at + 1] in memo:  # BINGET
-            push(memo[data[at + 1]])
-            at += 2
-            continue
-        if opcode == 0x6A and at + 5 <= end and (key := uint32(data, at + 1)[0]) in memo:  # LONG_BINGET
-            push(memo[key])
-            at += 5
-            continue
-        if opcode == 0x28:  # MARK
-            floor = len(stack)
-            marks.append(floor)
-            at += 1
-            continue
-        if opcode == 0x58 and at + 5 <= end:  # BINUNICODE
-            stop = at + 5 + uint32(data, at + 1)[0]
-            if stop <= end:
-                push(machine.text(data[at + 5 : stop]))
-                at = stop
-                continue
-        if opcode == 0x74 and marks:  # TUPLE
-            stack[floor:] = [tuple_of(stack[floor:])]
-            marks.pop()
-            floor = marks[-1] if marks else 0
-            at += 1
-            continue
-        if opcode == 0x52 and len(stack) > floor + 1:  # REDUCE
-            machine.op_at = at
-            args = stack.pop()
-            stack[-1] = machine.call(stack[-1], args, "call")
-            at += 1
-            continue
-        if opcode == 0x29:  # EMPTY_TUPLE
-            push(NO_ARGUMENTS)
-            at += 1
-            continue
-        if opcode == 0x89:  # NEWFALSE
-            push(False)
-            at += 1
-            continue
-        if opcode == 0x8C and at + 2 <= end and (stop := at + 2 + data[at + 1]) <= end:  # SHORT_BINUNICODE
-            push(machine.text(data[at + 2 : stop]))
-            at = stop
-            continue
-        if opcode == 0x81 and len(stack) > floor + 1:  # NEWOBJ
-            machine.op_at = at
-            args = stack.pop()
-            stack[-1] = machine.call(stack[-1], args, "object")
-            at += 1
-            continue
-        if opcode == 0x7D:  # EMPTY_DICT
-            push(Made("dict"))
-            at += 1
-            continue
-        if opcode == 0x51 and len(stack) > floor:  # BINPERSID
-            machine.op_at = at
-            stack[-1] = machine.persistent(stack[-1])
-            at += 1
-            continue
-        if opcode == 0x85 and len(stack) > floor:  # TUPLE1
-            stack[-1] = tuple_of([stack[-1]])
-            at += 1
-            continue
-        if opcode == 0x86 and len(stack) > floor + 1:  # TUPLE2
-            last = stack.pop()
-            stack[-1] = tuple_of([stack[-1], last])
-            at += 1
-            continue
-        if opcode == 0x71 and len(stack) > floor and at + 1 < end:  # BINPUT
-            memo[data[at + 1]] = stack[-1]
-            at += 2
-            continue
-        if opcode == _STOP:
-            machine.op_at, machine.at = at, at + 1
-            if len(stack) != 1 or marks:
-                raise machine.error("malformed-pickle", f"STOP with {len(stack)} values on the stack")
-            return stack[0]
-        machine.op_at, machine.at = at, at + 1
-        operation = _OPERATIONS[opcode]
-        if operation is None:
-            raise machine.error("malformed-pickle", f"there is no opcode 0x{opcode:02x}")
-        operation(machine)
-        at = machine.at
-        floor = marks[-1] if marks else 0

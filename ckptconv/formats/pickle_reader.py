@@ -33,11 +33,19 @@ Source: CPython 3.11 `Lib/pickletools.py`, `Lib/pickle.py`, `Lib/_compat_pickle.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from ckptconv.formats.pickle_machine import AtOnce, Machine, Made, Value, error, parts_of
-from ckptconv.formats.pickle_opcodes import run
+from ckptconv.formats.pickle_machine import (
+    AtOnce,
+    Machine,
+    Made,
+    SkippedError,
+    Value,
+    error,
+    parts_of,
+)
+from ckptconv.formats.pickle_run import run
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque
 
 MAX_DEPTH: Final = 200
@@ -77,7 +85,12 @@ def parse(data: bytes, *, name: str, start: int = 0, at_once: AtOnce | None = No
     Raises: malformed-pickle, truncated-file, limit-exceeded, unsupported-feature.
     """
     machine = Machine(data, start, name, at_once)
-    made = run(machine)
+    try:
+        made = run(machine)
+    except SkippedError:
+        assert at_once is not None
+        machine = Machine(data, start, name, replace(at_once, idiom=None))
+        made = run(machine)
     machine.memo.clear()  # it would keep every value that becomes a node
     return Parsed(machine, made)
 

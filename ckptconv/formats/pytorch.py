@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +59,7 @@ from ckptconv.formats.pickle_writer import pickle_tree
 from ckptconv.formats.torch_decode import Decoder
 from ckptconv.formats.torch_encode import Encoder, Storage
 from ckptconv.formats.torch_folder import DIRECTORY, layout_folder, producer_of, read_folder
+from ckptconv.formats.torch_idiom import TensorIdiom
 from ckptconv.formats.torch_legacy import is_legacy, read_legacy
 from ckptconv.formats.torch_script import flattened
 from ckptconv.formats.torch_tar import is_tar, read_tar
@@ -227,16 +229,13 @@ def _read_zip(source: ByteSource, location: str) -> RawTree:
     if pickled is None:
         raise _problem("corrupt-file", source, "data.pkl", "the archive has no record data.pkl")
 
-    extents: dict[str, Extent] = {}
-
     def find(key: str) -> Extent | None:
         record = archive.records.get(f"{prefix}/data/{key}")
-        if record is not None and key not in extents:
-            extents[key] = archive.extent(record, big_endian=order == b"big")
-        return extents.get(key)
+        return None if record is None else archive.extent(record, big_endian=order == b"big")
 
     decoder = Decoder(find, name=source.name, file_nbytes=source.nbytes)
-    result = unpickle(pickled, decode=decoder.decode, name=f"{source.name}!data.pkl", at_once=decoder.at_once)
+    at_once = replace(decoder.at_once, idiom=TensorIdiom(decoder))
+    result = unpickle(pickled, decode=decoder.decode, name=f"{source.name}!data.pkl", at_once=at_once)
     if result.end != len(pickled):
         raise _problem(
             "malformed-pickle",
@@ -259,7 +258,7 @@ def _read_zip(source: ByteSource, location: str) -> RawTree:
     }
     if locations := tuple(place for place in decoder.locations if place != "cpu"):
         attributes["locations"] = locations
-    others = tuple(sorted(names - _KNOWN_RECORDS - {f"data/{key}" for key in extents}))
+    others = tuple(sorted(names - _KNOWN_RECORDS - {f"data/{key}" for key in decoder.storages}))
     if others and not script:
         attributes["other_records"] = others
     return RawTree(

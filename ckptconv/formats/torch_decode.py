@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 from ckptconv import dtypes
 from ckptconv.dtypes import BY_TORCH, BY_TORCH_STORAGE, DType
@@ -54,6 +55,20 @@ def dtype_of_storage(class_: str) -> DType | None:
     return dtypes.BY_NAME["uint8"] if name == "UntypedStorage" else BY_TORCH_STORAGE.get(name)
 
 
+class Storage(NamedTuple):
+    """A storage that tensors stand on."""
+
+    class_: str
+    dtype: DType
+    numel: int
+    extent: Extent
+
+    @property
+    def flat(self) -> StoredTensor:
+        """The whole of it as a 1-D tensor."""
+        return StoredTensor.dense(TensorSpec(dtype=self.dtype, shape=(self.numel,)), self.extent)
+
+
 class Decoder:
     """Decodes the calls of one file."""
 
@@ -64,7 +79,8 @@ class Decoder:
         self.checks = Checks(name, member)
         numpy = NumpyDecoder(self.checks)
         self._file_nbytes = file_nbytes
-        self._storages: dict[str, Opaque] = {}
+        self.storages: dict[str, Storage] = {}
+        """Those that are in use, by key."""
         self.locations: dict[str, None] = {}
         """Devices that the storages were saved from, in order of appearance."""
         rebuilt = {name: partial(self._tensor, name, count) for name, count in _REBUILT.items()}
@@ -121,44 +137,45 @@ class Decoder:
         return self.storage(*parts[1:])
 
     def storage(self, class_: Node, key: Node, location: Node, numel: Node) -> Opaque:
-        """The storage under a key, checked to be the same one wherever the key stands."""
+        """The storage under a key."""
         if not isinstance(class_, Opaque) or class_.kind != "global" or not isinstance(key, str):
             raise self.checks.error(
                 "malformed-pickle", f"a storage of class {short(class_)} under key {short(key)}"
             )
         count = self.checks.count(numel, f"the length of storage '{key}'")
         self.locations.setdefault(str(location))
-        known = self._storages.get(key)
-        if known is not None:
-            tensor = known.args[0]
-            assert isinstance(tensor, StoredTensor)
-            if known.name != class_.name or tensor.shape != (count,):
-                raise self.checks.error(
-                    "corrupt-file",
-                    f"storage '{key}' is {known.name} of {tensor.shape[0]} and {class_.name} of {count}",
-                )
-            return known
-        storage = Opaque(kind="torch.storage", name=class_.name, args=(self._flat(class_.name, key, count),))
-        self._storages[key] = storage
-        return storage
+        flat = self.claim(class_.name, key, count).flat
+        return Opaque(kind="torch.storage", name=class_.name, args=(flat,))
 
-    def _flat(self, class_: str, key: str, count: int) -> StoredTensor:
-        """A storage as the 1-D tensor over its record."""
+    def claim(self, class_: str, key: str, numel: int) -> Storage:
+        """The storage under a key, checked to be the same one wherever the key stands."""
+        known = self.storages.get(key)
+        if known is None:
+            known = self.storages[key] = self._new(class_, key, numel)
+        elif known.class_ != class_ or known.numel != numel:
+            raise self.checks.error(
+                "corrupt-file",
+                f"storage '{key}' is {known.class_} of {known.numel} and {class_} of {numel}",
+            )
+        return known
+
+    def _new(self, class_: str, key: str, numel: int) -> Storage:
+        """A storage, checked against its record."""
         dtype = dtype_of_storage(class_)
         if dtype is None:
             raise self.checks.error("unknown-dtype", f"storage '{key}' is of the unknown class {class_}")
         extent = self._find_storage(key)
         if extent is None:
             raise self.checks.error("corrupt-file", f"storage '{key}' is not in the file")
-        spec = TensorSpec(dtype=dtype, shape=(count,))
-        if extent.nbytes < spec.nbytes:
+        needed = numel * dtype.itemsize
+        if extent.nbytes < needed:
             raise self.checks.error(
-                "truncated-tensor",
-                f"storage '{key}' needs {spec.nbytes} bytes, its record has {extent.nbytes}",
+                "truncated-tensor", f"storage '{key}' needs {needed} bytes, its record has {extent.nbytes}"
             )
-        return StoredTensor.dense(spec, extent)
+        return Storage(class_, dtype, numel, extent)
 
-    def _base(self, node: Node) -> StoredTensor:
+    def base(self, node: Node) -> StoredTensor:
+        """The whole of the storage that a node is. Raises: malformed-pickle where it is none."""
         if (
             isinstance(node, Opaque)
             and node.kind == "torch.storage"
@@ -170,10 +187,9 @@ class Decoder:
         )
 
     def strided(
-        self, storage: Node, offset: Node, size: Node, stride: Node, dtype: DType | None
+        self, base: StoredTensor, offset: Node, size: Node, stride: Node, dtype: DType | None = None
     ) -> StoredTensor:
-        """The tensor, checked to lie inside its storage."""
-        base = self._base(storage)
+        """The tensor, checked to lie inside its storage, of which `base` is the whole."""
         row = dtype or base.dtype
         first = self.checks.count(offset, "the offset of a tensor")
         shape, strides = (
@@ -217,7 +233,7 @@ class Decoder:
                 "malformed-pickle", f"{name} with {len(args)} arguments, {fixed} are needed"
             )
         dtype = self._dtype(args[6]) if fixed == 7 else None
-        stored = self.strided(args[0], args[1], args[2], args[3], dtype)
+        stored = self.strided(self.base(args[0]), args[1], args[2], args[3], dtype)
         tensor: TensorRef = stored
         requires_grad, hooks = args[4:6] if fixed > 4 else (False, None)
         flags = args[fixed] if len(args) > fixed else None
@@ -267,9 +283,10 @@ class Decoder:
                 "malformed-pickle", f"{node.name} with {len(node.args)} arguments, 7 are needed"
             )
         storage, first, size, stride, *rest = node.args
-        if self._base(storage).dtype.kind == "packed":
+        base = self.base(storage)
+        if base.dtype.kind == "packed":
             return node
-        tensor = self.strided(storage, first, size, stride, None)
+        tensor = self.strided(base, first, size, stride)
         return Opaque(kind="torch.quantized", args=(tensor, *rest))
 
     def _subclass(self, node: Opaque) -> Node:

@@ -169,7 +169,7 @@ def _tensors(stream: PickleStream, storages: _Storages) -> dict[int, StoredTenso
             for what in ("a size", "a stride")
         )
         offset = stream.count(8, "the offset of a tensor")
-        tensors[key] = storages.decoder.strided(storage, offset, sizes, strides, None)
+        tensors[key] = storages.decoder.strided(storages.decoder.base(storage), offset, sizes, strides)
     _refuse_rest(stream)
     return tensors
 
