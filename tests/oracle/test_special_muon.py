@@ -23,6 +23,7 @@ from tests.oracle.test_muon import (  # noqa: E402
     ALLOWED,
     MATRICES,
     PLACES,
+    STEPS,
     as_torch,
     keras_file,
     keras_run,
