@@ -1,8 +1,9 @@
 """Which parameter of the source is which of the target, and what happens to its axes on the way.
 
 Source and template are compared module by module: by name, then by what each takes and gives where both sides
-tell (`dataflow`), then by their order, and only where one assignment alone is possible. A layout operation follows from named axes on both sides; where two
-operations fit and nothing declares which, that is a problem and not a guess.
+tell (`dataflow`), then by their order, and only where one assignment alone is possible. A layout operation
+follows from named axes on both sides; where two operations fit and nothing declares which, that is a problem
+and not a guess.
 
 What is matched by order is taken in the order of declaration on both sides. Two models that declare layers of
 equal shape in different orders, and do not name them alike, cannot be told from two that agree: the report
@@ -105,7 +106,8 @@ def _behind_flatten(cover: Cover, template: Checkpoint) -> Iterator[Problem]:
                     loc=("params", pair.target),
                     message=f"'{pair.target}' takes {width} inputs, {width // n} times the {n} channels of "
                     f"'{name}': behind a flatten its rows are in another order in the other framework",
-                    hint="Pool instead of flattening, or --allow flatten-layout if no image is flattened.",
+                    hint="Pass --source-spec or --template-spec with describe(model, inputs=batch) of either "
+                    "model, which tells the image; or --allow flatten-layout if no image is flattened.",
                 )
         out = _outputs(sizes)
         if "conv" in reading.kind and out is not None and reading.kind != "gpt2_conv1d":

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ckptconv.catalog import completion
+from ckptconv.catalog.flatten import tells_image
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.document import Checkpoint, Fact, Group, Known, Optimizer, Param, Schedule
 from ckptconv.errors import MappingError, Problem
@@ -136,7 +137,7 @@ def _counterpart(optimizer: Optimizer, checkpoint: Checkpoint, spec: Checkpoint)
 
 
 def _with_layout(param: Param, other: Param | None) -> Param:
-    if other is None or param.evidence == "declared":
+    if other is None or (param.evidence == "declared" and not tells_image(other.axes or ())):
         return param
     if param.evidence == "named" and other.evidence != "declared":
         return param

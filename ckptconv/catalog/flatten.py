@@ -29,6 +29,11 @@ def flattened(axes: Axes, shape: Shape, merged: str) -> Axes:
     )
 
 
+def tells_image(axes: Axes) -> bool:
+    """Whether an axis says that it is a flattened image."""
+    return any(map(sizes_in, axes))
+
+
 def alike(axes: Axes, framework: str, others: Axes) -> Axes:
     """The axes, one that the other side says to be a flattened image in this framework's order."""
     return tuple(_alike(axis, framework, others) for axis in axes)

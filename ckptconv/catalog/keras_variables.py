@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
+from ckptconv.catalog.flatten import flattened
 from ckptconv.catalog.layers import declared, kind_of_class_name
 
 
@@ -172,12 +173,18 @@ def kind(class_name: str, framework: str = "keras3") -> str | None:
 
 
 def layout(
-    class_name: str, variable: FileVariable, shape: tuple[int, ...], framework: str = "keras3"
+    class_name: str, variable: FileVariable, shape: tuple[int, ...], framework: str = "keras3", flat: str = ""
 ) -> tuple[str, str, tuple[str, ...]] | None:
-    """Kind, role and axes of a variable; None where the catalog does not know them."""
+    """Kind, role and axes of a variable; None where the catalog does not know them.
+
+    `flat`: the axes that are merged in the layer's input, where it is a flattened image (`h=4*w=3*c`).
+    """
     named = kind(class_name, framework)
     found = None if named is None else declared(framework, named, variable.edge, shape)
-    return None if named is None or found is None else (named, *found)
+    if named is None or found is None:
+        return None
+    role, axes = found
+    return named, role, flattened(axes, shape, flat) if flat else axes
 
 
 def snake_case(class_name: str) -> str:

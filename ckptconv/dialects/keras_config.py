@@ -13,8 +13,9 @@ keras 2.0.9 to 2.3.1 `keras/engine`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ckptconv.dialects.keras_flatten import flat_inputs
 from ckptconv.rawtree import DictNode, ListNode, Node
 
 MODELS = frozenset({"Sequential", "Functional", "Model"})
@@ -39,6 +40,8 @@ class Layer:
     of_keras: bool = True
     """Whether the class is one of Keras' own, as far as the config says."""
     arguments: Mapping[str, Node] = field(default_factory=dict)
+    flat: str = ""
+    """The axes that are merged in its input, of a layer behind a flattened image: `h=4*w=3*c`."""
     frozen: bool = False
     """Whether it, or a layer around it, is not trained."""
     container: str = ""
@@ -106,7 +109,12 @@ def _layer(node: Node, *, frozen: bool, name: str | None = None) -> Layer | None
     if container:
         listed = config if isinstance(config, ListNode) else arguments.get(container)
         inner = listed.items if isinstance(listed, ListNode) else ()
-        inside = tuple(("", one) for part in inner if (one := _layer(part, frozen=frozen)) is not None)
+        flat = flat_inputs(inner) if container == LAYERS else {}
+        inside = tuple(
+            ("", replace(one, flat=flat.get(one.name, "")))
+            for part in inner
+            if (one := _layer(part, frozen=frozen)) is not None
+        )
     elif of_keras and class_name in WRAPPERS:
         places = WRAPPERS[class_name].items()
         parts = ((attribute, arguments.get(place) or arguments.get("layer")) for attribute, place in places)
