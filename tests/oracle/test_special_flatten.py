@@ -174,8 +174,11 @@ class TestDeclared:
         if suffix == ".h5":  # its config has no shapes
             problems = refused_here("convert", run, tmp_path / "o.h5", "--template", fresh)
             assert [problem["code"] for problem in problems] == ["flatten-layout"]
-            ckptconv.write_skeleton(ckptconv.keras.describe(there.model, inputs=x), tmp_path / "spec.json")
-            spec = ["--template-spec", tmp_path / "spec.json"]
+            given = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+            ckptconv.write_skeleton(
+                ckptconv.pytorch.describe(ours.model, inputs=given), tmp_path / "spec.json"
+            )
+            spec = ["--source-spec", tmp_path / "spec.json"]
         made = convert_here(run, tmp_path / f"o{suffix}", "--template", fresh, *spec)
         resumed = loaded(kind, made)
         assert_equal(ours, resumed, rows)
@@ -185,7 +188,7 @@ class TestDeclared:
         np.testing.assert_allclose(np.asarray(resumed.model(x)), expected, rtol=1e-4, atol=1e-4)
 
         template = torch_run(self.ours(), 5).save(tmp_path / "fresh.pt")
-        spec = [str(word).replace("template", "source") for word in spec[:1]] + spec[1:]
+        spec = [str(word).replace("source", "template") for word in spec]
         back = convert_here(made, tmp_path / "back.pt", "--template", template, *spec)
         again = torch_run(self.ours(), 6).load(back)
         for name, value in ours.arrays.items():
@@ -250,7 +253,7 @@ class Shifted:
 
 
 def saved(run: KerasRun, path: Path) -> Path:
-    run.model.compile(optimizer=run.optimizer, loss="mse")
+    run.model.compile(optimizer=run.optimizer, loss=framework(run.kind).losses.MeanSquaredError())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Keras advises against .h5
         run.model.save(path)
