@@ -15,12 +15,15 @@ from ckptconv.dialects import torch_plain, torch_state_dict
 from ckptconv.dialects.base import Detection, Dialect, register
 from ckptconv.dialects.dcp_beside import STATE, gathered, scattered
 from ckptconv.dialects.dcp_forms import FORMS, folded, unfolded
+from ckptconv.dialects.dcp_megatron import LEFT, STACKED, apart, is_torch_dist, whole
 from ckptconv.dialects.lightning import Lightning
-from ckptconv.dialects.torch_table import ROWS, TORCHTITAN
+from ckptconv.dialects.megatron import Megatron
+from ckptconv.dialects.torch_table import MEGATRON, ROWS, TORCHTITAN
 from ckptconv.dialects.torch_values import places
 from ckptconv.document import Checkpoint
 from ckptconv.errors import FormatError, Problem
 from ckptconv.formats.dcp_shards import UNSEEN
+from ckptconv.formats.dcp_write import UNFLATTENED
 from ckptconv.rawtree import DictNode, Path, RawTree
 
 _BESIDE, _MODEL = "beside", "model_key"
@@ -71,18 +74,24 @@ class InFolder:
             raise FormatError.of(
                 "unknown-dialect", "the folder holds no dictionary", "See: ckptconv inspect --raw.", loc=()
             )
-        checkpoint = self._inner.lift(_as_file(raw))
+        raw = _as_file(raw)
+        checkpoint = self._inner.lift(raw)
         provenance = replace(
             checkpoint.provenance, format=self.format, producer="PyTorch, torch.distributed.checkpoint"
         )
         unseen = (_UNSEEN,) if raw.attributes.get(UNSEEN) is True else ()
-        return replace(checkpoint, provenance=provenance, oddities=(*checkpoint.oddities, *unseen))
+        left = raw.attributes.get(LEFT)
+        said = (left,) if isinstance(left, str) else ()
+        return replace(checkpoint, provenance=provenance, oddities=(*checkpoint.oddities, *unseen, *said))
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The file's tree, an optimizer's parameters by their names."""
         raw = self._inner.lower(checkpoint)
         forms = raw.attributes.get(FORMS, ())
         assert isinstance(raw.root, DictNode)
+        if STACKED in raw.attributes:
+            root = apart(raw.root, raw.attributes)
+            return RawTree(format=self.format, root=root, attributes={UNFLATTENED: True}, note=raw.note)
         root = folded(raw.root, forms if isinstance(forms, tuple) else (), _names(checkpoint))
         beside = raw.attributes.get(_BESIDE)
         if isinstance(beside, tuple) or self.name == Lightning.name:
@@ -100,7 +109,7 @@ class InFolder:
 
     def restore_code(self, checkpoint: Checkpoint, target: str) -> str:
         """Loading into what `get_state_dict` gives; empty for a dictionary of another kind."""
-        if self.name == Lightning.name:
+        if self.name in (Lightning.name, MEGATRON.name):
             return self._inner.restore_code(checkpoint, target)
         residue = checkpoint.residue
         root = residue.root if residue is not None else DictNode()
@@ -120,8 +129,11 @@ class InFolder:
 def _as_file(raw: RawTree) -> RawTree:
     """The tree as a file of the same dictionary has it."""
     assert isinstance(raw.root, DictNode)
-    whole, beside, model = gathered(raw.root)
-    root, forms = unfolded(whole)
+    if is_torch_dist(raw.root):
+        root, told = whole(raw.root)
+        return replace(raw, format="pytorch", root=root, attributes={**raw.attributes, **told})
+    together, beside, model = gathered(raw.root)
+    root, forms = unfolded(together)
     attributes = {**raw.attributes, **({FORMS: forms} if forms else {})}
     if beside:
         attributes |= {_BESIDE: beside, _MODEL: model}
@@ -148,6 +160,7 @@ _INNER: tuple[Dialect, ...] = (
     torch_state_dict.StateDict(),
     Lightning(),
     torch_plain.TrainingDictionary(TORCHTITAN),
+    Megatron(),
     *(torch_plain.TrainingDictionary(row) for row in ROWS),
 )
 for _dialect in _INNER:

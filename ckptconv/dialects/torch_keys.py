@@ -153,9 +153,13 @@ HYPERPARAMETERS: tuple[tuple[str, str, int | None], ...] = (
 """Canonical name, key of a param_group, position in its tuple: what every algorithm of torch.optim shares."""
 
 SWITCHES: frozenset[str] = frozenset(
-    {"params", "param_names", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"}
+    {
+        *("params", "param_names", "foreach", "fused", "capturable", "differentiable"),
+        *("decoupled_weight_decay", "wd_mult", "is_decoupled_lr", "is_expert_parallel", "default_config"),
+    }
 )
-"""Keys of a param_group that choose an implementation or are read otherwise: no hyperparameters."""
+"""Keys of a param_group that choose an implementation or are read otherwise: no hyperparameters. Those of
+Megatron say how it made the group: what `wd_mult` multiplies has been multiplied."""
 
 SCHEDULER_MARKS: frozenset[str] = frozenset({"_step_count", "base_lrs", "_last_lr", "_schedulers"})
 """One of these stands in every scheduler's state_dict."""

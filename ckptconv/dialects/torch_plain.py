@@ -23,6 +23,7 @@ from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.dialects.torch_averages import with_averages
 from ckptconv.dialects.torch_counters import read_counters, settle_counters
+from ckptconv.dialects.torch_groups import GroupRule
 from ckptconv.dialects.torch_lower import rebuild_state, settle
 from ckptconv.dialects.torch_modules import Module, flat_shards, is_module, lift_module
 from ckptconv.dialects.torch_note import lift_note, note_of, with_note
@@ -86,7 +87,8 @@ class TrainingDictionary:
         found, lifter = survey(root, self._row), Lifter(root)
         modules = _lift_models(root, found.models, lifter)
         params = {name: param for module in modules for name, param in module.params.items()}
-        optimizers, odd = _lift_optimizers(root, found.optimizers, modules, lifter)
+        rule = self._row.rule if self._row is not None else None
+        optimizers, odd = _lift_optimizers(root, found.optimizers, modules, lifter, rule)
         progress, optimizers, odd_progress = self._progress(raw, root, optimizers, lifter)
         schedules, odd_schedules = _lift_schedules(root, found.schedulers, optimizers, lifter)
         unit = self._row.schedule_unit if self._row is not None else "unknown"
@@ -234,7 +236,11 @@ def _lift_models(root: DictNode, paths: tuple[Path, ...], lifter: Lifter) -> tup
 
 
 def _lift_optimizers(
-    root: DictNode, paths: tuple[Path, ...], modules: tuple[Module, ...], lifter: Lifter
+    root: DictNode,
+    paths: tuple[Path, ...],
+    modules: tuple[Module, ...],
+    lifter: Lifter,
+    rule: Callable[[DictNode], GroupRule | None] | None,
 ) -> tuple[tuple[Optimizer, ...], tuple[str, ...]]:
     optimizers: list[Optimizer] = []
     oddities: list[str] = []
@@ -246,7 +252,8 @@ def _lift_optimizers(
             sets.append({n: p for m in mine for n, p in m.params.items()})
         node = at(root, path)
         assert isinstance(node, DictNode)
-        optimizer, odd = lift_optimizer(node, path, name, tuple(sets), raw_names, lifter)
+        told = rule(node) if rule is not None else None
+        optimizer, odd = lift_optimizer(node, path, name, tuple(sets), raw_names, lifter, told)
         optimizers.append(optimizer)
         oddities += odd
     return tuple(optimizers), tuple(oddities)

@@ -1,23 +1,25 @@
 """What a row of the table of PyTorch dialects says, and how it is held against a file.
 
 A *pattern* is a path in which `"*"` stands for every entry of a dictionary or list, and -1 for the last
-entry of a list. A counter's `plus` is what the file's number is more than the quantity: 0 where it counts
-what is completed (which is also the 0-based number of the next one), -1 where it names the last finished
-one from 0, 1 where it names the next one from 1.
+entry of a list; `"@state"` leads to the attributes of an object. A counter's `plus` is what the file's number
+is more than the quantity: 0 where it counts what is completed (which is also the 0-based number of the next
+one), -1 where it names the last finished one from 0, 1 where it names the next one from 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from ckptconv.dialects.torch_groups import GroupRule
 from ckptconv.dialects.torch_values import count_of, dotted
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, Path
 
 ANY = "*"
 LAST = -1
+ATTRIBUTES = "@state"
 
 Quantity = Literal["updates", "iterations", "epochs", "batch_in_epoch", "samples", "tokens"]
 """A field of the progress, `updates` that the loop tried to make, or `iterations`: batches, of which an
@@ -122,6 +124,8 @@ class Row:
     models: tuple[Path, ...] = ()
     """Patterns; the first that leads to a model is the model, further ones are averages of it."""
     optimizers: tuple[Path, ...] = ()
+    rule: Callable[[DictNode], GroupRule | None] | None = None
+    """How the producer fills the groups of an optimizer, told by its state_dict."""
     schedulers: tuple[Path, ...] = ()
     scaler: tuple[Path, ...] = ()
     """A GradScaler's state, or the scale itself."""
@@ -151,6 +155,8 @@ def matching(node: Node, pattern: Path, path: Path = ()) -> Iterator[tuple[Path,
     elif isinstance(node, ListNode):
         numbered = list(enumerate(node.items))
         entries = [(i, v) for i, v in numbered if step == ANY or step in (i, i - len(numbered))]
+    elif isinstance(node, Opaque) and step == ATTRIBUTES:
+        entries = [(ATTRIBUTES, node.state)]
     for key, value in entries:
         yield from matching(value, rest, (*path, key))
 

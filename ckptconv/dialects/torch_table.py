@@ -6,7 +6,8 @@ where it resumes. A file that no row knows is a plain loop's, whose counters sta
 
 from __future__ import annotations
 
-from ckptconv.dialects.torch_rows import ANY, LAST, Counter, Row, Signature, When
+from ckptconv.dialects.megatron_forms import rule
+from ckptconv.dialects.torch_rows import ANY, ATTRIBUTES, LAST, Counter, Row, Signature, When
 
 _FIT = ("loops", "fit_loop")
 
@@ -48,6 +49,28 @@ TORCHTITAN = Row(
     source="https://github.com/pytorch/torchtitan/blob/main/torchtitan/trainer.py",
 )
 """Folders of torch.distributed.checkpoint, and what `dcp_to_torch_save` makes of one (`torch_titan`)."""
+
+MEGATRON = Row(
+    name="megatron",
+    summary="Megatron-LM: model, optimizer, opt_param_scheduler, iteration, args; torch and torch_dist",
+    producer="Megatron-LM",
+    signature=Signature(
+        has=(("checkpoint_version",), ("iteration",)),
+        one_of=(("model",), ("opt_param_scheduler",), ("optimizer",)),
+        score=96,
+    ),
+    models=(("model",),),
+    optimizers=(("optimizer",), ("optimizer", ANY), ("optimizer", ANY, "optimizer")),
+    rule=rule,
+    scaler=(("optimizer", "grad_scaler"), ("optimizer", 0, "grad_scaler")),
+    counters=(
+        Counter(key=("iteration",), counts="updates"),
+        Counter(key=("args", ATTRIBUTES, "consumed_train_samples"), counts="samples"),
+        Counter(key=("opt_param_scheduler", "num_steps"), counts="samples"),
+    ),
+    source="https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/training/checkpointing.py",
+)
+"""Files of one rank (`megatron`) and folders of torch_dist (`dcp_megatron`)."""
 
 ROWS: tuple[Row, ...] = (
     Row(
@@ -286,5 +309,5 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-TABLE: tuple[Row, ...] = (LIGHTNING, TORCHTITAN, *ROWS)
+TABLE: tuple[Row, ...] = (LIGHTNING, TORCHTITAN, MEGATRON, *ROWS)
 """Every row, for people."""

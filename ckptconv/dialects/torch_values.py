@@ -46,6 +46,8 @@ def tensor_of(node: Node) -> tuple[TensorRef, Path, bool | None] | None:
         if node.kind == "torch.tensor":
             flag = node.state.get("requires_grad") if isinstance(node.state, DictNode) else None
             return node.args[0], ("@args0",), flag if isinstance(flag, bool) else None
+        if node.kind == "torch.subclass" and node.name == "torch.Tensor":  # attributes were set on it
+            return node.args[0], ("@args0",), None
     return None
 
 

@@ -11,18 +11,20 @@ value, as `pytorch` has it. Two entries at one place of one file share their mem
 passes over.
 
 Lightning leaves a part of its checkpoint beside the entries, in the `torch.save` file `meta.pt`: it is the
-tree's last item, under that name. Folders of the HuggingFace writer without `.metadata` are `dcp_shards`.
+tree's last item, under that name. So does Megatron, in `common.pt` and `metadata.json`. Folders of the
+HuggingFace writer without `.metadata` are `dcp_shards`.
 
 Written: one data file, or `__0_N.distcp` of at most `shard_nbytes` (an attribute of the tree) of tensors
-each; values first, as torch orders them; tensors with their strides, shared ones once. Refused: a missing
-data file, items beyond their file, names that leave the folder, chunks that overlap or leave holes, items
-that are not what the metadata says.
+each; values first, as torch orders them; tensors with their strides, shared ones once; the items of a tree
+with the attribute `unflattened` as entries. Refused: a missing data file, items beyond their file, names that
+leave the folder, chunks that overlap or leave holes, items that are not what the metadata says.
 
 Source: torch 2.13 `torch/distributed/checkpoint/`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +35,8 @@ from ckptconv.formats.dcp_items import Items
 from ckptconv.formats.dcp_metadata import FILE, Place, TensorEntry, read_metadata
 from ckptconv.formats.dcp_paths import NOTE, nested
 from ckptconv.formats.dcp_shards import read_shards, shards_of
-from ckptconv.formats.dcp_write import BESIDE, lay_folder
+from ckptconv.formats.dcp_write import BESIDE, COMMON, CONFIG, lay_folder
+from ckptconv.formats.json_tree import read_text
 from ckptconv.formats.pytorch import read_source
 from ckptconv.formats.safetensors_file import shard_limit
 from ckptconv.rawtree import Node, RawTree
@@ -84,9 +87,7 @@ class DistributedCheckpoint:
         if note is not None and not isinstance(note, str):
             raise _problem("corrupt-file", f"the entry '{NOTE}' should be text", FILE, NOTE)
         root = nested(leaves, metadata.paths, path.name)
-        if (path / BESIDE).is_file():
-            beside = read_source(FileSource(path / BESIDE), BESIDE).root
-            root = replace(root, items=(*root.items, (BESIDE, beside)))
+        root = replace(root, items=(*root.items, *_beside(path)))
         return RawTree(
             format=self.name, root=root, attributes={"files": items.count}, note=note, location=str(path)
         )
@@ -97,6 +98,15 @@ class DistributedCheckpoint:
         Raises: usage, and see `lay_folder`.
         """
         return lay_folder(raw, shard_limit(raw))
+
+
+def _beside(path: Path) -> Iterator[tuple[str, Node]]:
+    """What whole files beside the entries hold, by their names."""
+    for name in (BESIDE, COMMON):
+        if (path / name).is_file():
+            yield name, read_source(FileSource(path / name), name).root
+    if (path / COMMON).is_file() and (path / CONFIG).is_file():
+        yield CONFIG, read_text(_whole(path / CONFIG), CONFIG)[0]
 
 
 def _whole(path: Path) -> bytes:

@@ -314,7 +314,7 @@ def metadata_pickle(metadata: Metadata) -> bytes:
     root = _object(
         "Metadata",
         state_dict_metadata=DictNode(items=tuple(described)),
-        planner_data=DictNode(items=tuple(planned)),
+        planner_data=DictNode(items=tuple(planned)) if planned else None,
         storage_data=DictNode(items=tuple(stored)),
         storage_meta=_object(
             "StorageMeta", checkpoint_id=None, save_id=None, load_id=None, modules=ListNode()

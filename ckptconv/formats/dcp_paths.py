@@ -142,15 +142,17 @@ class Flat:
     molds: list[tuple[Path, Node]] = field(default_factory=list)
 
 
-def flattened(root: Node, note: str | None, folder: str) -> Flat:
-    """The entries of a tree, among them the molds and the note where there are any.
+def flattened(root: Node, note: str | None, folder: str, *, entries: bool = False) -> Flat:
+    """The entries of a tree, among them the molds and the note where there are any; `entries`: the tree's
+    items are entries as they are, and have no paths.
 
     Raises: unsupported-feature for a tree that is no dictionary; duplicate-key for two entries of one key.
     """
     if not isinstance(root, DictNode):
         raise _problem("unsupported-feature", folder, (), "the tree is no dictionary")
     flat = Flat()
-    for path, leaf in _leaves(root, (), flat.molds):
+    found = (((str(key),), value) for key, value in root.items) if entries else _leaves(root, (), flat.molds)
+    for path, leaf in found:
         key = ".".join(map(str, path))
         if key in flat.leaves or key in (CONTAINERS, NOTE):
             raise _problem("duplicate-key", folder, path, f"two entries have the key '{key}'")
@@ -161,7 +163,7 @@ def flattened(root: Node, note: str | None, folder: str) -> Flat:
         flat.paths[CONTAINERS] = (CONTAINERS,)
     if note is not None:
         flat.leaves[NOTE], flat.paths[NOTE] = note, (NOTE,)
-    return flat
+    return replace(flat, paths={}) if entries else flat
 
 
 def _leaves(node: Node, path: Path, molds: list[tuple[Path, Node]]) -> Iterator[tuple[Path, Node]]:

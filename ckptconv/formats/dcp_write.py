@@ -15,6 +15,7 @@ import numpy as np
 from ckptconv.formats.base import Layout, Placement, TargetFile
 from ckptconv.formats.dcp_metadata import FILE, Chunk, Entry, Metadata, Place, TensorEntry, metadata_pickle
 from ckptconv.formats.dcp_paths import flattened
+from ckptconv.formats.json_tree import text_of
 from ckptconv.formats.pytorch import plan_object
 from ckptconv.formats.torch_layout import Laid, laid, strides_of
 from ckptconv.formats.zip_layout import PlannedRecord, archive_frame
@@ -23,6 +24,10 @@ from ckptconv.tensor import StoredTensor, TensorRef, dense_strides
 
 BESIDE = "meta.pt"
 """What Lightning leaves beside the data files."""
+COMMON, CONFIG = "common.pt", "metadata.json"
+"""What Megatron leaves there: what is no tensor, and what the folder is, written last."""
+UNFLATTENED = "unflattened"
+"""Attribute: the tree's items are the folder's entries, whatever is in them."""
 _ARCHIVE = "archive"
 
 
@@ -90,11 +95,19 @@ def lay_folder(raw: RawTree, limit: int | None) -> Layout:
     files = [_File("__0_0.distcp")]
     root = raw.root
     others: list[_File] = []
-    if isinstance(root, DictNode) and isinstance(beside := root.get(BESIDE), DictNode):
-        others.append(_File(BESIDE))
-        others[0].add(BESIDE, beside, opaque_globals=opaque)
-        root = replace(root, items=tuple((key, node) for key, node in root.items if key != BESIDE))
-    flat = flattened(root, raw.note, raw.location or raw.format)
+    last: list[TargetFile] = []
+    for name in (BESIDE, COMMON, CONFIG):
+        beside = root.get(name) if isinstance(root, DictNode) else None
+        if not isinstance(root, DictNode) or not isinstance(beside, DictNode):
+            continue
+        root = replace(root, items=tuple((key, node) for key, node in root.items if key != name))
+        if name == CONFIG:
+            last.append(TargetFile(name=name, finish=_constant(text_of(beside, None, name))))
+            continue
+        others.append(_File(name))
+        others[-1].add(name, beside, opaque_globals=opaque)
+    whole = raw.attributes.get(UNFLATTENED) is True
+    flat = flattened(root, raw.note, raw.location or raw.format, entries=whole)
     entries: dict[str, Entry] = {}
     placed: dict[Hashable, Entry] = {}
     for key, leaf in flat.leaves.items():
@@ -114,7 +127,7 @@ def lay_folder(raw: RawTree, limit: int | None) -> Layout:
         entries[key] = placed[view]
     metadata = Metadata(entries={key: entries[key] for key in flat.leaves}, paths=flat.paths)
     commit = TargetFile(name=FILE, finish=_constant(metadata_pickle(metadata)))
-    return Layout(kind="directory", files=(*(file.target() for file in (*files, *others)), commit))
+    return Layout(kind="directory", files=(*(file.target() for file in (*files, *others)), commit, *last))
 
 
 def _view_of(tensor: TensorRef) -> Hashable:

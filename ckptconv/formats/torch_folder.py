@@ -72,7 +72,8 @@ def only_file(path: Path) -> Path | None:
     if producer is None or producer.only is None:
         return None
     files, _ = _files(path, producer)
-    return path / files[0] if len(files) == 1 and _same_depth(files[0], producer.only) else None
+    found = [file for file in files if _same_depth(file, producer.only)]
+    return path / found[0] if len(found) == 1 else None
 
 
 def read_folder(path: Path) -> RawTree:
