@@ -32,6 +32,7 @@ from ckptconv.strictjson import parse
 
 TRACKERS: tuple[tuple[str, str], ...] = (
     ("latest", "{}"),  # DeepSpeed: the tag
+    ("latest_universal", "{}"),  # DeepSpeed: that of a universal checkpoint
     ("last_checkpoint", "{}"),  # Detectron2, MMEngine: a file's name or path
     ("latest_checkpointed_iteration.txt", "iter_{:0>7}"),  # Megatron-LM: the number, or "release"
 )

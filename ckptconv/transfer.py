@@ -53,6 +53,9 @@ def transfer(
         for optimizer in source.optimizers
         for name, tensor in optimizer.slots.get(MASTER, {}).items()
     }
+    for name, param in source.params.items():
+        if param.tied_to in masters:  # the optimizer has one name of a parameter that has several
+            masters.setdefault(name, masters[param.tied_to])
     target_holds_masters = any(MASTER in optimizer.slots for optimizer in template.optimizers)
     params = {
         name: _param(param, pairs[name], source, {} if target_holds_masters else masters, account)

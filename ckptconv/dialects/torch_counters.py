@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from ckptconv.dialects.residue import Lifter
-from ckptconv.dialects.torch_progress import loss_scale_at, step_of_optimizers
+from ckptconv.dialects.torch_progress import bare_epochs, loss_scale_at, step_of_optimizers
 from ckptconv.dialects.torch_rows import Counter, Quantity, Row, matching
 from ckptconv.dialects.torch_survey import scalers
 from ckptconv.dialects.torch_values import Encoding, Number, count_of, dotted, number_of, places
@@ -101,9 +101,10 @@ def read_counters(
     reading = _Reading(root, row, file, lifter)
     scale = loss_scale_at(scalers(root, row), lifter)
     loop = reading.places("updates", "iterations")
-    optimizers = _with_step(optimizers, loop, scale)
-    step, micro, skipped = _updates(reading, optimizers, loop, scale)
-    epochs, batch = _epochs(reading, loop, step)
+    skips = reading.places("skipped_steps")
+    optimizers = _with_step(optimizers, loop, skips, scale)
+    step, micro, skipped = _updates(reading, optimizers, loop, skips, scale)
+    epochs, batch = _epochs(reading, optimizers, loop, step)
     progress = Progress(
         step=step,
         epochs=epochs,
@@ -117,15 +118,26 @@ def read_counters(
     return progress, optimizers, tuple(reading.oddities)
 
 
-def _with_step(optimizers: tuple[Optimizer, ...], loop: list[_Place], scale: Fact) -> tuple[Optimizer, ...]:
+def _made(loop: list[_Place], skips: list[_Place]) -> Known:
+    """The updates that were made, of those that the loop tried."""
+    first, source = loop[0], dotted(loop[0].path)
+    if not skips or not skips[0].value:
+        return Known(value=first.value, source=source)
+    formula = f"{source} - {dotted(skips[0].path)}"
+    return Known(value=first.value - skips[0].value, status="derived", source=source, formula=formula)
+
+
+def _with_step(
+    optimizers: tuple[Optimizer, ...], loop: list[_Place], skips: list[_Place], scale: Fact
+) -> tuple[Optimizer, ...]:
     """The only optimizer, with the loop's count where it stores none and every count is an update."""
     if len(optimizers) != 1 or isinstance(optimizers[0].step, Known) or not loop:
         return optimizers
     first, own = loop[0], optimizers[0].step
     assert isinstance(own, Unknown)
     reason = own.reason
-    if first.counter.counts == "updates" and not isinstance(scale, Known):
-        return (replace(optimizers[0], step=Known(value=first.value, source=dotted(first.path))),)
+    if first.counter.counts == "updates" and (skips or not isinstance(scale, Known)):
+        return (replace(optimizers[0], step=_made(loop, skips)),)
     if first.counter.counts == "updates":
         why, condition = "the loop also counts what loss scaling skipped", "loss scaling skipped no update"
     else:
@@ -135,7 +147,11 @@ def _with_step(optimizers: tuple[Optimizer, ...], loop: list[_Place], scale: Fac
 
 
 def _updates(
-    reading: _Reading, optimizers: tuple[Optimizer, ...], loop: list[_Place], scale: Fact
+    reading: _Reading,
+    optimizers: tuple[Optimizer, ...],
+    loop: list[_Place],
+    skips: list[_Place],
+    scale: Fact,
 ) -> tuple[Fact, Fact, Fact]:
     """(step, micro steps, skipped steps), with the loop's places taken."""
     if not loop:
@@ -144,22 +160,29 @@ def _updates(
     counted, source = first.value, dotted(first.path)
     if first.counter.unset is not None and first.raw == first.counter.unset[0]:
         return Unknown(reason=first.counter.unset[1]), NOT_RECORDED, NOT_RECORDED
+    made, skipped = _made(loop, skips), _recorded(reading, "skipped_steps")
+    done = made.value
+    assert isinstance(done, int)
     if not optimizers:
-        reading.take(loop, ("progress", "step"), counted)
-        return Known(value=counted, source=source), NOT_RECORDED, NOT_RECORDED
+        reading.take(loop, ("progress", "step"), done)
+        return made, NOT_RECORDED, skipped
     step = step_of_optimizers(optimizers)
-    if value_of(step) == counted:
-        bare = len(optimizers) == 1 and not optimizers[0].param_steps
-        reading.take(loop, ("step", optimizers[0].name) if bare else ("progress", "step"), counted)
-        return step, NOT_RECORDED, NOT_RECORDED
-    reading.take(loop, ("progress", "micro_steps"), counted)
-    skipped: Fact = NOT_RECORDED
     own = value_of(step)
+    if isinstance(own, int) and 0 <= own - done <= reading.row.updates_before:
+        bare = len(optimizers) == 1 and not optimizers[0].param_steps
+        reading.take(loop, ("step", optimizers[0].name) if bare else ("progress", "step"), own)
+        if own > done:
+            reading.oddities.append(
+                f"'{source}' tells of {done} updates, the optimizer has made {own}: "
+                f"{reading.row.producer} makes {own - done} without gradients when it sets it up."
+            )
+        return step, NOT_RECORDED, skipped
+    reading.take(loop, ("progress", "micro_steps"), counted)
     if isinstance(own, int):
         why = "it counts batches, of which an update takes several"
         if first.counter.counts == "updates":
             why = "it also counts the updates that loss scaling skipped"
-            if isinstance(scale, Known) and own < counted:
+            if isinstance(scale, Known) and own < counted and not skips:
                 formula = f"{source} less the optimizer's updates"
                 skipped = Known(value=counted - own, status="derived", source=source, formula=formula)
         reading.oddities.append(
@@ -169,7 +192,9 @@ def _updates(
     return step, Known(value=counted, source=source), skipped
 
 
-def _epochs(reading: _Reading, loop: list[_Place], step: Fact) -> tuple[Fact, Fact]:
+def _epochs(
+    reading: _Reading, optimizers: tuple[Optimizer, ...], loop: list[_Place], step: Fact
+) -> tuple[Fact, Fact]:
     """(completed epochs, batch in the next one)."""
     batch = _recorded(reading, "batch_in_epoch")
     if places := reading.places("epochs"):
@@ -184,7 +209,9 @@ def _epochs(reading: _Reading, loop: list[_Place], step: Fact) -> tuple[Fact, Fa
                 Known(value=place.value // length, status="derived", source=source, formula=f"// {by}"),
                 Known(value=place.value % length, status="derived", source=source, formula=f"% {by}"),
             )
-    return Unknown(reason="the file has no epoch"), batch
+    own, odd = bare_epochs(reading.root, optimizers, reading.lifter)
+    reading.oddities += odd
+    return own, batch
 
 
 def _doubted(reading: _Reading, place: _Place, step: Fact) -> Fact | None:

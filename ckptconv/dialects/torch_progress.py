@@ -84,6 +84,14 @@ def read_progress(
     return progress, tuple(reading.oddities)
 
 
+def bare_epochs(
+    root: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter
+) -> tuple[Fact, tuple[str, ...]]:
+    """The epochs that a loop of one's own counts in the dictionary, and what is odd about them."""
+    reading = _Reading(root, optimizers, lifter)
+    return _epochs(reading), tuple(reading.oddities)
+
+
 def step_of_optimizers(optimizers: tuple[Optimizer, ...]) -> Fact:
     """The step that the optimizers tell together."""
     if not optimizers:

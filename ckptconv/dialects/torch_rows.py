@@ -21,7 +21,7 @@ ANY = "*"
 LAST = -1
 ATTRIBUTES = "@state"
 
-Quantity = Literal["updates", "iterations", "epochs", "batch_in_epoch", "samples", "tokens"]
+Quantity = Literal["updates", "iterations", "epochs", "batch_in_epoch", "samples", "tokens", "skipped_steps"]
 """A field of the progress, `updates` that the loop tried to make, or `iterations`: batches, of which an
 update may take several."""
 
@@ -133,6 +133,8 @@ class Row:
     """What the producer's loop calls a scheduler for."""
     counters: tuple[Counter, ...] = ()
     """Best first: what further ones of the same quantity hold is a copy."""
+    updates_before: int = 0
+    """Updates that the producer's optimizers may make before the loop counts its first."""
     within_epoch: tuple[Path, ...] = ()
     """Numbers beside `batch_in_epoch` that begin anew with every epoch, at a pace that no file tells."""
     tokens_per_update: tuple[Path, ...] = ()

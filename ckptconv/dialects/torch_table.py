@@ -72,6 +72,27 @@ MEGATRON = Row(
 )
 """Files of one rank (`megatron`) and folders of torch_dist (`dcp_megatron`)."""
 
+DEEPSPEED = Row(
+    name="deepspeed",
+    summary="DeepSpeed's folder of one tag: ZeRO 0 to 3 joined from its ranks, universal checkpoints",
+    producer="DeepSpeed",
+    signature=Signature(has=(("ds_version",), ("global_steps",), ("module",)), score=96),
+    models=(("module",),),
+    optimizers=(("optimizer",), ("optimizer", "optimizer_state_dict")),
+    schedulers=(("lr_scheduler",),),
+    scaler=(("deepspeed.scaler",), ("optimizer", "cur_scale")),
+    schedule_unit="update",
+    counters=(
+        Counter(key=("global_steps",), counts="updates"),
+        Counter(key=("lr_scheduler", "last_batch_iteration"), counts="updates", plus=-1),
+        Counter(key=("skipped_steps",), counts="skipped_steps"),
+        Counter(key=("global_samples",), counts="samples"),
+    ),
+    updates_before=1,
+    source="https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/runtime/engine.py",
+)
+"""What `deepspeed` reads of a folder that it has gathered, or of the model file alone."""
+
 ROWS: tuple[Row, ...] = (
     Row(
         name="timm",
@@ -309,5 +330,5 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-TABLE: tuple[Row, ...] = (LIGHTNING, TORCHTITAN, MEGATRON, *ROWS)
+TABLE: tuple[Row, ...] = (LIGHTNING, TORCHTITAN, MEGATRON, DEEPSPEED, *ROWS)
 """Every row, for people."""

@@ -26,6 +26,9 @@ Encoding = dict[str, str | int | float | bool | tuple[int, ...] | None]
 Number = bool | int | float
 _NONE: Mapping[str, TensorRef] = MappingProxyType({})
 
+_WITH_ATTRIBUTES = "torch.subclass", "torch.Tensor"
+"""A plain tensor on which a program set attributes of its own."""
+
 
 def dotted(path: Path) -> str:
     """A path as a key that people recognise: `optimizer.state.0.step`."""
@@ -39,6 +42,9 @@ def tensor_of(node: Node) -> tuple[TensorRef, Path, bool | None] | None:
     """
     if isinstance(node, TensorRef):
         return node, (), None
+    if isinstance(node, Opaque) and (node.kind, node.name) == _WITH_ATTRIBUTES and node.args:
+        inner = tensor_of(node.args[0])
+        return None if inner is None else (inner[0], ("@args0", *inner[1]), inner[2])
     if isinstance(node, Opaque) and node.args and isinstance(node.args[0], TensorRef):
         if node.kind == "torch.parameter":
             flag = node.args[1] if len(node.args) > 1 else None
