@@ -17,6 +17,7 @@ from pathlib import PurePath
 
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.deepspeed_gather import gathered
+from ckptconv.dialects.deepspeed_model import shapes_of
 from ckptconv.dialects.deepspeed_places import FILES, MODULE, is_emptied, scattered
 from ckptconv.dialects.torch_folder_parts import not_read
 from ckptconv.dialects.torch_lower import is_carried
@@ -24,9 +25,9 @@ from ckptconv.dialects.torch_note import with_note
 from ckptconv.dialects.torch_objects import refuse_repeated_keys
 from ckptconv.dialects.torch_plain import TrainingDictionary
 from ckptconv.dialects.torch_table import DEEPSPEED
-from ckptconv.dialects.torch_values import own_residue
+from ckptconv.dialects.torch_values import own_residue, tensor_of
 from ckptconv.document import Checkpoint
-from ckptconv.errors import MappingError
+from ckptconv.errors import FormatError, MappingError
 from ckptconv.formats.torch_folder import DIRECTORY
 from ckptconv.note import KEY
 from ckptconv.rawtree import DictNode, RawTree
@@ -58,6 +59,7 @@ class DeepSpeed(TrainingDictionary):
         Raises: unsupported-feature, missing-file, corrupt-file, duplicate-key, progress-conflict.
         """
         if not isinstance(raw.root, DictNode) or raw.root.kind != DIRECTORY:
+            _refuse_emptied(raw)
             return super().lift(raw)
         refuse_repeated_keys(raw.root)
         whole = gathered(raw.root)
@@ -96,6 +98,22 @@ class DeepSpeed(TrainingDictionary):
         """`engine.load_checkpoint`, with the tag that the folder is called by."""
         path = PurePath(target)
         return f"engine.load_checkpoint({str(path.parent)!r}, tag={path.name!r})"
+
+
+def _refuse_emptied(raw: RawTree) -> None:
+    """Raises: missing-file for the model file of one rank of ZeRO 3, which has no weights."""
+    root = raw.root if isinstance(raw.root, DictNode) else DictNode()
+    module = root.get(MODULE)
+    for shapes in shapes_of(root, "param_shapes", ()):
+        for name, shape in shapes.items():
+            found = tensor_of(module.get(name)) if isinstance(module, DictNode) else None
+            if found is not None and found[0].shape != shape and not found[0].spec.numel:
+                raise FormatError.of(
+                    "missing-file",
+                    f"'{name}' of shape {list(shape)} is not in this file: all ranks share it",
+                    "Name the folder with the files of all ranks.",
+                    loc=(MODULE, name),
+                )
 
 
 def _joined_weights(whole: DictNode) -> tuple[str, ...]:

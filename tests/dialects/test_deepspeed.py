@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ckptconv
-from ckptconv.detect import read_raw
+from ckptconv.detect import dialect_named, read_raw
 from ckptconv.document import value_of
 from ckptconv.errors import CkptError
 from ckptconv.formats.torch_folder import layout_folder
-from ckptconv.rawtree import DictNode, ListNode, Node, RawTree, transform, walk
+from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, RawTree, transform, walk
 from ckptconv.rawtree import Path as Keys
 from ckptconv.tensor import StoredTensor, TensorRef
 from tests.support.command import FIXTURES
@@ -228,6 +232,42 @@ def test_parts_of_parallel_runs_are_not_guessed(name: str, tmp_path: Path) -> No
     copy = shutil.copytree(HOME / "zero2-fp32" / "run" / TAG, tmp_path / "copy")
     shutil.copy(copy / "mp_rank_00_model_states.pt", copy / name)
     assert refusal(copy) == ("unsupported-feature", (name,))
+
+
+def test_the_model_file_alone() -> None:
+    run = HOME / "zero2-fp32" / "run" / TAG
+    checkpoint = ckptconv.open(run / "mp_rank_00_model_states.pt")
+    truth = truth_of("zero2-fp32")
+    assert {name: digest(param.tensor) for name, param in checkpoint.params.items()} == truth["module"]
+    assert value_of(checkpoint.progress.step) == truth["progress"]["step"]
+    empty = HOME / "zero3-mlp" / "run" / TAG / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    assert refusal(empty) == ("missing-file", ("module", "0.weight"))
+
+
+HOSTILE: tuple[Node, ...] = (
+    None,
+    -1,
+    1 << 70,
+    "x",
+    float("nan"),
+    ListNode(items=(1, "a")),
+    DictNode(items=(("a", 1),)),
+    StoredTensor.of_array(np.zeros((3,), "f4")),
+    Opaque(kind="object", name="os.system"),
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_any_place_may_hold_anything(case: str) -> None:
+    raw, dialect = read_raw(HOME / case / "run" / TAG), dialect_named("pytorch", "deepspeed")
+    paths = [path for path, _ in walk(raw.root)]
+    for number, target in enumerate(random.Random(case).choices(paths, k=60)):
+        for depth in (len(target), max(1, len(target) - 1 - number % 3)):
+            bad = HOSTILE[number % len(HOSTILE)]
+            at = target[:depth]
+            root = transform(raw.root, lambda path, node, at=at, bad=bad: bad if path == at else node)
+            with contextlib.suppress(CkptError):
+                dialect.lower(dialect.lift(replace(raw, root=root)))
 
 
 def test_a_tracker_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
