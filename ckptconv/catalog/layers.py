@@ -66,6 +66,8 @@ class _Kind:
     variables: Mapping[str, Mapping[str, _Variable]]
     """Framework -> key of the variable -> what it is."""
     classes: Mapping[str, tuple[str, ...]]
+    sizes: Mapping[str, float]
+    """Atoms of its axes that have one size in every layer of the kind."""
     equal_attributes: tuple[str, ...]
     """Attributes of the live layer that are equal and above 1 where a class stands for two kinds."""
 
@@ -135,6 +137,7 @@ def _kind(name: str, record: Record, names: Collection[str]) -> _Kind:
         counterpart=record.text("counterpart", name),
         variables=variables,
         classes=classes,
+        sizes=record.number_map("sizes"),
         equal_attributes=record.texts("equal_attributes"),
     )
     record.close()
@@ -220,7 +223,8 @@ def _readings(
         axes = expand(variables[key].axes, rank)
         if axes is None or not _is_uniform(variables, key, rank, telling):
             continue
-        if bind((variables[name].axes, size) for name, size in telling.items() if size is not None) is None:
+        sizes = bind((variables[name].axes, size) for name, size in telling.items() if size is not None)
+        if sizes is None or any(sizes.get(atom, due) != due for atom, due in kind.sizes.items()):
             continue
         found.append(Candidate(kind.name, variables[key].role, axes))
     return tuple(found)

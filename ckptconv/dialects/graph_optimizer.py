@@ -13,7 +13,9 @@ from ckptconv.dialects.keras_layers import Reading
 from ckptconv.dialects.keras_optimizers import OptimizerNode
 from ckptconv.document import Fact, Group, Known, Optimizer, Schedule, Unknown, Value, value_of
 
-STATISTICS = frozenset({"moving_mean", "moving_variance", "batch_count"})
+STATISTICS = frozenset(
+    {"moving_mean", "moving_variance", "batch_count", "data_mean", "data_variance", "data_count"}
+)
 """Roles that no optimizer trains."""
 
 

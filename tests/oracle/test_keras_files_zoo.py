@@ -19,11 +19,10 @@ import h5py  # noqa: E402
 
 import ckptconv  # noqa: E402
 from ckptconv.catalog.optimizer_rows import algorithms, row  # noqa: E402
-from ckptconv.document import Checkpoint, value_of  # noqa: E402
+from ckptconv.document import value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
 from ckptconv.supply import set_fields  # noqa: E402
-from tests.support import keras_zoo  # noqa: E402
-from tests.support.keras_zoo import ZOO, compiled, same  # noqa: E402
+from tests.support.keras_zoo import ZOO, check, compiled, same  # noqa: E402
 
 KERAS = {"keras3": keras, "tf-keras": tf_keras}
 H5 = {**KERAS, "tf-keras-legacy": tf_keras}
@@ -78,36 +77,6 @@ def texts(path: Path) -> dict[str, Any]:
         visit("", file)
         file.visititems(visit)
     return found
-
-
-def check(run: Checkpoint, model: Any, *, declared: bool = True) -> None:
-    """That the document has every variable of the model once, with its flag and its slots."""
-    trained = [id(variable) for variable in model.trainable_variables]
-    left = {id(variable): np.asarray(variable) for variable in keras_zoo.stored(model.variables)}
-    owner = {}
-    for param in run.params.values():
-        array = param.read()
-        (found,) = [
-            key for key, value in left.items() if value.dtype == array.dtype and np.array_equal(value, array)
-        ]
-        del left[found]
-        owner[param.name] = found
-        if declared:
-            assert param.trainable is (found in trained), param.name
-    assert not left
-    if not run.optimizers:
-        return
-    (own,) = run.optimizers
-    known = row(own.algorithm, own.framework)
-    assert known is not None
-    held = {
-        (slot, owner[name]): tensor.read() for slot, by in own.slots.items() for name, tensor in by.items()
-    }
-    for one in keras_zoo.slots_of(model.optimizer, known, model.trainable_variables):
-        array = held.pop((one.slot, id(one.variable)), None)
-        assert array is not None, (one.slot, one.variable.name)
-        assert np.array_equal(array, one.array)
-    assert not held
 
 
 UNTOLD = {"cnn", "nested", "partly_frozen", "time_distributed"}

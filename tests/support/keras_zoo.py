@@ -11,7 +11,8 @@ import numpy as np
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
-from ckptconv.catalog.optimizer_rows import Row, shape_of_slot
+from ckptconv.catalog.optimizer_rows import Row, row, shape_of_slot
+from ckptconv.document import Checkpoint
 
 Keras = Any
 """The module `keras` or `tf_keras`."""
@@ -167,6 +168,37 @@ ZOO: dict[str, Callable[[Keras], Model]] = {
 }
 
 
+def subclassed(k: Keras) -> Model:
+    """Layers as attributes, in a layer of its own, in a tuple, in a list; one stands in two places."""
+    layers = k.layers
+
+    class Block(layers.Layer):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.norm = layers.Dense(3), layers.LayerNormalization()
+
+        def call(self, x: Any) -> Any:
+            return self.norm(self.dense(x))
+
+    class Net(k.Model):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.encoder = layers.Embedding(7, 3), layers.LSTM(3)
+            self.norm, self.fixed = layers.BatchNormalization(), layers.Dense(3, trainable=False)
+            self.block, self.again = Block(), layers.Dense(3)
+            self.pair = (layers.Dense(3), layers.Dense(3))
+            self.heads = [layers.Dense(3), layers.Dense(2)]
+
+        def call(self, x: Any, training: bool = False) -> Any:
+            x = self.norm(self.fixed(self.encoder(self.embed(x))), training=training)
+            x = self.pair[1](self.pair[0](self.again(self.again(self.block(x)))))
+            return self.heads[1](self.heads[0](x))
+
+    model = Net()
+    model(np.zeros((1, 5), "int32"))
+    return model
+
+
 def compiled(k: Keras, model: Model, optimizer: Any, step: int = 3) -> Model:
     """The model with an optimizer that is built, every variable of both another number."""
     k.utils.set_random_seed(0)
@@ -235,3 +267,35 @@ def slots_of(optimizer: Any, row: Row, variables: list[Any]) -> Iterator[SlotOf]
                 found = getattr(inner, key, None) or []
                 if number < len(found) and found[number] is not None:
                     yield SlotOf(slot, variable, np.asarray(found[number]))
+
+
+def check(run: Checkpoint, model: Any, *, declared: bool = True) -> None:
+    """That the document has every variable of the model once, with its flag and its slots."""
+    trained = [id(variable) for variable in model.trainable_variables]
+    left = {id(variable): np.asarray(variable) for variable in stored(model.variables)}
+    owner = {}
+    for param in run.params.values():
+        if param.tied_to is not None:
+            continue
+        array = param.read()
+        (found,) = [
+            key for key, value in left.items() if value.dtype == array.dtype and np.array_equal(value, array)
+        ]
+        del left[found]
+        owner[param.name] = found
+        if declared:
+            assert param.trainable is (found in trained), param.name
+    assert not left
+    if not run.optimizers:
+        return
+    (own,) = run.optimizers
+    known = row(own.algorithm, own.framework)
+    assert known is not None
+    held = {
+        (slot, owner[name]): tensor.read() for slot, by in own.slots.items() for name, tensor in by.items()
+    }
+    for one in slots_of(model.optimizer, known, model.trainable_variables):
+        array = held.pop((one.slot, id(one.variable)), None)
+        assert array is not None, (one.slot, one.variable.name)
+        assert np.array_equal(array, one.array)
+    assert not held
