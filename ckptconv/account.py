@@ -11,15 +11,13 @@ from ckptconv.document import (
 )
 from ckptconv.errors import Loc, Problem
 from ckptconv.ops import Cast
+from ckptconv.pieces import MASTER as MASTER
 from ckptconv.rawtree import Path
 from ckptconv.report import Entry, OptimizerVerdict, Verdict
 from ckptconv.tensor import Op, TensorRef, TensorSpec
 
 Addresses = frozenset[Path]
 """The places that a file has, by `Checkpoint.lookup` address."""
-
-MASTER = "master"
-"""The slot that holds a parameter in higher precision than the model does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -154,8 +154,10 @@ def _layouts(
                 continue
             if same_framework and len(readings_s) > 1 and reading_s.kind != reading_t.kind:
                 continue  # one framework's file and another one's of the same model: the same class
-            axes_s = flatten.alike(reading_s.axes, frameworks[0], reading_t.axes)
-            axes_t = flatten.alike(reading_t.axes, frameworks[1], axes_s)
+            axes_s = layers.in_terms_of(reading_t.kind, reading_s).axes
+            axes_t = layers.in_terms_of(reading_s.kind, reading_t).axes
+            axes_s = flatten.alike(axes_s, frameworks[0], axes_t)
+            axes_t = flatten.alike(axes_t, frameworks[1], axes_s)
             ops = layers.layout_ops(axes_s, before, axes_t, after)
             if ops is not None:
                 told = reading_s if len(readings_s) > 1 else reading_t

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from ckptconv import dtypes, mapping, note
 from ckptconv.account import Transfer
+from ckptconv.compounds import compounds, lacking
 from ckptconv.dialects.base import DIALECTS, fills
 from ckptconv.dialects.residue import scalar_tensor, untold
 from ckptconv.document import Checkpoint, Param
@@ -19,9 +20,12 @@ from ckptconv.extras import kept_from_template, left_described, undescribable
 from ckptconv.fitting import ASSUMED_LAYOUT
 from ckptconv.formats.base import FORMATS, Format
 from ckptconv.goal import Goal
+from ckptconv.joining import together
 from ckptconv.ops import Cast
+from ckptconv.pieces import apart
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
 from ckptconv.report import ALLOWABLE, Entry
+from ckptconv.telling import Side
 from ckptconv.transfer import progress_entries, transfer
 
 _PLAIN = (bool, int, float, str)
@@ -121,13 +125,20 @@ def _left_in_residue(source: Checkpoint, target: Checkpoint) -> Iterator[Entry]:
 
 def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
     frameworks = (_framework(kept), goal.dialect.framework or "torch")
-    cover = mapping.match(kept, template, frameworks=frameworks)
+    lack = (*lacking(kept, frameworks[1]), *lacking(template, frameworks[0]))
+    if refused := tuple(p for p in lack if _code_to_allow(p) not in wishes.allowed):
+        return Transfer(checkpoint=kept, ledger=(), problems=refused)
+    ours, theirs = compounds(kept, template, frameworks)
+    mine, its = apart(kept, ours), apart(template, theirs)
+    cover = mapping.match(mine, its, frameworks=frameworks)
     unsolved = tuple(p for p in cover.problems if _code_to_allow(p) not in wishes.allowed)
     cover = replace(cover, problems=unsolved)
-    result = transfer(kept, template, cover, allow=wishes.allowed, conventions=wishes.conventions)
-    problems = (*unsolved, *result.problems)
-    if problems:
-        return replace(result, problems=problems)
+    result = transfer(mine, its, cover, allow=wishes.allowed, conventions=wishes.conventions)
+    result = replace(result, problems=(*unsolved, *result.problems))
+    sides = (Side(whole=kept, rewrites=ours), Side(whole=template, rewrites=theirs))
+    result = together(result, *sides, wishes.allowed)
+    if result.problems:
+        return result
     result = _numbered(result, goal)
     return replace(result, checkpoint=_with_note(result.checkpoint, kept))
 

@@ -10,12 +10,14 @@ from ckptconv.adapters.pytorch_exact import (
     raw_epsilon,
     velocity_momentum,
 )
+from ckptconv.adapters.torch_recurrent import freeze_recurrent_bias
 
 __all__ = [
     "after_max_epsilon",
     "capture",
     "decoupled_decay",
     "describe",
+    "freeze_recurrent_bias",
     "full_orthogonalization",
     "inside_epsilon",
     "lion",

@@ -30,7 +30,11 @@ def test_torch_by_names_alone() -> None:
     assert layers.torch_candidates("num_batches_tracked", 0, BATCH_NORM) == (
         ("batch_norm", "batch_count", ()),
     )
-    assert layers.torch_candidates("weight_ih", 2, {"weight_ih", "weight_hh"}) == ()
+    assert kinds_of(layers.torch_candidates("weight_ih", 2, {"weight_ih", "weight_hh"})) == {
+        "lstm",
+        "gru",
+        "simple_rnn",
+    }
     assert layers.torch_candidates("weight", 2, {"weight", "weight_g"}) == ()
 
 
@@ -80,12 +84,17 @@ def test_torch_by_names_alone() -> None:
         ("tf_keras", "depthwise_kernel", (2, 2, 5, 2), {"bias": (10,)}, {"depthwise_conv2d"}),
         ("tf_keras", "kernel", (5, 20), {"recurrent_kernel": (5, 20), "bias": (20,)}, {"lstm"}),
         ("tf_keras", "bias", (2, 9), {"recurrent_kernel": (3, 9), "kernel": (5, 9)}, {"gru"}),
-        ("keras3", "bias", (9,), {"recurrent_kernel": (3, 9), "kernel": (5, 9)}, {"gru"}),
+        ("keras3", "bias", (9,), {"recurrent_kernel": (3, 9), "kernel": (5, 9)}, {"gru_reset_before"}),
         ("keras3", "kernel", (5, 3), {"recurrent_kernel": (3, 3)}, {"simple_rnn"}),
         ("keras3", "kernel", (5, 6), {"recurrent_kernel": (3, 6)}, set()),
         ("keras3", "kernel", (2, 5, 8), {"recurrent_kernel": (2, 2, 8), "bias": (8,)}, {"conv_lstm1d"}),
         ("keras3", "count", (), {"adapt_mean": (4,), "adapt_variance": (4,)}, {"normalization"}),
         ("tf_keras", "mean", (4,), {"variance": (4,), "count": ()}, {"normalization"}),
+        ("keras3", "kernel", (5, 18), {"recurrent_kernel": (6, 18), "bias": (2, 18)}, {"gru"}),
+        ("keras3", "kernel", (5, 18), {"recurrent_kernel": (6, 18), "bias": (18,)}, {"gru_reset_before"}),
+        ("keras3", "kernel", (5, 18), {"recurrent_kernel": (6, 18)}, {"gru", "gru_reset_before"}),
+        ("keras3", "kernel", (5, 6), {"recurrent_kernel": (6, 6), "bias": (6,)}, {"simple_rnn"}),
+        ("keras3", "kernel", (5, 12), {"recurrent_kernel": (6, 12), "bias": (12,)}, set()),
         ("tf_keras_legacy", "embeddings", (9, 4), {}, {"embedding"}),
         ("torch", "nonsense", (8,), {}, set()),
     ],
@@ -324,6 +333,7 @@ def test_subclasses_and_unknown_classes() -> None:
         pass
 
     assert layers.kind_of_class("torch", Mine) == "dense"
-    assert layers.kind_of_class("torch", torch.nn.LSTM) is None
+    assert layers.kind_of_class("torch", torch.nn.LSTM) is None  # a module of cells
+    assert layers.kind_of_class("torch", torch.nn.LSTMCell) == "lstm"
     assert layers.kind_of_class("torch", torch.nn.Conv2d, torch.nn.Conv2d(4, 4, 1)) == "conv2d"
     assert layers.kind_of_class("torch", torch.nn.Conv2d) == "conv2d"

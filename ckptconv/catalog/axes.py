@@ -1,12 +1,18 @@
-"""Named axes against shapes: which sizes they have, and the ops that lead from one layout to another."""
+"""Named axes against shapes: which sizes they have, and the ops that lead from one layout to another.
+
+An axis is one atom, or several that are merged (`in*multiplier`, outermost first), or `1`. An atom may list
+its entries: `gate(reset,update,new)` has three, in this order, and another order is another layout.
+`units'` is another axis than `units` and of its size.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
-from ckptconv.ops import Permute, Reshape
+from ckptconv.ops import Permute, Reorder, Reshape
 from ckptconv.tensor import Op
 
 Shape = tuple[int, ...]
@@ -24,6 +30,20 @@ def sizes_in(axis: str) -> dict[str, int]:
     return {name: int(size) for name, equals, size in said if equals}
 
 
+_LISTED = re.compile(r"(\w+)\((\w+(?:,\w+)*)\)")
+
+
+def entries(atom: str) -> tuple[str, tuple[str, ...]]:
+    """The atom's name and its entries, none where it does not list them."""
+    found = _LISTED.fullmatch(atom)
+    return (found[1], tuple(found[2].split(","))) if found else (atom, ())
+
+
+def _sized(atom: str) -> str:
+    """The name under which the atom's size is known."""
+    return entries(atom)[0].rstrip("'")
+
+
 def expand(axes: Axes, rank: int) -> Axes | None:
     """The axes for a tensor of that rank: `x...` becomes as many as there are; None where it cannot."""
     open_ended = [i for i, axis in enumerate(axes) if axis.endswith("...")]
@@ -38,8 +58,10 @@ def expand(axes: Axes, rank: int) -> Axes | None:
 
 
 def bind(pairs: Iterable[tuple[Axes, Shape]]) -> Mapping[str, int] | None:
-    """The size of every atom, as far as the shapes tell; None where they contradict each other."""
-    sizes: dict[str, int] = {}
+    """The size of every atom by its name, as far as the shapes tell; None where they contradict."""
+    pairs = tuple(pairs)
+    listed = (atom for axes, _ in pairs for axis in axes if "(" in axis for atom in atoms(axis))
+    sizes = {_sized(atom): len(entries(atom)[1]) for atom in listed if entries(atom)[1]}
     merged: list[tuple[tuple[str, ...], int]] = []
     for axes, shape in pairs:
         full = expand(axes, len(shape))
@@ -48,7 +70,7 @@ def bind(pairs: Iterable[tuple[Axes, Shape]]) -> Mapping[str, int] | None:
         for axis, size in zip(full, shape, strict=True):
             if any(sizes.setdefault(atom, told) != told for atom, told in sizes_in(axis).items()):
                 return None
-            parts = atoms(axis)
+            parts = tuple(map(_sized, atoms(axis)))
             if len(parts) == 1:
                 if sizes.setdefault(parts[0], size) != size:
                     return None
@@ -85,8 +107,11 @@ def layout_ops(
     sizes = bind([(source_full, source_shape), (target_full, target_shape)])
     if sizes is None:
         return None
-    before = [atom for axis in source_full for atom in atoms(axis)]
-    after = [atom for axis in target_full for atom in atoms(axis)]
+    before, had = _named(source_full)
+    after, wants = _named(target_full)
+    if any(sorted(had.get(a, ())) != sorted(wants.get(a, ())) for a in set(before) & set(after)):
+        return None
+    sizes = {atom: sizes[_sized(atom)] for atom in (*before, *after) if _sized(atom) in sizes}
     if len(set(before)) != len(before) or len(set(after)) != len(after):
         return None
     if any(atom not in sizes for atom in (*before, *after)):
@@ -101,14 +126,25 @@ def layout_ops(
     order = tuple(kept.index(atom) for atom in wanted)
     # Axes of size 1 move without moving an element: layouts that differ only in them are one.
     moved = [place for place in order if split[place] != 1]
-    if moved != sorted(moved):
+    reordered = [atom for atom in kept if had.get(atom) != wants.get(atom)]
+    if moved != sorted(moved) or reordered:
         if shape != split or len(source_full) != len(kept):
             ops.append(Reshape(shape, split))
-        ops.append(Permute(order))
-        shape = tuple(split[i] for i in order)
+        for atom in reordered:
+            ops.append(Reorder(kept.index(atom), tuple(had[atom].index(entry) for entry in wants[atom])))
+        if moved != sorted(moved):
+            ops.append(Permute(order))
+            split = tuple(split[i] for i in order)
+        shape = split
     if shape != target_shape:
         ops.append(Reshape(shape, target_shape))
     return tuple(ops) if math.prod(source_shape) == math.prod(target_shape) else None
+
+
+def _named(axes: Axes) -> tuple[list[str], dict[str, tuple[str, ...]]]:
+    """Names of the atoms in their order, and the entries of those that list them."""
+    found = [entries(atom) for axis in axes for atom in atoms(axis)]
+    return [name for name, _ in found], {name: listed for name, listed in found if listed}
 
 
 def element_order(ops: Iterable[Op], shape: Shape) -> tuple[object, ...]:

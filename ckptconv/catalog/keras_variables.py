@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from types import MappingProxyType
 
 from ckptconv.catalog.flatten import flattened
 from ckptconv.catalog.layers import declared, kind_of_class_name
@@ -166,20 +167,27 @@ def by_count(
     return found.pop() if len(found) == 1 else None
 
 
-def kind(class_name: str, framework: str = "keras3") -> str | None:
-    """The catalog's kind of a class of Keras."""
+def kind(
+    class_name: str, framework: str = "keras3", config: Mapping[str, object] = MappingProxyType({})
+) -> str | None:
+    """The catalog's kind of a class of Keras, with these arguments where they matter."""
     column = _COLUMNS[framework]
-    return kind_of_class_name(column.name, f"{column.package}.{class_name}")
+    return kind_of_class_name(column.name, f"{column.package}.{class_name}", config)
 
 
 def layout(
-    class_name: str, variable: FileVariable, shape: tuple[int, ...], framework: str = "keras3", flat: str = ""
+    class_name: str,
+    variable: FileVariable,
+    shape: tuple[int, ...],
+    framework: str = "keras3",
+    config: Mapping[str, object] = MappingProxyType({}),
+    flat: str = "",
 ) -> tuple[str, str, tuple[str, ...]] | None:
     """Kind, role and axes of a variable; None where the catalog does not know them.
 
     `flat`: the axes that are merged in the layer's input, where it is a flattened image (`h=4*w=3*c`).
     """
-    named = kind(class_name, framework)
+    named = kind(class_name, framework, config)
     found = None if named is None else declared(framework, named, variable.edge, shape)
     if named is None or found is None:
         return None

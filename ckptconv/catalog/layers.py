@@ -11,9 +11,10 @@ several kinds fit, all are given; the caller decides, or does not.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ckptconv.catalog.axes import bind, expand, layout_ops
@@ -22,14 +23,17 @@ from ckptconv.catalog.loading import Record, load
 __all__ = [
     "Candidate",
     "alike",
+    "axes_of",
     "candidates",
     "declared",
+    "in_terms_of",
     "initial_value",
     "is_framework_only",
     "keras_candidates",
     "kind_of_class",
     "kind_of_class_name",
     "kinds",
+    "lacking",
     "layout_ops",
     "roles",
     "same_layer",
@@ -41,6 +45,7 @@ _COLUMN = {"tf_keras_legacy": "tf_keras"}
 """Frameworks whose layers are another one's: the legacy optimizers train tf_keras' layers."""
 
 Shape = tuple[int, ...]
+Scalar = bool | int | float | str | None
 
 
 class Candidate(NamedTuple):
@@ -63,6 +68,10 @@ class _Kind:
     name: str
     counterpart: str
     """The kind whose output it equals; its own name where it has no namesake."""
+    counterpart_axes: Mapping[str, str]
+    """Axis of the counterpart -> the same in this kind's terms, where it is not called the same."""
+    only_declared: bool
+    """Whether shapes alone never lead to it."""
     variables: Mapping[str, Mapping[str, _Variable]]
     """Framework -> key of the variable -> what it is."""
     classes: Mapping[str, tuple[str, ...]]
@@ -70,6 +79,22 @@ class _Kind:
     """Atoms of its axes that have one size in every layer of the kind."""
     equal_attributes: tuple[str, ...]
     """Attributes of the live layer that are equal and above 1 where a class stands for two kinds."""
+    attributes: Mapping[str, Scalar]
+    """Attributes of the layer with these values where a class stands for two kinds."""
+    lacking: Mapping[str, str]
+    """Family of frameworks that has no such layer -> what its nearest does."""
+
+    def means(self, read: Callable[[str], object]) -> bool:
+        """Whether a layer of the kind's class is of this kind and not of another; `read`: its attributes."""
+        equal = {read(name) for name in self.equal_attributes}
+        if len(self.equal_attributes) > 1:
+            return len(equal) == 1 and all(isinstance(value, int) and value > 1 for value in equal)
+        return bool(self.attributes) and all(read(n) == value for n, value in self.attributes.items())
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is one of two kinds of a class, the one that its attributes must tell."""
+        return bool(self.equal_attributes or self.attributes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,10 +160,14 @@ def _kind(name: str, record: Record, names: Collection[str]) -> _Kind:
     kind = _Kind(
         name=name,
         counterpart=record.text("counterpart", name),
+        counterpart_axes=record.text_map("counterpart_axes"),
+        only_declared=record.flag("only_declared", False),
         variables=variables,
         classes=classes,
         sizes=record.number_map("sizes"),
         equal_attributes=record.texts("equal_attributes"),
+        attributes=record.scalar_map("attributes"),
+        lacking=record.text_map("lacking"),
     )
     record.close()
     return kind
@@ -168,6 +197,22 @@ def same_layer(kind: str, other: str) -> bool:
     """Whether two kinds compute the same: equal, or one the other's counterpart (`gpt2_conv1d`, `dense`)."""
     table = _table().kinds
     return kind in table and other in table and table[kind].counterpart == table[other].counterpart
+
+
+def in_terms_of(kind: str, reading: Candidate) -> Candidate:
+    """The reading with axes as `kind` names them, where it is read as the counterpart of that."""
+    other = _table().kinds.get(kind)
+    if other is None or other.counterpart != reading.kind or not other.counterpart_axes:
+        return reading
+    return reading._replace(axes=tuple(other.counterpart_axes.get(axis, axis) for axis in reading.axes))
+
+
+def axes_of(framework: str, kind: str, role: str, rank: int) -> tuple[str, ...] | None:
+    """The axes of a kind's variable by its role; None where the framework has none of that rank."""
+    framework = _COLUMN.get(framework, framework)
+    entry = _table().kinds.get(kind)
+    variables = entry.variables.get(framework, {}).values() if entry else ()
+    return next((expand(variable.axes, rank) for variable in variables if variable.role == role), None)
 
 
 def candidates(
@@ -216,7 +261,7 @@ def _readings(
     found = []
     for kind in table.kinds.values():
         variables = kind.variables.get(framework, {})
-        if key not in variables or not telling.keys() <= variables.keys():
+        if kind.only_declared or key not in variables or not telling.keys() <= variables.keys():
             continue
         if any(not v.optional and name not in telling for name, v in variables.items()):
             continue
@@ -279,22 +324,26 @@ def kind_of_class(framework: str, cls: type, layer: object = None) -> str | None
     for base in cls.__mro__:
         name = f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
         fitting = [kind for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
-        if len(fitting) > 1:
-            special = any(_are_equal(layer, kind.equal_attributes) for kind in fitting)
-            fitting = [kind for kind in fitting if bool(kind.equal_attributes) == special]
         if fitting:
-            return fitting[0].name
+            return _chosen(fitting, lambda attribute: getattr(layer, attribute, None)).name
     return None
 
 
-def kind_of_class_name(framework: str, name: str) -> str | None:
-    """The kind of a class by its name in a file (`keras.Dense`); None where that is none, or several."""
-    found = [kind.name for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
-    return found[0] if len(found) == 1 else None
+def kind_of_class_name(
+    framework: str, name: str, settings: Mapping[str, object] = MappingProxyType({})
+) -> str | None:
+    """The kind of a class by its name in a file (`keras.Dense`) and the layer's settings there, if any."""
+    found = [kind for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
+    return _chosen(found, settings.get).name if found else None
 
 
-def _are_equal(layer: object, names: tuple[str, ...]) -> bool:
-    values = {getattr(layer, name, None) for name in names}
-    return (
-        len(names) > 1 and len(values) == 1 and all(isinstance(value, int) and value > 1 for value in values)
-    )
+def _chosen(kinds: list[_Kind], read: Callable[[str], object]) -> _Kind:
+    """Of the kinds of one class the special one that the layer's attributes tell, else the ordinary one."""
+    special = [kind for kind in kinds if kind.is_special and kind.means(read)]
+    return next(iter(special), next((kind for kind in kinds if not kind.is_special), kinds[0]))
+
+
+def lacking(kind: str, family: str) -> str | None:
+    """What the nearest layer of a family of frameworks does that has none of this kind; None where it has."""
+    entry = _table().kinds.get(kind)
+    return entry.lacking.get(family) if entry is not None else None

@@ -139,6 +139,13 @@ class Record:
         inner = self.record(key)
         return tuple((name, inner.record(name)) for name in inner.keys)
 
+    def list_of_records(self, key: str) -> tuple[Record, ...]:
+        """A list of objects; empty where the key does not stand."""
+        value = self._get(key) if self.has(key) else []
+        if not isinstance(value, list):
+            raise ValueError(f"{self.where}.{key}: expected a list, got {value!r}")
+        return tuple(Record(item, f"{self.where}.{key}[{i}]") for i, item in enumerate(value))
+
     @property
     def keys(self) -> tuple[str, ...]:
         """Its keys in the file's order."""

@@ -110,6 +110,8 @@ class Row:
     """Canonical name -> its value before the first update."""
     alone: str = ""
     """Why the state goes to no other framework, of an algorithm that one alone has."""
+    whole_tensor: str = ""
+    """What of an element's update depends on the whole tensor it is in; empty where nothing does."""
     equivalents: tuple[Mapping[str, Value], ...] = ()
     """Values of different hyperparameters that say the same: a class without one may have another."""
     settled: frozenset[str] = frozenset()
@@ -196,6 +198,7 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
         raise ValueError(f"{record.where}: the algorithm is not named as its file")
     record.text("update"), record.text("source")
     family, alone = record.text("family"), record.text("alone", "")
+    whole_tensor = record.text("whole_tensor", "")
     inits: dict[str, Init] = {}
     for slot, entry in record.records("slots"):
         entry.text("definition")
@@ -218,7 +221,8 @@ def _algorithm(record: Record, name: str) -> Mapping[str, Row]:
         if framework not in COLUMNS:
             raise ValueError(f"{entry.where}: unknown framework")
         row = _row(entry, name, family, framework, inits, neutral)
-        row = replace(row, alone=alone, settled=frozenset(settled), equivalents=equivalents)
+        row = replace(row, alone=alone, whole_tensor=whole_tensor)
+        row = replace(row, settled=frozenset(settled), equivalents=equivalents)
         named = {init for init in row.slot_inits.values() if isinstance(init, str)} - {"param"}
         if not {*row.hyperparameters, *named} <= known or not {*row.slots, *row.scalars} <= set(inits):
             raise ValueError(f"{entry.where}: a slot or hyperparameter is not defined")

@@ -129,7 +129,9 @@ def _of_config(layer: Layer, own: Sequence[tuple[Path, TensorRef]], framework: s
     ):
         return
     for (name, leaf, variable), (path, tensor) in zip(due, own, strict=True):
-        layout = keras_variables.layout(leaf.class_name, variable, tensor.shape, framework, leaf.flat)
+        layout = keras_variables.layout(
+            leaf.class_name, variable, tensor.shape, framework, leaf.arguments, leaf.flat
+        )
         kind, role, axes = layout or ("unknown", "unknown", None)
         inner = label(variable.part).removeprefix("_")
         yield Found(

@@ -162,7 +162,9 @@ def of_table(
         return
     for part, variables in parts.items():
         for variable, (number, tensor) in zip(variables, stored[part], strict=True):
-            layout = keras_variables.layout(layer.class_name, variable, tensor.shape, framework, layer.flat)
+            layout = keras_variables.layout(
+                layer.class_name, variable, tensor.shape, framework, layer.arguments, layer.flat
+            )
             kind, role, axes = layout or ("unknown", "unknown", None)
             inner = label(part).removeprefix("_")
             yield Found(

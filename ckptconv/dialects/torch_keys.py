@@ -117,6 +117,9 @@ TORCH_CPU_RNG_NBYTES = 5056
 BUFFERS: frozenset[str] = frozenset({"running_mean", "running_var", "num_batches_tracked", "n_averaged"})
 """Last components of names that are never parameters of an optimizer."""
 
+CELL: frozenset[str] = frozenset({"weight_ih", "weight_hh", "bias_ih", "bias_hh"})
+"""Last components of names that only recurrent cells have."""
+
 MARKS: frozenset[str] = frozenset(
     {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
 )

@@ -20,6 +20,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ckptconv.catalog import layers
+from ckptconv.catalog.compounds import home
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_described import describe, kind_of, packed_kind
@@ -147,7 +148,7 @@ def lift_module(
         raw_names[entry.raw] = name
         shared = view_id(entry.tensor)
         first = None if shared is None else seen.setdefault(shared, name)
-        owner, _, suffix = bare.rpartition(".")
+        owner, suffix = _place(bare)
         layer, role, axes, evidence = told[owner][suffix]
         params[name] = Param(
             name=name,
@@ -265,6 +266,13 @@ def _trainable(name: str, entry: _Entry) -> bool | None:
     return entry.trainable
 
 
+@lru_cache(maxsize=4096)
+def _place(name: str) -> tuple[str, str]:
+    """The layer that a parameter belongs to, and its name there: the cell, of a module of several."""
+    owner, _, suffix = home("torch", name).rpartition(".")
+    return owner, suffix
+
+
 class _Told(NamedTuple):
     """What a parameter's name and shape tell of its layer."""
 
@@ -278,7 +286,7 @@ def _told_of(shapes: Iterable[tuple[str, Shape]]) -> dict[str, Mapping[str, _Tol
     """What is told of each parameter from its layer: by owner, then by the last part of its name."""
     groups: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes:
-        owner, _, suffix = name.rpartition(".")
+        owner, suffix = _place(name)
         groups.setdefault(owner, {})[suffix] = shape
     return {owner: _layer(tuple(group.items())) for owner, group in groups.items()}
 
@@ -298,7 +306,8 @@ def _told(suffix: str, readings: tuple[layers.Candidate, ...]) -> _Told:
     # Torch's names ("weight") say no kind: what the only reading tells is the framework's convention.
     evidence: Evidence = "unknown"
     if len(axes) == 1:
-        evidence = "named" if len(kinds) == 1 and suffix in torch_keys.BUFFERS else "assumed"
+        telling = suffix in torch_keys.BUFFERS or suffix in torch_keys.CELL
+        evidence = "named" if len(kinds) == 1 and telling else "assumed"
     return _Told(
         layer=kinds.pop() if len(kinds) == 1 else "unknown",
         role=roles.pop() if len(roles) == 1 else "unknown",

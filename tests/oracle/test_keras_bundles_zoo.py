@@ -161,6 +161,6 @@ def test_what_layers_the_edges_tell(generation: str, tmp_path: Path) -> None:
         run = ckptconv.open(checkpoint(made(generation, name)).save(str(tmp_path / name)))
         told[name] = [param.layer for param in run.params.values()]
     assert told["embedding_lstm"] == ["embedding", *["lstm"] * 3, "dense", "dense"]
-    assert told["gru"] == ["gru"] * 6
+    assert told["gru"] == [*["gru"] * 3, *["gru_reset_before"] * 3]
     assert told["normalization"] == [*["normalization"] * 3, "dense", "dense"]
     assert told["bidirectional"] == [*["lstm"] * 6, *["gru"] * 6]

@@ -1,0 +1,136 @@
+"""Variables that stand for several of another library's, and the other way round: the table.
+
+`data/compounds.json` says per family of frameworks how its variables come apart: `cuts` divide one along an
+axis into pieces with names of their own (a piece alone is the variable under another name), `sums` are
+variables that only ever act through their sum. A name's end is matched as a whole number of its parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from ckptconv.catalog.loading import Record, load
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CutRow:
+    """One variable that is several pieces along an axis."""
+
+    family: str
+    pattern: re.Pattern[str]
+    pieces: tuple[str, ...]
+    """Templates of the pieces' names, in the place of what the pattern matched."""
+    axis: int
+    beside: tuple[str, ...]
+    """Names in the same place, one of which must be there too; none are needed where none is given."""
+    kind: str | None
+    """The pieces' kind of layer, whatever the variable's is."""
+    layers: Mapping[str, str]
+    """The variable's kind of layer -> the pieces'; where given, no other variable is meant."""
+    roles: Mapping[str, str]
+    """Last part of a piece's name -> its role; none where only the shapes tell."""
+
+    def names(self, name: str, layer: str, known: Collection[str]) -> tuple[str, ...]:
+        """Names of the pieces of a variable; none where the row does not mean it."""
+        found = self.pattern.fullmatch(name)
+        if found is None or (self.layers and layer not in self.layers):
+            return ()
+        prefix = found["prefix"] or ""
+        if self.beside and not any(prefix + other in known for other in self.beside):
+            return ()
+        return tuple(prefix + _filled(piece, found) for piece in self.pieces)
+
+    def kind_of(self, layer: str) -> str | None:
+        """The kind of layer of a variable's pieces; None where only the shapes tell."""
+        return self.kind or self.layers.get(layer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumRow:
+    """Two variables of a layer that act through their sum alone."""
+
+    family: str
+    layers: frozenset[str]
+    terms: tuple[str, ...]
+    """Last parts of their names."""
+    whole: str
+    """Last part of the sum's name."""
+    role: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Table:
+    families: Mapping[str, str]
+    cuts: tuple[CutRow, ...]
+    sums: tuple[SumRow, ...]
+
+
+def family(framework: str) -> str:
+    """The family of a framework; its own name where the table has none."""
+    return _table().families.get(framework, framework)
+
+
+def cut_rows(framework: str) -> tuple[CutRow, ...]:
+    return tuple(row for row in _table().cuts if row.family == family(framework))
+
+
+def sum_rows(framework: str) -> tuple[SumRow, ...]:
+    return tuple(row for row in _table().sums if row.family == family(framework))
+
+
+def home(framework: str, name: str) -> str:
+    """The name under which a variable stands beside its layer's: `rnn.l0.weight_ih` of `rnn.weight_ih_l0`."""
+    for row in cut_rows(framework):
+        if not row.roles and (found := row.names(name, "unknown", ())):
+            return found[0]
+    return name
+
+
+def _filled(template: str, found: re.Match[str]) -> str:
+    r"""The template with the pattern's groups for `\1`, `\2`, ..., nothing for those that are absent."""
+    return re.sub(r"\\(\d)", lambda group: found.group(int(group[1]) + 1) or "", template)
+
+
+@cache
+def _table() -> _Table:
+    record = load("compounds.json")
+    record.text("source")
+    inner = record.record("libraries")
+    families = {framework: name for name in inner.keys for framework in inner.texts(name)}
+    table = _Table(
+        families=families,
+        cuts=tuple(map(_cut, record.list_of_records("cuts"))),
+        sums=tuple(map(_sum, record.list_of_records("sums"))),
+    )
+    record.close()
+    return table
+
+
+def _cut(record: Record) -> CutRow:
+    row = CutRow(
+        family=record.text("family"),
+        pattern=re.compile(rf"(?P<prefix>.*[./])?(?:{record.text('pattern')})"),
+        pieces=record.texts("pieces"),
+        axis=record.optional_int("axis") or 0,
+        beside=record.texts("beside"),
+        kind=record.optional_text("kind"),
+        layers=record.text_map("layers"),
+        roles=record.text_map("roles"),
+    )
+    record.close()
+    return row
+
+
+def _sum(record: Record) -> SumRow:
+    row = SumRow(
+        family=record.text("family"),
+        layers=frozenset(record.texts("layers")),
+        terms=record.texts("of"),
+        whole=record.text("sum"),
+        role=record.text("role"),
+    )
+    record.close()
+    return row
