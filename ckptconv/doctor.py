@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptconv.catalog.restores import KindOfFile, Restore, kind_of_file, recipe_for
-from ckptconv.detect import PathLike, open
+from ckptconv.catalog.restores import KindOfFile, Restore, frameworks, kind_of_file, recipe_for
+from ckptconv.complaints import complaints
+from ckptconv.detect import PathLike, choose, open_chosen
 from ckptconv.dialects.graph_bundle import graph_of_bytes
-from ckptconv.document import Absent, Checkpoint, Fact, Known, Optimizer, Unknown
+from ckptconv.document import Absent, Checkpoint, Fact, Known, Unknown
 from ckptconv.facts import fact_to_json
+from ckptconv.formats.base import FORMATS
+from ckptconv.formats.bundle_path import is_saved_model, locate
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
-from ckptconv.rawtree import DictNode
+from ckptconv.formats.weights_shards import index_of
+from ckptconv.rawtree import DictNode, walk
 from ckptconv.report import REPORT_VERSION
+from ckptconv.skeleton import is_skeleton_file
 from ckptconv.strictjson import Json
 
+_DESCRIBED = (
+    "# where the checkpoint was written, with its model and optimizer:",
+    'ckptconv.write_skeleton(ckptconv.pytorch.describe(model, optimizer), "described.json")',
+    "# where it goes on:",
+)
 _LAYERS = ("layer-", "layer_with_weights-", "_layers", "_operations", "_functional")
 """Edges that only a model has."""
 
@@ -57,31 +68,54 @@ def diagnose(
     I/O: reads headers, indexes and counters only.
     Raises: as `open`.
     """
-    checkpoint = open(path, format=format, dialect=dialect, select=select)
-    provenance, optimizers = checkpoint.provenance, checkpoint.optimizers
+    choice = choose(path, select)
+    checkpoint = open_chosen(choice, format=format, dialect=dialect)
+    container, convention = _container(checkpoint, choice.path)
+    optimizers = checkpoint.optimizers
     kind = kind_of_file(
-        provenance.format,
-        provenance.dialect,
-        root=_root(checkpoint),
+        container,
+        convention,
+        variant=_variant(checkpoint, container, choice.path),
         optimizer=bool(optimizers),
-        step=any(_is_told(optimizer.step) for optimizer in optimizers),
+        step=any(_is_recorded(optimizer.step) for optimizer in optimizers),
     )
     several = len(optimizers) > 1
     return Diagnosis(
         source=str(path),
         what=kind.what if kind is not None else _in_words(checkpoint),
-        dialect=f"{provenance.format}:{provenance.dialect}",
+        dialect=f"{container}:{convention}",
         step=checkpoint.progress.step,
         steps=tuple((optimizer.name, optimizer.step) for optimizer in optimizers) if several else (),
         restores=kind.restores if kind is not None else (),
-        findings=tuple(_findings(checkpoint)),
-        mends=tuple(_mends(checkpoint, kind, str(path))),
+        findings=complaints(checkpoint, container),
+        mends=tuple(_mends(checkpoint, kind, choice.path)),
     )
 
 
-def _is_told(step: Fact) -> bool:
-    """Whether the file itself has it: what an embedded note or the caller says, no framework restores."""
-    return isinstance(step, Known) and step.status != "supplied"
+def _container(checkpoint: Checkpoint, path: Path) -> tuple[str, str]:
+    """Format and dialect of the file itself: a document that was archived says those of its source."""
+    if is_skeleton_file(path):
+        return "neutral", "skeleton"
+    if FORMATS["neutral"].sniff(path):
+        return "neutral", "neutral"
+    return checkpoint.provenance.format, checkpoint.provenance.dialect
+
+
+def _is_recorded(step: Fact) -> bool:
+    """Whether the file itself has the number: what a note or the caller says, no framework restores."""
+    return isinstance(step, Known) and step.status == "recorded"
+
+
+def _variant(checkpoint: Checkpoint, container: str, path: Path) -> str | None:
+    """What tells it from other files of its dialect, as in `KindOfFile.variant`."""
+    match container:
+        case "tensorflow":
+            return "saved-model" if is_saved_model(path) else _root(checkpoint)
+        case "weights-h5":
+            return "shards" if index_of(path) is not None else None
+        case "dcp" if checkpoint.optimizers:
+            return "by-name" if _goes_by_name(checkpoint) else "by-number"
+    return None
 
 
 def _root(checkpoint: Checkpoint) -> str | None:
@@ -94,98 +128,105 @@ def _root(checkpoint: Checkpoint) -> str | None:
     return "model" if any(edge.startswith(_LAYERS) for edge in edges) else "checkpoint"
 
 
+def _goes_by_name(checkpoint: Checkpoint) -> bool:
+    """Whether the optimizer's groups list their parameters by name."""
+    leaves = walk(checkpoint.residue.root) if checkpoint.residue else ()
+    return any(isinstance(leaf, str) for path, leaf in leaves if len(path) > 1 and path[-2] == "params")
+
+
 def _in_words(checkpoint: Checkpoint) -> str:
     kind = "a training run" if checkpoint.optimizers else "weights without an optimizer"
+    if checkpoint.is_skeleton:
+        return "the description of a training run, without its values"
     return f"{kind} ({checkpoint.provenance.evidence})" if checkpoint.provenance.evidence else kind
 
 
-def _findings(checkpoint: Checkpoint) -> list[str]:
-    found: list[str] = []
-    progress, optimizers = checkpoint.progress, checkpoint.optimizers
-    if not optimizers:
-        found.append("There is no optimizer in the file: whoever goes on from it starts its moments at zero.")
-    for optimizer in optimizers:
-        found += _of_optimizer(optimizer)
-    if isinstance(progress.epochs, Unknown) and progress.epochs.candidates:
-        readings = " or ".join(f"{c.value} ({c.condition})" for c in progress.epochs.candidates)
-        found.append(
-            f"How many epochs are done is ambiguous: {readings}. Whoever starts the loop at the wrong one "
-            "repeats an epoch or leaves one out."
-        )
-    for schedule in checkpoint.schedules:
-        position = schedule.position
-        if isinstance(position, Unknown):
-            found.append(f"Where the learning-rate schedule stands is not in the file: {position.reason}.")
-        elif checkpoint.provenance.format == "pytorch":
-            found.append(
-                "The learning-rate schedule has a counter of its own, in the scheduler's state: without "
-                "scheduler.load_state_dict(...) it starts over, whatever the optimizer's step is."
-            )
-    return [*found, *checkpoint.oddities]
-
-
-def _of_optimizer(optimizer: Optimizer) -> list[str]:
-    found = []
-    if optimizer.param_order == "declaration-order":
-        found.append(
-            f"The state of '{optimizer.name}' is kept by position, without names: it is right only for an "
-            "optimizer that gets the same parameters in the same order. torch checks neither."
-        )
-    if optimizer.param_order == "unknown":
-        found.append(f"Which parameter each state of '{optimizer.name}' belongs to is not in the file.")
-    if optimizer.param_steps:
-        low, high = min(optimizer.param_steps.values()), max(optimizer.param_steps.values())
-        found.append(
-            f"The parameters of '{optimizer.name}' have had {low} to {high} updates, not all the same."
-        )
-    return found
-
-
-def _mends(checkpoint: Checkpoint, kind: KindOfFile | None, path: str) -> list[Mend]:
-    mends = []
-    best = (
-        next((r for r in kind.restores if r.step == r.weights == r.state == "restored"), None)
-        if kind
-        else None
-    )
+def _mends(checkpoint: Checkpoint, kind: KindOfFile | None, path: Path) -> Iterator[Mend]:
+    best = next((restore for restore in kind.restores if restore.whole), None) if kind else None
     if best is not None:
-        mends.append(Mend(text=f"In {best.framework}, this call brings all of it back.", command=best.call))
+        yield Mend(
+            text=f"In {best.framework}, this brings all of it back:",
+            command=best.call.replace("PATH", json.dumps(_restorable(checkpoint, path))),
+        )
+    if checkpoint.is_skeleton:
+        return
     unknown = isinstance(checkpoint.progress.step, Unknown)
-    for framework in kind.goes_on_in if kind is not None else ():
-        recipe = recipe_for(framework)
-        command = f"ckptconv convert {shlex.quote(path)} {recipe.target} --template {recipe.template}"
-        mends.append(
-            Mend(
-                text=f"To go on in {recipe.label}: save a fresh model and optimizer once, then convert.",
-                code=recipe.code,
-                command=f"mkdir -p {recipe.directory} && {command}{' --set step=N' if unknown else ''}",
-            )
+    several = len(checkpoint.optimizers) > 1
+    for framework in () if several else _others(checkpoint, kind):
+        yield _conversion(framework, checkpoint, path, unknown=unknown)
+    if unknown and checkpoint.optimizers:
+        yield Mend(
+            text="If you know the step (from a log, a file name, or updates per epoch times epochs), say it "
+            "once in place of N and keep the result:",
+            command=f"ckptconv convert {shlex.quote(str(path))} {shlex.quote(path.name)}.neutral "
+            "--to neutral --set step=N",
         )
+
+
+def _others(checkpoint: Checkpoint, kind: KindOfFile | None) -> tuple[str, ...]:
+    """The frameworks that a conversion is of use for."""
+    if kind is not None:
+        return kind.goes_on_in
+    own = {optimizer.framework for optimizer in checkpoint.optimizers}
+    return tuple(name for name in frameworks() if own and name not in own)
+
+
+def _restorable(checkpoint: Checkpoint, path: Path) -> str:
+    """The path that the framework's call takes."""
+    if checkpoint.provenance.format == "tensorflow" and not is_saved_model(path):
+        return str(locate(path).prefix)
+    return str(path)
+
+
+def _conversion(framework: str, checkpoint: Checkpoint, path: Path, *, unknown: bool) -> Mend:
+    """The lines and the command that carry the run, or its weights, into a framework."""
+    recipe = recipe_for(framework)
+    code, arguments, notes = recipe.code, ["--template", recipe.template], []
+    if any(optimizer.param_order == "unknown" for optimizer in checkpoint.optimizers):
+        code = (*_DESCRIBED, *code)
+        arguments += ["--source-spec", "described.json"]
+        notes.append("which state belongs to which weight, the program that wrote the file has to describe")
+    if classes := _classes(checkpoint):
+        arguments += ["--set", "optimizer=CLASS"]
+        notes.append(f"CLASS is the optimizer, which the file does not tell: {' or '.join(classes)}")
     if unknown:
-        mends.append(
-            Mend(
-                text="The step is not in the file. If you know it (from a log, a file name, or updates per "
-                "epoch times epochs), say it once and keep the result.",
-                command=f"ckptconv convert {shlex.quote(path)} {shlex.quote(Path(path).name)}.neutral "
-                "--to neutral --set step=N",
-            )
-        )
-    return mends
+        arguments += ["--set", "step=N"]
+        notes.append("N is the number of updates that were done")
+    if checkpoint.schedules:
+        arguments += ["--allow", "schedule-unsupported"]
+        notes.append("leave --allow schedule-unsupported out if the new optimizer follows the same schedule")
+    if not checkpoint.optimizers:
+        arguments += ["--allow", "slots-missing"]
+        notes.append("the optimizer begins anew")
+    what = "To go on" if checkpoint.optimizers else "To use the weights"
+    said = "".join(f"; {note}" for note in notes)
+    command = f"ckptconv convert {shlex.quote(str(path))} {recipe.target} {shlex.join(arguments)}"
+    return Mend(
+        text=f"{what} in {recipe.label}, save a fresh model and optimizer once, then convert{said}:",
+        code=code,
+        command=f"mkdir -p {recipe.directory} && {command}",
+    )
+
+
+def _classes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The optimizers that the state may be of, where it may be of several."""
+    several = (o.algorithm_candidates for o in checkpoint.optimizers if len(o.algorithm_candidates) > 1)
+    return next(several, ())
 
 
 def said(fact: Fact) -> str:
     """Whether a step is in the file, in a sentence."""
     if isinstance(fact, Known):
         if fact.status == "derived":
-            return f"It is not in the file as a number, but follows from it: {fact.value} ({fact.formula})."
+            return f"Not as a number, but it follows from what is there: {fact.value} ({fact.formula})."
         if fact.status == "supplied":
-            return f"The file tells it beside its own content: {fact.value}, in {fact.source}."
-        return f"It is in the file: {fact.value}, under the name {fact.source}."
+            return f"Not in the file's own content, but beside it: {fact.value}, from {fact.source}."
+        return f"Yes: {fact.value}, under the name {fact.source}."
     if isinstance(fact, Absent):
         return f"There is none: {fact.reason}." if fact.reason else "There is none."
     readings = [f"{c.value} ({c.source}: {c.condition})" for c in fact.candidates]
     maybe = f" It may be {' or '.join(readings)}." if readings else ""
-    return f"It is not in the file: {fact.reason}.{maybe}"
+    return f"No: {fact.reason}.{maybe}"
 
 
 def to_json(diagnosis: Diagnosis) -> dict[str, Json]:

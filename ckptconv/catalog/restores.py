@@ -1,8 +1,9 @@
 """What each framework's restoring calls do with each kind of file: measured, one row each.
 
-`data/restores.json` says for a kind of file which calls bring back step, weights and optimizer state, which
+`data/restores/` says for a kind of file which calls bring back step, weights and optimizer state, which
 leave them as they were or put them in the wrong place, and what the caller is told. Every row is measured
-again by a test that runs the real framework.
+again by a test that runs the real framework. `data/templates.json` has the lines that make the template of a
+conversion.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from ckptconv.catalog.loading import Record, load
+from ckptconv.catalog.loading import Record, load, names
 
 _OUTCOMES: Mapping[str, tuple[str, ...]] = {
     "step": ("restored", "zero", "refused", "absent"),
@@ -19,7 +20,7 @@ _OUTCOMES: Mapping[str, tuple[str, ...]] = {
     "state": ("restored", "zero", "wrong"),
     "signal": ("none", "warning", "later", "error"),
 }
-"""`kept`: as before the call; `absent`: the file has none; `later`: in a log, when it is too late."""
+"""`kept`: as before the call; `absent`: file or program has none; `later`: in a log, when it is too late."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,11 @@ class Restore:
     signal: str
     why: str
 
+    @property
+    def whole(self) -> bool:
+        """Whether everything that there is comes back."""
+        return self.step in ("restored", "absent") and self.weights == self.state == "restored"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindOfFile:
@@ -46,12 +52,14 @@ class KindOfFile:
     what: str
     format: str
     dialects: tuple[str, ...]
-    root: str | None
-    """What the root of an object graph is: `checkpoint` or `model`; None where there is no graph."""
+    variant: str | None
+    """What tells files of one dialect apart, as `doctor` finds it: of a TensorFlow checkpoint what it begins
+    with (`checkpoint`, `model`, or the folder of a `saved-model`), of a `dcp` folder whether optimizer state
+    goes `by-name` or `by-number`, of weights whether they are in `shards`."""
     optimizer: bool
     """Whether it holds an optimizer's state."""
-    step: bool
-    """Whether the optimizer's state has a step."""
+    step: bool | None
+    """Whether a step is recorded for an optimizer; None where the calls do not care."""
     restores: tuple[Restore, ...]
     goes_on_in: tuple[str, ...]
     """Frameworks for which a conversion is what helps."""
@@ -70,13 +78,24 @@ class TemplateRecipe:
 
 
 @cache
-def _tables() -> tuple[tuple[KindOfFile, ...], Mapping[str, TemplateRecipe]]:
-    record = load("restores.json")
+def kinds_of_file() -> tuple[KindOfFile, ...]:
+    """Every kind that was measured."""
+    kinds: list[KindOfFile] = []
+    for name in names("restores"):
+        record = load(f"restores/{name}.json")
+        record.text("source")
+        kinds += (_kind(kind, entry) for kind, entry in record.records("files"))
+        record.close()
+    return tuple(kinds)
+
+
+@cache
+def _recipes() -> Mapping[str, TemplateRecipe]:
+    record = load("templates.json")
     record.text("source")
-    kinds = tuple(_kind(name, entry) for name, entry in record.records("files"))
     recipes = {name: _recipe(name, entry) for name, entry in record.records("templates")}
     record.close()
-    return kinds, recipes
+    return recipes
 
 
 def _kind(name: str, entry: Record) -> KindOfFile:
@@ -85,9 +104,9 @@ def _kind(name: str, entry: Record) -> KindOfFile:
         what=entry.text("what"),
         format=entry.text("format"),
         dialects=entry.texts("dialects"),
-        root=entry.optional_text("root"),
+        variant=entry.optional_text("variant"),
         optimizer=entry.flag("optimizer", True),
-        step=entry.flag("step", True),
+        step=entry.flag("step", True) if entry.has("step") else None,
         restores=tuple(_restore(call, row) for call, row in entry.records("calls")),
         goes_on_in=entry.texts("goes_on_in"),
     )
@@ -121,24 +140,27 @@ def _recipe(name: str, entry: Record) -> TemplateRecipe:
     return recipe
 
 
-def kinds_of_file() -> tuple[KindOfFile, ...]:
-    return _tables()[0]
+def frameworks() -> tuple[str, ...]:
+    """Those that somebody goes on in after a conversion."""
+    return tuple(_recipes())
 
 
 def recipe_for(framework: str) -> TemplateRecipe:
-    return _tables()[1][framework]
+    """How its template is made."""
+    return _recipes()[framework]
 
 
 def kind_of_file(
-    format_: str, dialect: str, *, root: str | None, optimizer: bool, step: bool
+    format_: str, dialect: str, *, variant: str | None, optimizer: bool, step: bool
 ) -> KindOfFile | None:
     """The row for a file; None where no call on such a file was measured."""
     for kind in kinds_of_file():
         if (
             kind.format == format_
             and dialect in kind.dialects
-            and kind.root == root
-            and (kind.optimizer, kind.step) == (optimizer, step)
+            and kind.variant == variant
+            and kind.optimizer == optimizer
+            and kind.step in (step, None)
         ):
             return kind
     return None

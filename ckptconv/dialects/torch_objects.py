@@ -47,6 +47,10 @@ def _problem(path: Path) -> Problem:
     )
 
 
+NAMES_CODE = "The pickle names"
+"""How the sentence begins that `named_code` says."""
+
+
 def named_code(root: Node) -> tuple[str, ...]:
     """A sentence about the globals in a pickle that `torch.load(weights_only=True)` refuses, if any."""
     names = {node.name if isinstance(node, Opaque) else node.kind for node in containers(root)}
@@ -55,6 +59,6 @@ def named_code(root: Node) -> tuple[str, ...]:
         return ()
     more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
     return (
-        f"The pickle names {', '.join(foreign[:_SHOWN])}{more}, which Python's unpickler would call. "
+        f"{NAMES_CODE} {', '.join(foreign[:_SHOWN])}{more}, which Python's unpickler would call. "
         "Here it is data, and nothing runs.",
     )

@@ -186,7 +186,6 @@ def _epochs(reading: _Reading) -> Fact:
         reading.lifter.take(counter.path, address, **counter.how)
         return Known(value=0, source=key)
     reading.lifter.take(counter.path, address, **counter.how, raw=value)
-    reading.oddities.append(f"'{key}' is {value}: it may count finished epochs or name the last one.")
     plan = ", or the planned total" if key == "epochs" else ""
     return Unknown(
         reason=f"a plain loop's '{key}' may count finished epochs or name the last one{plan}",

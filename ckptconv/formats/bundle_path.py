@@ -172,6 +172,11 @@ def saved_model_prefix(directory: Path) -> Path | None:
     return directory / _VARIABLES / _VARIABLES if (directory / _SAVED_MODEL).is_file() else None
 
 
+def is_saved_model(path: Path) -> bool:
+    """Whether a path means the variables of a SavedModel: its directory, or the prefix in it."""
+    return saved_model_prefix(path) is not None or saved_model_prefix(path.parent.parent) == prefix_of(path)
+
+
 def _in_directory(directory: Path) -> Located:
     prefix = saved_model_prefix(directory)
     if prefix is not None and index_path(prefix).is_file():

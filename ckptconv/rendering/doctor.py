@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.text import Text
 
+from ckptconv.catalog.restores import Restore
 from ckptconv.doctor import Diagnosis, Mend, said
 from ckptconv.rendering.text import Rows, View, clean, heading
 
-_STYLES: Mapping[str, str] = {
-    "restored": "green",
-    "zero": "bold red",
-    "kept": "bold red",
-    "wrong": "bold red",
-    "refused": "yellow",
-    "absent": "",
+_STEP: Mapping[str, str] = {
+    "restored": "the step comes back",
+    "zero": "the step stays 0",
+    "absent": "there is no step to come back",
 }
-_STEP = {"restored": "restored", "zero": "stays 0", "refused": "refused", "absent": "none kept"}
-_WEIGHTS = {"restored": "restored", "kept": "not restored"}
-_STATE = {"restored": "restored", "zero": "starts anew", "wrong": "WRONG PLACE"}
-_SIGNAL = {"none": "nothing", "warning": "a warning", "later": "a late log line", "error": "an error"}
+_WEIGHTS: Mapping[str, str] = {"restored": "the weights come back", "kept": "the weights do not come back"}
+_STATE: Mapping[str, str] = {
+    "restored": "the optimizer's state comes back",
+    "zero": "the optimizer's state begins anew",
+    "wrong": "the optimizer's state lands IN THE WRONG PLACE",
+}
+_SIGNAL: Mapping[str, str] = {
+    "none": "You are told nothing.",
+    "warning": "You are told in a warning.",
+    "later": "You are told in the log alone, when the program deletes what restore() returned.",
+}
+_STATE_IS = "The optimizer's state: what it keeps for each weight, such as the averages (moments) of Adam."
 
 
 def doctor_view(diagnosis: Diagnosis) -> list[View]:
-    """The step, the calls that restore it or not, what else may go wrong, and what to do."""
+    """Whether the step is in the file, which calls bring it back, what else may go wrong, and what to do."""
     views: list[View] = [
         Text.assemble((clean(diagnosis.source), "bold"), f": {clean(diagnosis.what)}"),
         Text(),
-        Text.assemble(("The step: ", "bold"), clean(said(diagnosis.step))),
+        Text.assemble(("Is the step in this file? ", "bold"), clean(said(diagnosis.step))),
         *(
-            Text.assemble("  of ", (clean(name), "cyan"), f": {clean(said(s))}")
-            for name, s in diagnosis.steps
+            Text.assemble("  Of ", (clean(name), "cyan"), f": {clean(said(step))}")
+            for name, step in diagnosis.steps
         ),
     ]
-    if diagnosis.restores:
-        views += [Text(), heading("What restores it, and what does not"), _table(diagnosis)]
-        views += [Text(), heading("Why")]
-        views += [
-            Text.assemble(f"  {number}  ", clean(restore.why))
-            for number, restore in enumerate(diagnosis.restores, 1)
-        ]
+    whole = [restore for restore in diagnosis.restores if restore.whole]
+    rest = [restore for restore in diagnosis.restores if not restore.whole]
+    if whole:
+        views += [Text(), heading("What brings all of it back"), _rows(whole)]
+    if rest:
+        views += [Text(), heading("What loses some of it"), _rows(rest), Text(f"  {_STATE_IS}", style="dim")]
     if diagnosis.findings:
         views += [Text(), heading("Worth knowing")]
-        views += [Text(f"  -  {clean(finding)}") for finding in diagnosis.findings]
+        views.append(_list(("-", Text(clean(finding))) for finding in diagnosis.findings))
     if diagnosis.mends:
         views += [Text(), heading("What to do")]
         for mend in diagnosis.mends:
@@ -51,20 +56,40 @@ def doctor_view(diagnosis: Diagnosis) -> list[View]:
     return views
 
 
-def _table(diagnosis: Diagnosis) -> Rows:
-    titles = ("", "where", "call", "step", "weights", "optimizer state", "you are told")
-    rows = Rows(styles=("", "cyan", "", "", "", "", ""), titles=titles, indent=2)
-    for number, restore in enumerate(diagnosis.restores, 1):
-        rows.add(
-            str(number),
-            restore.framework,
-            restore.call,
-            Text(_STEP[restore.step], style=_STYLES[restore.step]),
-            Text(_WEIGHTS[restore.weights], style=_STYLES[restore.weights]),
-            Text(_STATE[restore.state], style=_STYLES[restore.state]),
-            _SIGNAL[restore.signal],
+def _rows(restores: Iterable[Restore]) -> Rows:
+    """Where, the call, what comes of it, and why, each on a line."""
+    return _list(row for restore in restores for row in _restore(restore))
+
+
+def _restore(restore: Restore) -> list[tuple[str, Text]]:
+    call = Text.assemble((clean(restore.framework), "cyan"), f":  {clean(restore.call)}")
+    return [
+        ("-", call),
+        ("", Text(f"{_outcome(restore)} {clean(restore.why)}".strip(), style=_style(restore))),
+    ]
+
+
+def _outcome(restore: Restore) -> str:
+    if restore.signal == "error":
+        touched = (
+            " Before that, part of the optimizer's state is overwritten." if restore.state == "wrong" else ""
         )
-    return rows
+        return f"It fails with an error.{touched}"
+    if restore.whole:
+        return "" if restore.signal != "later" else "The log warns all the same."
+    parts = (_STEP[restore.step], _WEIGHTS[restore.weights], _STATE[restore.state])
+    told = "; ".join(parts)
+    return f"{told[0].upper()}{told[1:]}. {_SIGNAL[restore.signal]}"
+
+
+def _style(restore: Restore) -> str:
+    if restore.whole:
+        return ""
+    return "yellow" if restore.signal == "error" else "red"
+
+
+def _list(rows: Iterable[tuple[str, Text]]) -> Rows:
+    return Rows(styles=("", ""), indent=2, whole=frozenset({0}), cells=list(rows))
 
 
 def _mend(mend: Mend) -> list[View]:

@@ -1,4 +1,4 @@
-"""Each restoring call of the catalog's table, made for real, and what it left behind."""
+"""The calls of Keras 2 and 3 in the catalog's table, made for real, and what they left behind."""
 
 from __future__ import annotations
 
@@ -13,18 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.restores.files import STEPS, Run, build, fresh, keras_of, slots
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the catalog says of a call."""
-
-    step: str
-    weights: str
-    state: str
-    signal: str
-
+from tests.restores.files import Run, build, fresh, keras_of, slots
+from tests.restores.outcome import REFUSED, STEPS, Outcome, state_is, weights_are
 
 Call = Callable[[Path, "Kept"], Run]
 
@@ -36,7 +26,7 @@ class Kept:
     status: Any = None
 
 
-def restore(generation: str, *, built: bool, roots: Mapping[str, str] | None = None) -> Call:
+def restore(generation: str, *, built: bool, roots: Mapping[str, str] | None = None, below: str = "") -> Call:
     """`tf.train.Checkpoint(...).restore`; `roots` gives the names, of model and optimizer by default."""
     names = roots or {"model": "model", "optimizer": "optimizer"}
 
@@ -45,7 +35,7 @@ def restore(generation: str, *, built: bool, roots: Mapping[str, str] | None = N
 
         run = fresh(generation, built=built)
         objects = {name: getattr(run, what) for name, what in names.items()}
-        kept.status = tf.train.Checkpoint(**objects).restore(str(path))
+        kept.status = tf.train.Checkpoint(**objects).restore(str(path / below))
         return run
 
     return call
@@ -72,9 +62,30 @@ def load_model(generation: str) -> Call:
 
     def call(path: Path, kept: Kept) -> Run:
         model = keras_of(generation).models.load_model(str(path))
-        return Run(model, model.optimizer)
+        return Run(model, getattr(model, "optimizer", None))
 
     return call
+
+
+def inference_layer(endpoint: str) -> Call:
+    """Keras 3's layer of a SavedModel; its variables, which have no order, are put in that of the model."""
+
+    def call(path: Path, kept: Kept) -> Run:
+        layer = keras_of("keras3").layers.TFSMLayer(str(path), call_endpoint=endpoint)
+        by_shape = {array.shape: array for array in layer.get_weights()}
+        order = [array.shape for array in fresh("keras3").model.get_weights()]
+        return Run(None, None, weights=[by_shape[shape] for shape in order])
+
+    return call
+
+
+def exported_weights(path: Path, kept: Kept) -> Run:
+    """`model.set_weights` from what `tf.saved_model.load` returns."""
+    import tensorflow as tf
+
+    run = fresh("keras3", built=True)
+    run.model.set_weights([variable.numpy() for variable in tf.saved_model.load(str(path)).variables])
+    return run
 
 
 MODEL_ONLY = {"model": "model"}
@@ -88,8 +99,8 @@ CALLS: Mapping[str, tuple[str, Call]] = {
     "legacy-into-new": ("checkpoint-legacy", restore("tf_keras", built=True)),
     "legacy-into-keras3": ("checkpoint-legacy", restore("keras3", built=True)),
     "legacy-load-weights-keras3": ("checkpoint-legacy", load_weights("keras3")),
-    "no-optimizer-tf-keras": ("checkpoint-legacy-unstepped", restore("tf_keras", built=True)),
-    "no-optimizer-keras3": ("checkpoint-legacy-unstepped", restore("keras3", built=True)),
+    "no-optimizer-tf-keras": ("checkpoint-without-optimizer", restore("tf_keras", built=True)),
+    "no-optimizer-keras3": ("checkpoint-without-optimizer", restore("keras3", built=True)),
     "tf-keras-same": ("checkpoint-tf-keras", restore("tf_keras", built=True)),
     "tf-keras-unbuilt": ("checkpoint-tf-keras", restore("tf_keras", built=False)),
     "tf-keras-renamed": ("checkpoint-tf-keras", restore("tf_keras", built=True, roots=RENAMED)),
@@ -111,7 +122,50 @@ CALLS: Mapping[str, tuple[str, Call]] = {
         "weights-prefix-legacy",
         load_weights("tf_keras_legacy", compiled=False, compile_after=True),
     ),
+    "prefix-as-checkpoint": ("weights-prefix-legacy", restore("tf_keras_legacy", built=True)),
     "prefix-load-weights-keras3": ("weights-prefix-legacy", load_weights("keras3")),
+    "keras3-no-optimizer": ("checkpoint-keras3-without-optimizer", restore("keras3", built=True)),
+    "keras3-no-optimizer-tf-keras": ("checkpoint-keras3-without-optimizer", restore("tf_keras", built=True)),
+    "new-prefix-compiled": ("weights-prefix-tf-keras", load_weights("tf_keras")),
+    "new-prefix-uncompiled": ("weights-prefix-tf-keras", load_weights("tf_keras", compiled=False)),
+    "new-prefix-compile-after": (
+        "weights-prefix-tf-keras",
+        load_weights("tf_keras", compiled=False, compile_after=True),
+    ),
+    "new-prefix-in-legacy": ("weights-prefix-tf-keras", load_weights("tf_keras_legacy")),
+    "new-prefix-as-checkpoint": ("weights-prefix-tf-keras", restore("tf_keras", built=True)),
+    "new-prefix-load-weights-keras3": ("weights-prefix-tf-keras", load_weights("keras3")),
+    "bare-prefix-load-weights": ("weights-prefix-without-optimizer", load_weights("tf_keras", built=True)),
+    "bare-prefix-load-weights-keras3": ("weights-prefix-without-optimizer", load_weights("keras3")),
+    "saved-legacy-load-weights": ("saved-model-legacy", load_weights("tf_keras_legacy")),
+    "saved-legacy-load-model": ("saved-model-legacy", load_model("tf_keras")),
+    "saved-legacy-load-model-keras3": ("saved-model-legacy", load_model("keras3")),
+    "saved-legacy-inference-layer": ("saved-model-legacy", inference_layer("serving_default")),
+    "saved-new-load-weights": ("saved-model-tf-keras", load_weights("tf_keras")),
+    "saved-new-load-model": ("saved-model-tf-keras", load_model("tf_keras")),
+    "saved-new-load-model-keras3": ("saved-model-tf-keras", load_model("keras3")),
+    "saved-new-inference-layer": ("saved-model-tf-keras", inference_layer("serving_default")),
+    "saved-bare-load-model": ("saved-model-without-optimizer", load_model("tf_keras")),
+    "saved-bare-load-model-keras3": ("saved-model-without-optimizer", load_model("keras3")),
+    "export-weights": ("saved-model-export", exported_weights),
+    "export-inference-layer": ("saved-model-export", inference_layer("serve")),
+    "export-load-model": ("saved-model-export", load_model("keras3")),
+    "export-as-checkpoint": (
+        "saved-model-export",
+        restore("keras3", built=True, below="variables/variables"),
+    ),
+    "shards-unbuilt": ("weights-h5-shards", load_weights("keras3")),
+    "shards-built": ("weights-h5-shards", load_weights("keras3", built=True)),
+    "shards-tf-keras": ("weights-h5-shards", load_weights("tf_keras", built=True)),
+    "tf-weights-h5-unbuilt": ("weights-h5-tf-keras", load_weights("tf_keras")),
+    "tf-weights-h5-built": ("weights-h5-tf-keras", load_weights("tf_keras", built=True)),
+    "tf-weights-h5-legacy": ("weights-h5-tf-keras", load_weights("tf_keras_legacy", built=True)),
+    "tf-weights-h5-keras3": ("weights-h5-tf-keras", load_weights("keras3", built=True)),
+    "bare-weights-h5-keras3": ("weights-h5-without-optimizer", load_weights("keras3", built=True)),
+    "bare-weights-h5-tf-keras": ("weights-h5-without-optimizer", load_weights("tf_keras", built=True)),
+    "bare-archive-load-model": ("archive-without-optimizer", load_model("keras3")),
+    "h5-weights-tf-keras": ("h5-weights", load_weights("tf_keras", built=True)),
+    "h5-weights-keras3": ("h5-weights", load_weights("keras3", built=True)),
     "weights-h5-unbuilt": ("weights-h5-keras3", load_weights("keras3")),
     "weights-h5-built": ("weights-h5-keras3", load_weights("keras3", built=True)),
     "weights-h5-tf-keras": ("weights-h5-keras3", load_weights("tf_keras", built=True)),
@@ -164,17 +218,16 @@ def observed(name: str, path: Path, saved: Run) -> Outcome:
     kept = Kept()
     with _listening() as log, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        before = [np.array(v) for v in fresh("keras3", 1).model.get_weights()]
         try:
             run = call(path, kept)
         except Exception:  # whatever class the framework has for a refusal
-            return Outcome("refused", "kept", "zero", "error")
+            return REFUSED
         at_once = [*log.lines, *(str(warning.message) for warning in caught)]
-        step = int(np.array(run.optimizer.iterations))
-        weights = [np.array(v) for v in run.model.get_weights()]
-        if not slots(run):
+        step = 0 if run.optimizer is None else int(np.array(run.optimizer.iterations))
+        weights = run.weights or [np.array(v) for v in run.model.get_weights()]
+        if run.optimizer is not None and not slots(run):
             build(run)
-        state = slots(run)
+        state = [] if run.optimizer is None else slots(run)
         log.lines.clear()
         kept.status = None
         del run
@@ -183,25 +236,10 @@ def observed(name: str, path: Path, saved: Run) -> Outcome:
     assert step in (0, STEPS)
     return Outcome(
         step="restored" if step else "zero",
-        weights=_weights(weights, saved, before),
-        state=_state(state, saved.slots),
+        weights=weights_are(weights, saved.weights),
+        state=state_is(state, saved.slots),
         signal=_signal(at_once, later),
     )
-
-
-def _weights(found: list[np.ndarray], saved: Run, before: list[np.ndarray]) -> str:
-    if all(np.array_equal(a, b) for a, b in zip(found, saved.weights, strict=True)):
-        return "restored"
-    kernels = [position for position, array in enumerate(before) if array.ndim > 1]
-    assert not any(np.array_equal(found[i], saved.weights[i]) for i in kernels)
-    return "kept"
-
-
-def _state(found: list[np.ndarray], saved: list[np.ndarray]) -> str:
-    same = [np.array_equal(a, b) for a, b in zip(found, saved, strict=False)]
-    if saved and len(found) == len(saved) and all(same):
-        return "restored"
-    return "wrong" if any(array.any() for array in found) else "zero"
 
 
 def _signal(at_once: list[str], later: list[str]) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from tests.restores.outcome import STEPS
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-STEPS = 8
 X = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(16, 4)).astype(np.float32)
 
@@ -77,15 +78,17 @@ def trained(generation: str, steps: int = STEPS) -> Run:
 
 
 def slots(run: Run) -> list[np.ndarray]:
-    """Adam's first moments and then its second ones, in the model's order; empty where there are none."""
+    """Adam's first moments and then its second ones, in the model's order; SGD's momentum; else nothing."""
     optimizer = run.optimizer
     if hasattr(optimizer, "get_slot"):
         if not optimizer.weights[1:]:
             return []
         trained = run.model.trainable_variables
-        return [np.array(optimizer.get_slot(v, slot)) for slot in ("m", "v") for v in trained]
+        return [optimizer.get_slot(v, slot).numpy() for slot in ("m", "v") for v in trained]
     if hasattr(optimizer, "_momentums"):
-        return [np.array(v) for v in (*optimizer._momentums, *optimizer._velocities)]
+        return [v.numpy() for v in (*optimizer._momentums, *optimizer._velocities)]
+    if hasattr(optimizer, "momentums"):
+        return [v.numpy() for v in optimizer.momentums]
     return []
 
 
@@ -114,31 +117,62 @@ def weights_prefix(generation: str) -> Callable[[Path], tuple[Path, Run]]:
     return make
 
 
-def saved(generation: str, name: str, method: str = "save") -> Callable[[Path], tuple[Path, Run]]:
-    """A file of Keras' own."""
+def saved(
+    generation: str, name: str, method: str = "save", **options: Any
+) -> Callable[[Path], tuple[Path, Run]]:
+    """A file or folder of Keras' own."""
 
     def make(here: Path) -> tuple[Path, Run]:
         run = trained(generation)
-        getattr(run.model, method)(str(here / name))
+        getattr(run.model, method)(str(here / name), **options)
         return here / name, run
+
+    return make
+
+
+def bare(
+    generation: str, name: str, method: str = "save", **options: Any
+) -> Callable[[Path], tuple[Path, Run]]:
+    """The same of a model that was not compiled; `checkpoint` is `tf.train.Checkpoint(model=)`."""
+
+    def make(here: Path) -> tuple[Path, Run]:
+        run, model = trained(generation), fresh(generation, 2).model
+        model.set_weights(run.weights)
+        if method == "checkpoint":
+            import tensorflow as tf
+
+            tf.train.Checkpoint(model=model).write(str(here / name))
+        else:
+            getattr(model, method)(str(here / name), **options)
+        return here / name, Run(model, None, run.weights)
 
     return make
 
 
 FILES: Mapping[str, Callable[[Path], tuple[Path, Run]]] = {
     "checkpoint-legacy": checkpoint("tf_keras_legacy"),
-    "checkpoint-legacy-unstepped": checkpoint("tf_keras_legacy", 0),
+    "checkpoint-without-optimizer": checkpoint("tf_keras_legacy", 0),
+    "checkpoint-keras3-without-optimizer": bare("keras3", "ckpt", "checkpoint"),
     "checkpoint-tf-keras": checkpoint("tf_keras"),
     "checkpoint-keras3": checkpoint("keras3"),
     "weights-prefix-legacy": weights_prefix("tf_keras_legacy"),
     "weights-prefix-tf-keras": weights_prefix("tf_keras"),
+    "weights-prefix-without-optimizer": bare("tf_keras", "weights", "save_weights"),
+    "saved-model-legacy": saved("tf_keras_legacy", "saved", save_format="tf"),
+    "saved-model-tf-keras": saved("tf_keras", "saved", save_format="tf"),
+    "saved-model-without-optimizer": bare("tf_keras", "saved", save_format="tf"),
+    "saved-model-export": saved("keras3", "exported", "export", verbose=False),
     "weights-h5-keras3": saved("keras3", "run.weights.h5", "save_weights"),
+    "weights-h5-shards": saved("keras3", "run.weights.json", "save_weights", max_shard_size=1e-6),
+    "weights-h5-tf-keras": saved("tf_keras", "run.weights.h5", "save_weights"),
+    "weights-h5-without-optimizer": bare("keras3", "run.weights.h5", "save_weights"),
+    "archive-without-optimizer": bare("keras3", "run.keras"),
     "archive-keras3": saved("keras3", "run.keras"),
     "h5-keras3": saved("keras3", "run.h5"),
     "h5-tf-keras": saved("tf_keras", "run.h5"),
     "h5-legacy": saved("tf_keras_legacy", "run.h5"),
-    "weights-only-h5": saved("tf_keras", "run.weights.only.h5", "save_weights"),
+    "h5-weights": saved("tf_keras", "weights.h5", "save_weights"),
     "archive-tf-keras": saved("tf_keras", "run.keras"),
     "archive-legacy": saved("tf_keras_legacy", "run.keras"),
 }
-"""What a file is called here -> how it is made."""
+"""Kind of file, in the catalog's words -> how it is made."""
