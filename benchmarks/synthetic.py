@@ -127,7 +127,7 @@ class _Graph:
     def edge(self, parent: int, name: str, child: int | None = None) -> int:
         """The child, which is a new object unless it is given."""
         child = self.node() if child is None else child
-        self._edges[parent].append(Edge(child, name))
+        self._edges[parent].append(Edge(name, child))
         return child
 
     def variable(self, path: tuple[str, ...], full_name: str, tensor: TensorRef, node: int) -> int:

@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import TypeVar, cast
 
 from ckptconv.tensor import TensorRef
+
+T = TypeVar("T")
 
 Scalar = None | bool | int | float | complex | str | bytes
 
@@ -114,6 +117,13 @@ class RawTree:
     """The JSON text of the embedded note, if the container carries one."""
     location: str = ""
     """Where it was read from, for messages."""
+    _known: dict[object, object] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, work: Callable[[RawTree], T]) -> T:
+        """What `work` makes of the tree, which is done once: dialects in turn look for the same in it."""
+        if work not in self._known:
+            self._known[work] = work(self)
+        return cast("T", self._known[work])
 
 
 def is_tensor(node: Node) -> bool:

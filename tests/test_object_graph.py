@@ -26,8 +26,8 @@ from ckptconv.formats.object_graph import (
 
 GRAPH = ObjectGraph(
     nodes=(
-        Node(children=(Edge(1, "model"), Edge(3, "opt"), Edge(2, "alias"))),
-        Node(children=(Edge(2, "kernel"),), registered_saver=RegisteredSaver(name="a", object_name="b")),
+        Node(children=(Edge("model", 1), Edge("opt", 3), Edge("alias", 2))),
+        Node(children=(Edge("kernel", 2),), registered_saver=RegisteredSaver(name="a", object_name="b")),
         Node(
             attributes=(
                 Attribute(name="VARIABLE_VALUE", full_name="dense/kernel", checkpoint_key="model/kernel"),
@@ -35,7 +35,7 @@ GRAPH = ObjectGraph(
             has_checkpoint_values=True,
         ),
         Node(
-            children=(Edge(0, "back"), Edge(4, "deep")),
+            children=(Edge("back", 0), Edge("deep", 4)),
             slot_variables=(SlotVariable(original=2, name="m", slot=4),),
             has_checkpoint_values=False,
         ),
@@ -50,7 +50,7 @@ graphs = st.builds(
     st.lists(
         st.builds(
             Node,
-            children=st.lists(st.builds(Edge, nodes, text), max_size=3).map(tuple),
+            children=st.lists(st.builds(Edge, text, nodes), max_size=3).map(tuple),
             attributes=st.lists(
                 st.builds(
                     Attribute, name=text, full_name=text, checkpoint_key=text, optional_restore=st.booleans()
@@ -82,7 +82,7 @@ def test_round_trip(graph: ObjectGraph) -> None:
 
 
 def test_wire_format() -> None:
-    node = Node(children=(Edge(0, "a"), Edge(300, "b")), has_checkpoint_values=True)
+    node = Node(children=(Edge("a", 0), Edge("b", 300)), has_checkpoint_values=True)
     assert ObjectGraph(nodes=(node,)).serialize() == bytes.fromhex(
         "0a11 0a03 120161 0a06 08ac02 120162 2a02 0801"
     )
@@ -106,8 +106,8 @@ def test_keys() -> None:
 
 def test_broken_references() -> None:
     for node in (
-        Node(children=(Edge(5, "far"),)),
-        Node(children=(Edge(-1, "far"),)),
+        Node(children=(Edge("far", 5),)),
+        Node(children=(Edge("far", -1),)),
         Node(slot_variables=(SlotVariable(original=0, name="far", slot=5),)),
         Node(slot_variables=(SlotVariable(original=5, name="far", slot=0),)),
     ):
@@ -128,7 +128,7 @@ def test_unknown_fields_are_refused() -> None:
 
 def test_a_long_chain_has_no_paths_of_quadratic_length() -> None:
     count = MAX_DEPTH + 3
-    chain = ObjectGraph(nodes=tuple(Node(children=(Edge(min(i + 1, count - 1), "n"),)) for i in range(count)))
+    chain = ObjectGraph(nodes=tuple(Node(children=(Edge("n", min(i + 1, count - 1)),)) for i in range(count)))
     with pytest.raises(CkptError) as caught:
         chain.paths()
     assert caught.value.problems[0].code == "limit-exceeded"

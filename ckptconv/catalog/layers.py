@@ -245,7 +245,7 @@ def _fitting(
     keys = _table().keys.get(framework, frozenset())
     if key not in keys:
         return ()
-    telling = {name: siblings[name] for name in keys if name in siblings}
+    telling = {name: size for name, size in siblings.items() if name in keys}
     if shape is not None:
         telling[key] = shape
     return _readings(framework, key, rank, tuple(telling.items()))

@@ -17,6 +17,10 @@ from ckptconv.tensor import TensorRef
 
 def graph_bytes(raw: RawTree) -> bytes | None:
     """The serialized object graph of a bundle; None in a name-based one."""
+    return raw.once(_graph_bytes)
+
+
+def _graph_bytes(raw: RawTree) -> bytes | None:
     if not isinstance(raw.root, DictNode):
         return None
     node = raw.root.get(OBJECT_GRAPH_KEY)
@@ -27,12 +31,16 @@ def graph_bytes(raw: RawTree) -> bytes | None:
 
 @lru_cache(maxsize=2)
 def graph_of_bytes(data: bytes) -> Graph:
-    """The object graph that these bytes are; each dialect that is asked sees the same one."""
+    """The object graph that these bytes are."""
     return Graph(ObjectGraph.parse(data))
 
 
 def graph_of(raw: RawTree) -> Graph | None:
     """The object graph of a bundle; None in a name-based one."""
+    return raw.once(_graph_of)
+
+
+def _graph_of(raw: RawTree) -> Graph | None:
     data = graph_bytes(raw)
     return None if data is None else graph_of_bytes(data)
 
@@ -99,7 +107,8 @@ def open_bundle(raw: RawTree) -> tuple[Bundle, bytes]:
             "This is no checkpoint of tf.train.Checkpoint; see it with 'ckptconv inspect --raw'.",
             loc=(OBJECT_GRAPH_KEY,),
         )
-    graph = graph_of_bytes(data)
+    graph = graph_of(raw)
+    assert graph is not None
     tensors = {
         key: node for key, node in raw.root.items if isinstance(key, str) and isinstance(node, TensorRef)
     }

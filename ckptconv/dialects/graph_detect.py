@@ -29,6 +29,10 @@ def survey(raw: RawTree) -> Survey | None:
 
     Raises: corrupt-file and others for an object graph that cannot be read.
     """
+    return raw.once(_survey)
+
+
+def _survey(raw: RawTree) -> Survey | None:
     graph = graph_of(raw)
     if graph is None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ckptconv.catalog import layers
 from ckptconv.document import Evidence, Layout
@@ -25,11 +26,18 @@ class Reading:
     """Every reading that fits, where there is more than one."""
 
 
-def read_layer(framework: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Reading]:
+def read_layer(framework: str, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Reading]:
     """The reading of each variable of one layer, by edge.
 
     `framework`: `keras3` or `tf_keras`. `shapes`: the variables that are children of the layer's node.
     """
+    return _read_layer(framework, tuple(shapes.items()))
+
+
+@lru_cache(maxsize=1024)
+def _read_layer(framework: str, variables: tuple[tuple[str, tuple[int, ...]], ...]) -> Mapping[str, Reading]:
+    """As above; a model repeats its layers, so that few are worked out."""
+    shapes = dict(variables)
     found = {edge: layers.candidates(framework, edge, shape, shapes) for edge, shape in shapes.items()}
     kinds = [
         frozenset(candidate.kind for candidate in candidates) for candidates in found.values() if candidates

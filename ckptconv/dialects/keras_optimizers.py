@@ -97,17 +97,21 @@ class OptimizerNode:
 @lru_cache(maxsize=2)
 def optimizer_nodes(graph: Graph) -> Mapping[int, tuple[str, ...]]:
     """Every optimizer, wrappers included, with the shortest path to it."""
-    paths: dict[int, tuple[str, ...]] = {0: ()}
-    found: dict[int, tuple[str, ...]] = {}
+    came: dict[int, tuple[int, str]] = {0: (0, "")}
     queue = deque([0])
     while queue:
         node = queue.popleft()
-        if node and _is_optimizer(graph, node):
-            found[node] = paths[node]
         for edge, child in graph.children[node]:
-            if child not in paths:
-                paths[child] = (*paths[node], edge)
+            if child not in came:
+                came[child] = node, edge
                 queue.append(child)
+    found = {}
+    for optimizer in (node for node in came if node and _is_optimizer(graph, node)):
+        node, path = optimizer, []
+        while node:
+            node, edge = came[node]
+            path.append(edge)
+        found[optimizer] = tuple(reversed(path))
     return found
 
 

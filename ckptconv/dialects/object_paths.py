@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter, deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 from ckptconv.formats.object_graph import VARIABLE_VALUE, ObjectGraph, escape
@@ -139,8 +139,8 @@ class Graph:
         children: list[tuple[Edge, ...]] = []
         variables: dict[int, Variable] = {}
         for number, node in enumerate(self.graph.nodes):
-            edges = tuple((edge.name, edge.node) for edge in node.children)
-            if numbered(name for name, _ in edges):
+            edges: tuple[Edge, ...] = node.children
+            if len(edges) > 1 and numbered(name for name, _ in edges):
                 edges = tuple(sorted(edges, key=lambda edge: (len(edge[0]), edge[0])))
             children.append(edges)
             for attribute in node.attributes:
@@ -255,11 +255,16 @@ def reach(graph: Graph, avoid: frozenset[int] = frozenset()) -> Reach:
     return Reach(graph, parents, tuple(order))
 
 
-def _preferred(edges: tuple[Edge, ...]) -> list[Edge]:
+def _preferred(edges: tuple[Edge, ...]) -> Sequence[Edge]:
     """Edges that a user wrote before those that Keras adds, each in the file's order."""
-    return sorted(
-        edges, key=lambda edge: 2 if _COUNTED.fullmatch(edge[0]) else 1 if _OWN.fullmatch(edge[0]) else 0
-    )
+    if len(edges) < 2:
+        return edges
+    return sorted(edges, key=lambda edge: 0 if edge[0].isdecimal() else _rank(edge[0]))
+
+
+@lru_cache(maxsize=4096)
+def _rank(edge: str) -> int:
+    return 2 if _COUNTED.fullmatch(edge) else 1 if _OWN.fullmatch(edge) else 0
 
 
 Item = TypeVar("Item", bound=Hashable)
@@ -293,7 +298,7 @@ class _Layers:
         parts: list[str] = []
         previous = ""
         for parent, edge in path:
-            if previous == "_operations" or _NUMBERED_LAYER.fullmatch(edge):
+            if previous == "_operations" or (edge.startswith("layer") and _NUMBERED_LAYER.fullmatch(edge)):
                 parts.append(self._names_in(parent)[edge])
             elif edge not in _STRUCTURAL:
                 bare = edge[1:] if edge.startswith("_") and len(edge) > 1 else edge

@@ -150,7 +150,7 @@ def _module(checkpoint: Checkpoint) -> RawTree:
             items.append((key, tree.values[number]))
             full_name = "/".join(paths[number])
             attributes = (Attribute(name=VARIABLE_VALUE, full_name=full_name, checkpoint_key=key),)
-        children = tuple(Edge(child, edge) for edge, child in edges.items())
+        children = tuple(Edge(edge, child) for edge, child in edges.items())
         nodes.append(Node(children=children, attributes=attributes, has_checkpoint_values=bool(attributes)))
     items.append((OBJECT_GRAPH_KEY, of_strings([ObjectGraph(nodes=tuple(nodes)).serialize()])))
     return RawTree(format="tensorflow", root=DictNode(items=tuple(items)), note=note_of(checkpoint, None))

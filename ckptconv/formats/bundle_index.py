@@ -15,6 +15,7 @@ Source: tensorflow v2.21 `core/protobuf/tensor_bundle.proto`, `core/util/tensor_
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterable
 from functools import lru_cache
@@ -36,6 +37,14 @@ PRODUCER = 1
 _MAX_RANK = 32
 _MAX_NBYTES = 2**63 - 1
 _MAX_SHARDS = 99_999
+_MOST_SPECS = 10_000
+_NUMBERS = re.compile(
+    rb"(?:\x18([\x80-\xff]{0,3}[\0-\x7f]))?(?:\x20(V))?(?:\x28(V))?\x35(.{4})".replace(
+        b"V", rb"[\x80-\xff]{0,8}[\0-\x7f]"
+    ),
+    re.DOTALL,
+)
+"""Shard, offset, size and checksum as every producer writes them; none of the numbers is negative."""
 _COPY_AGAIN = "Copy the file again."
 
 Slice = tuple[SliceExtent, ...]
@@ -76,12 +85,12 @@ def read_index(source: ByteSource) -> Index:
             "corrupt-file", f"the index has no header entry [{source.name}]", _COPY_AGAIN, loc=(source.name,)
         )
     num_shards, big_endian = _header(table[0][1], (source.name,))
-    parse = protos.decoder(protos.BundleEntryProto)
+    reading = _Entries(num_shards)
     entries: dict[bytes, Entry] = {}
     problems: list[Problem] = []
     for key, value in table[1:]:
         try:
-            entries[key] = _entry(parse(value), num_shards, key)
+            entries[key] = reading.entry(value, key)
         except DecodeError:
             problems.append(_problem("corrupt-file", f"{len(value)} bytes are no BundleEntryProto", key))
         except CkptError as error:
@@ -111,33 +120,94 @@ def _header(data: bytes, loc: Loc) -> tuple[int, bool]:
     return header.num_shards, header.endianness == 1
 
 
-def _entry(proto: protos.BundleEntryProto, num_shards: int, key: bytes) -> Entry:
-    protos.refuse_unknown(proto, protos.BundleEntryProto, (_text(key),))
-    shape_proto = proto.shape
-    shape = tuple([dim.size for dim in shape_proto.dim])
-    if shape_proto.unknown_rank or any(dim.name for dim in shape_proto.dim):
-        raise _refuse("unsupported-feature", "named dimensions or an unknown rank", key)
-    checked = checked_spec(proto.dtype, shape)
-    if isinstance(checked[1], str):
-        raise _refuse(checked[0], checked[1], key)
-    dtype, expected = checked
-    shard, offset, nbytes = proto.shard_id, proto.offset, proto.size
-    if proto.slices:
-        if shard or offset or nbytes or proto.crc32c:
-            raise _refuse("corrupt-file", "a partitioned variable has bytes of its own", key)
-        return Entry(dtype, shape, slices=tuple(slice_of(part, shape, key) for part in proto.slices))
-    if not 0 <= shard < num_shards:
-        raise _refuse("corrupt-file", f"shard {shard} of {num_shards}", key)
-    if offset < 0 or nbytes < 0 or (dtype.itemsize and nbytes != expected):
-        raise _refuse(
-            "corrupt-file",
-            f"{dtype.name}{list(shape)} needs {expected} bytes, {nbytes} at offset {offset} are stated",
-            key,
+class _Entries:
+    """Reads the entries of one index.
+
+    Most begin with the same bytes as one before, the fields of dtype and shape; of them the numbers behind
+    these are all that is read.
+    """
+
+    __slots__ = ("_num_shards", "_parse", "_specs")
+
+    def __init__(self, num_shards: int) -> None:
+        self._num_shards = num_shards
+        self._parse = protos.decoder(protos.BundleEntryProto)
+        self._specs: dict[bytes, tuple[DType, tuple[int, ...], int]] = {}
+
+    def entry(self, value: bytes, key: bytes) -> Entry:
+        """An entry from its message. Raises: DecodeError where it is none, and what `read_index` raises."""
+        head = value[: 4 + value[3]] if _begins_plain(value) else b""
+        numbers = _NUMBERS.fullmatch(value, len(head)) if head else None
+        if numbers is None:
+            return self._parsed(value, key)
+        spec = self._specs.get(head)
+        if spec is None:
+            entry = self._parsed(value, key)
+            if len(self._specs) < _MOST_SPECS:
+                self._specs[head] = entry.dtype, entry.shape, math.prod(entry.shape) * entry.dtype.itemsize
+            return entry
+        shard, offset, nbytes, crc32c = numbers.groups()
+        return self._placed(
+            *spec, _varint(shard), _varint(offset), _varint(nbytes), int.from_bytes(crc32c, "little"), key
         )
-    if dtype.itemsize == 0 and nbytes < math.prod(shape):
-        # An element's length is at least one byte.
-        raise _refuse("corrupt-file", f"{math.prod(shape)} elements in {nbytes} bytes", key)
-    return Entry(dtype, shape, shard, offset, nbytes, crc.unmask(proto.crc32c))
+
+    def _parsed(self, value: bytes, key: bytes) -> Entry:
+        proto = self._parse(value)
+        protos.refuse_unknown(proto, protos.BundleEntryProto, (_text(key),))
+        shape_proto = proto.shape
+        shape = tuple([dim.size for dim in shape_proto.dim])
+        if shape_proto.unknown_rank or any(dim.name for dim in shape_proto.dim):
+            raise _refuse("unsupported-feature", "named dimensions or an unknown rank", key)
+        checked = checked_spec(proto.dtype, shape)
+        if isinstance(checked[1], str):
+            raise _refuse(checked[0], checked[1], key)
+        if proto.slices:
+            if proto.shard_id or proto.offset or proto.size or proto.crc32c:
+                raise _refuse("corrupt-file", "a partitioned variable has bytes of its own", key)
+            slices = tuple(slice_of(part, shape, key) for part in proto.slices)
+            return Entry(checked[0], shape, slices=slices)
+        dtype, expected = checked
+        return self._placed(
+            dtype, shape, expected, proto.shard_id, proto.offset, proto.size, proto.crc32c, key
+        )
+
+    def _placed(
+        self,
+        dtype: DType,
+        shape: tuple[int, ...],
+        expected: int,
+        shard: int,
+        offset: int,
+        nbytes: int,
+        masked: int,
+        key: bytes,
+    ) -> Entry:
+        """The entry of a tensor with bytes of its own, `expected` as many if they are not encoded."""
+        if not 0 <= shard < self._num_shards:
+            raise _refuse("corrupt-file", f"shard {shard} of {self._num_shards}", key)
+        if offset < 0 or nbytes < 0 or (dtype.itemsize and nbytes != expected):
+            raise _refuse(
+                "corrupt-file",
+                f"{dtype.name}{list(shape)} needs {expected} bytes, {nbytes} at offset {offset} are stated",
+                key,
+            )
+        if dtype.itemsize == 0 and nbytes < math.prod(shape):
+            # An element's length is at least one byte.
+            raise _refuse("corrupt-file", f"{math.prod(shape)} elements in {nbytes} bytes", key)
+        return Entry(dtype, shape, shard, offset, nbytes, crc.unmask(masked))
+
+
+def _begins_plain(value: bytes) -> bool:
+    """Whether the first fields are a dtype and a shape, each with its number or length in one byte."""
+    return len(value) > 4 and value[0] == 0x08 and value[1] < 0x80 and value[2] == 0x12 and value[3] < 0x80
+
+
+def _varint(raw: bytes | None) -> int:
+    """The number of a field, 0 where there is none."""
+    value = 0
+    for byte in reversed(raw or b""):
+        value = value << 7 | byte & 0x7F
+    return value
 
 
 @lru_cache(maxsize=4096)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptconv.errors import CkptError, FormatError, Loc
 from ckptconv.formats import protos
@@ -28,12 +29,11 @@ MAX_DEPTH = 128
 """Longest path that is followed: without a limit a chain of nodes has paths of quadratic length."""
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
+class Edge(NamedTuple):
     """A named reference to another object."""
 
-    node: int
     name: str
+    node: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,21 +186,27 @@ def _node(message: protos.TrackableObject) -> Node:
         saver = RegisteredSaver(name=stored.name, object_name=stored.object_name)
     values = message.has_checkpoint_values.value if message.HasField("has_checkpoint_values") else None
     return Node(
-        children=tuple(Edge(edge.node_id, edge.local_name) for edge in message.children),
+        children=tuple([Edge(edge.local_name, edge.node_id) for edge in message.children]),
         attributes=tuple(
-            Attribute(
-                name=attribute.name,
-                full_name=attribute.full_name,
-                checkpoint_key=attribute.checkpoint_key,
-                optional_restore=attribute.optional_restore,
-            )
-            for attribute in message.attributes
+            [
+                Attribute(
+                    name=attribute.name,
+                    full_name=attribute.full_name,
+                    checkpoint_key=attribute.checkpoint_key,
+                    optional_restore=attribute.optional_restore,
+                )
+                for attribute in message.attributes
+            ]
         ),
         slot_variables=tuple(
-            SlotVariable(
-                original=slot.original_variable_node_id, name=slot.slot_name, slot=slot.slot_variable_node_id
-            )
-            for slot in message.slot_variables
+            [
+                SlotVariable(
+                    original=slot.original_variable_node_id,
+                    name=slot.slot_name,
+                    slot=slot.slot_variable_node_id,
+                )
+                for slot in message.slot_variables
+            ]
         ),
         registered_saver=saver,
         has_checkpoint_values=values,
