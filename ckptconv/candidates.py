@@ -17,7 +17,6 @@ TensorFlow's state files are its format's own business.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,17 +110,16 @@ def _run_folders(path: Path) -> tuple[str, ...]:
     return tuple(sorted((name for name in numbered if _is_checkpoint(path / name)), key=_by_numbers))
 
 
-def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(path) as listed:
-        for count, entry in enumerate(listed):
-            if count == _MAX_NAMES:
-                raise FormatError.of(
-                    "limit-exceeded",
-                    f"'{path.name}' holds more than {_MAX_NAMES} names",
-                    "Name the checkpoint itself.",
-                    loc=(path.name,),
-                )
-            yield entry
+def _entries(path: Path) -> Iterator[Path]:
+    for count, entry in enumerate(path.iterdir()):
+        if count == _MAX_NAMES:
+            raise FormatError.of(
+                "limit-exceeded",
+                f"'{path.name}' holds more than {_MAX_NAMES} names",
+                "Name the checkpoint itself.",
+                loc=(path.name,),
+            )
+        yield entry
 
 
 def _candidates(path: Path) -> tuple[str, ...]:

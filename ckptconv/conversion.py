@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ckptconv import engine, supply, verification
 from ckptconv.account import Transfer
@@ -27,9 +26,11 @@ from ckptconv.formats.base import Layout
 from ckptconv.goal import Goal, document_of, goal_of
 from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
 from ckptconv.rawtree import RawTree
+from ckptconv.remote import place
 from ckptconv.report import OptimizerVerdict, Report
 from ckptconv.selection import selected
 from ckptconv.spec import apply_spec
+from ckptconv.upload import destination
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
 
@@ -88,7 +89,7 @@ def convert(
     if source_spec is not None:
         checkpoint = apply_spec(checkpoint, document_of(source_spec))
     checkpoint = supply.set_fields(checkpoint, values)
-    goal = goal_of(Path(target), to, template, checkpoint, template_spec)
+    goal = goal_of(place(target), to, template, checkpoint, template_spec)
     wishes = replace(
         wishes,
         conventions=supply.conventions(values),
@@ -121,7 +122,7 @@ def save(
 ) -> Report:
     """Write a document, edited or not, in any format; as `convert` otherwise."""
     started = time.monotonic()
-    goal = goal_of(Path(target), to, template, checkpoint)
+    goal = goal_of(place(target), to, template, checkpoint)
     name = checkpoint.provenance.source or "<document>"
     wishes = Wishes(allowed=allowed_codes(allow), shard_nbytes=shard_nbytes(shard_size, goal.format))
     planned = _planned(checkpoint, goal, wishes, name)
@@ -196,15 +197,16 @@ def _written(planned: _Plan, goal: Goal, writing: _Writing) -> Report:
     raw, layout = planned.laid_out
     verdicts = tuple(_sized(report.verdicts, planned.transfer))
     checker = verification.checker(goal.format, raw, layout, writing.jobs) if writing.verify else None
-    written = engine.write(
-        layout,
-        goal.path,
-        force=writing.force,
-        jobs=writing.jobs,
-        executor=writing.executor,
-        verify=checker,
-        progress=writing.progress,
-    )
+    with destination(goal.path, layout, force=writing.force, progress=writing.progress) as local:
+        written = engine.write(
+            layout,
+            local,
+            force=writing.force,
+            jobs=writing.jobs,
+            executor=writing.executor,
+            verify=checker,
+            progress=writing.progress,
+        )
     return replace(
         report,
         verdicts=verdicts,

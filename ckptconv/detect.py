@@ -10,7 +10,6 @@ import difflib
 import importlib
 import os
 import pkgutil
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -24,6 +23,7 @@ from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, FormatError
 from ckptconv.formats.base import FORMATS, Format
 from ckptconv.rawtree import RawTree
+from ckptconv.remote import is_url, place
 from ckptconv.selection import selected
 from ckptconv.skeleton import is_skeleton_file, read_skeleton
 
@@ -107,9 +107,12 @@ def detect_format(path: PathLike) -> Format:
 def reachable(path: PathLike) -> Path:
     """The path, which need not exist: a bundle's prefix does not.
 
-    Raises: missing-file where the system refuses to look, such as for a name that is too long.
+    Raises: missing-file where the system refuses to look, such as for a name that is too long; usage for a
+    name that no file can have.
     """
-    where = Path(path)
+    where = place(path)
+    if "\0" in str(where):
+        raise CkptError.of("usage", "a path cannot have a null character", "Check the path.", loc=("PATH",))
     try:
         where.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -124,13 +127,10 @@ def reachable(path: PathLike) -> Path:
     return where
 
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-
-
 def _missing(where: Path) -> CkptError:
     hint = "Check the path; a TensorFlow checkpoint is named by its prefix, such as run/ckpt-9."
-    if _URL.match(str(where)):
-        hint = "Only local files are read: download it first."
+    if is_url(str(where)):
+        hint = "Check the URL, and whether the credentials show what is there."
     elif str(where) == "-":
         hint = "A checkpoint cannot be read from a pipe: save it to a file first."
     return FormatError.of("missing-file", f"there is no checkpoint at '{where}'", hint, loc=(_called(where),))

@@ -16,7 +16,8 @@ import google_crc32c
 
 from ckptconv.errors import CkptError, Code, FormatError, Problem
 from ckptconv.formats.base import ChecksumKind, Placement
-from ckptconv.tensor import Bytes, Checksum, Extent, FileSource, StoredTensor, TensorRef
+from ckptconv.source import Watched
+from ckptconv.tensor import Bytes, Checksum, Extent, StoredTensor, TensorRef
 
 _CRC32C_NBYTES = 64 << 10
 """crc32c takes only `bytes`: windows are handed over in copies small enough to stay in the cache."""
@@ -122,14 +123,12 @@ def run_job(job: Job, advance: Advance | None = None) -> JobResult:
     """
     result = JobResult()
     failures: list[CkptError] = []
-    sources: dict[int, FileSource] = {}
+    sources: dict[int, Watched] = {}
     fd = os.open(job.path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
     try:
         for step in job.steps:
             tensor, key = step.placement.tensor, step.placement.key
-            sources.update(
-                (id(e.source), e.source) for e in tensor.extents if isinstance(e.source, FileSource)
-            )
+            sources.update((id(e.source), e.source) for e in tensor.extents if isinstance(e.source, Watched))
             try:
                 for extent in step.before:
                     check_extent(extent, key, job.window_nbytes)

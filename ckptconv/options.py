@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ckptconv.errors import CkptError
+from ckptconv.remote import place
 
 
 def parse_container(option: str, value: str | None) -> tuple[str | None, str | None]:
@@ -49,21 +50,30 @@ def split_names(value: str | None) -> list[str]:
 
 
 Source = Annotated[
-    Path, typer.Argument(metavar="SRC", help="The checkpoint to read, e.g. run.pt or ckpts/ckpt-9.")
+    Path,
+    typer.Argument(parser=place, metavar="SRC", help="The checkpoint to read, e.g. run.pt or ckpts/ckpt-9."),
 ]
 Target = Annotated[
-    Path, typer.Argument(metavar="DST", help="What to write, e.g. out/ckpt-9 or out.safetensors.")
+    Path,
+    typer.Argument(parser=place, metavar="DST", help="What to write, e.g. out/ckpt-9 or out.safetensors."),
 ]
 Readable = Annotated[
     Path,
     typer.Argument(
-        metavar="PATH", help="A checkpoint file, prefix or directory, e.g. run.pt or ckpts/ckpt-9."
+        parser=place,
+        metavar="PATH",
+        help="A checkpoint file, prefix or directory, e.g. run.pt or ckpts/ckpt-9.",
     ),
 ]
 First = Annotated[
-    Path, typer.Argument(metavar="A", help="A checkpoint in any format, e.g. run.pt or ckpts/ckpt-9.")
+    Path,
+    typer.Argument(
+        parser=place, metavar="A", help="A checkpoint in any format, e.g. run.pt or ckpts/ckpt-9."
+    ),
 ]
-Second = Annotated[Path, typer.Argument(metavar="B", help="Another one, in the same format or another.")]
+Second = Annotated[
+    Path, typer.Argument(parser=place, metavar="B", help="Another one, in the same format or another.")
+]
 Absolute = Annotated[
     float,
     typer.Option(
@@ -96,6 +106,7 @@ To = Annotated[
 Template = Annotated[
     Path | None,
     typer.Option(
+        parser=place,
         metavar="PATH",
         help="A fresh checkpoint of the target model, saved by the target's own code: gives names, layouts "
         "and optimizer settings, e.g. --template fresh/ckpt-1.",
@@ -104,6 +115,7 @@ Template = Annotated[
 SourceSpec = Annotated[
     Path | None,
     typer.Option(
+        parser=place,
         metavar="PATH",
         help="A checkpoint or manifest that supplies what SRC does not record, such as layer kinds and "
         "parameter order, e.g. --source-spec described.json.",
@@ -112,6 +124,7 @@ SourceSpec = Annotated[
 TemplateSpec = Annotated[
     Path | None,
     typer.Option(
+        parser=place,
         metavar="PATH",
         help="A checkpoint or manifest that supplies what the template does not record, such as the order of "
         "an HF Trainer's parameters, e.g. --template-spec described.json.",

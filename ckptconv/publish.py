@@ -254,7 +254,7 @@ class Publication:
 def _how_to_make(directory: Path) -> str:
     """What to do about a target's directory that is not there."""
     if re.search(r"(^|/)[A-Za-z][A-Za-z0-9+.-]+:/", str(directory)):
-        return "Only local files are written: choose a local target, and upload it."
+        return "Pass a URL as text: a Path makes a local directory of it."
     above = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
     if not above.is_dir():
         return f"'{above}' is no directory: choose another target."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ckptconv.errors import Code, FormatError, Problem
@@ -26,6 +27,28 @@ class ByteSource(Protocol):
 
         Raises: truncated-tensor where the source ends before `out` is full.
         """
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A source that may change while it is read."""
+
+    def check_unchanged(self) -> None:
+        """Raises: source-changed where it is not what it was when it was opened."""
+
+
+def open_source(path: Path) -> ByteSource:
+    """The bytes of a file. A path that is no local one opens itself.
+
+    Raises: missing-file.
+    """
+    return path.source() if isinstance(path, _Opener) else FileSource(path)
+
+
+@runtime_checkable
+class _Opener(Protocol):
+    def source(self) -> ByteSource:
+        """The bytes of the file that the path names."""
 
 
 class FileSource:

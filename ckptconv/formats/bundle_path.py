@@ -11,7 +11,6 @@ seen where the state file names it.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +91,7 @@ def slice_files(path: Path) -> tuple[Path, ...]:
         return ()
     shards = [
         _SLICES_SUFFIX.fullmatch(name, len(prefix.name))
-        for name in os.listdir(path.parent)
+        for name in (entry.name for entry in path.parent.iterdir())
         if name.startswith(prefix.name) and has_magic(path.with_name(name))
     ]
     counts = {int(match[2]): int(match[2]) for match in shards if match is not None}

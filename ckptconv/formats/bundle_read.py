@@ -11,7 +11,8 @@ from ckptconv.formats.bundle_path import shard_name
 from ckptconv.formats.bundle_slices import Box, assemble, bounds
 from ckptconv.formats.ordered_code import slice_key
 from ckptconv.formats.string_tensor import EncodedTensor
-from ckptconv.tensor import Checksum, Extent, FileSource, StoredTensor, TensorRef, TensorSpec, dense_strides
+from ckptconv.source import ByteSource, open_source
+from ckptconv.tensor import Checksum, Extent, StoredTensor, TensorRef, TensorSpec, dense_strides
 
 
 class Reading:
@@ -20,7 +21,7 @@ class Reading:
     def __init__(self, prefix: Path, index: Index) -> None:
         self._prefix = prefix
         self._index = index
-        self._shards: dict[int, FileSource | None] = {}
+        self._shards: dict[int, ByteSource | None] = {}
         self._specs: dict[tuple[str, tuple[int, ...]], tuple[TensorSpec, tuple[int, ...]]] = {}
         self._problems: list[Problem] = []
 
@@ -124,12 +125,12 @@ class Reading:
             self._problems.extend(error.problems)
             return None
 
-    def _shard(self, shard: int) -> FileSource | None:
+    def _shard(self, shard: int) -> ByteSource | None:
         if shard not in self._shards:
             self._shards[shard] = None
             path = self._prefix.with_name(shard_name(self._prefix, shard, self._index.num_shards))
             if path.is_file():
-                self._shards[shard] = FileSource(path)
+                self._shards[shard] = open_source(path)
             else:
                 self._complain(
                     "missing-file",

@@ -40,7 +40,7 @@ from ckptconv.formats.json_tree import read_text
 from ckptconv.formats.pytorch import read_source
 from ckptconv.formats.safetensors_file import shard_limit
 from ckptconv.rawtree import Node, RawTree
-from ckptconv.source import FileSource
+from ckptconv.source import open_source
 from ckptconv.tensor import StoredTensor, TensorRef, TensorSpec
 
 _MAX_METADATA_NBYTES = 4 << 30
@@ -104,13 +104,13 @@ def _beside(path: Path) -> Iterator[tuple[str, Node]]:
     """What whole files beside the entries hold, by their names."""
     for name in (BESIDE, COMMON):
         if (path / name).is_file():
-            yield name, read_source(FileSource(path / name), name).root
+            yield name, read_source(open_source(path / name), name).root
     if (path / COMMON).is_file() and (path / CONFIG).is_file():
         yield CONFIG, read_text(_whole(path / CONFIG), CONFIG)[0]
 
 
 def _whole(path: Path) -> bytes:
-    source = FileSource(path)
+    source = open_source(path)
     if source.nbytes > _MAX_METADATA_NBYTES:
         message = f"'{path.name}' has {source.nbytes} bytes, at most {_MAX_METADATA_NBYTES} are read"
         raise _problem("limit-exceeded", message, path.name)

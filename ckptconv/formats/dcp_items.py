@@ -26,7 +26,7 @@ from ckptconv.formats.safetensors_header import Header, looks_like_header, read_
 from ckptconv.formats.torch_folder import is_member_name
 from ckptconv.formats.zip_container import read_archive
 from ckptconv.rawtree import Node, Opaque, transform, walk
-from ckptconv.source import FileSource, ends_early
+from ckptconv.source import ByteSource, ends_early, open_source
 from ckptconv.tensor import Checksum, DerivedTensor, Extent, StoredTensor, TensorRef
 
 _SMALL_NBYTES = 1 << 13
@@ -43,7 +43,7 @@ class Section:
 
     __slots__ = ("_tail", "file", "name", "nbytes", "start")
 
-    def __init__(self, file: FileSource, start: int, nbytes: int, name: str) -> None:
+    def __init__(self, file: ByteSource, start: int, nbytes: int, name: str) -> None:
         self.file, self.start, self.nbytes, self.name = file, start, nbytes, name
         self._tail = b""
 
@@ -85,7 +85,7 @@ class Items:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, FileSource] = {}
+        self._files: dict[str, ByteSource] = {}
         self._frames: dict[int, list[_Frame]] = {}
         self._headers: dict[tuple[str, int], Header] = {}
         self._named_files: dict[str, bool] = {}
@@ -129,7 +129,7 @@ class Items:
         """Data files that were opened."""
         return len(self._files)
 
-    def file(self, name: str, key: str) -> FileSource:
+    def file(self, name: str, key: str) -> ByteSource:
         """A file of the folder, open. Raises: unsafe-path, missing-file."""
         if name not in self._files:
             if not is_member_name(name):
@@ -140,7 +140,7 @@ class Items:
             if not path.is_file():
                 message = f"'{key}' lies in '{name}', which is not there or is no file"
                 raise FormatError.of("missing-file", message, "Copy the whole folder.", loc=(name, key))
-            self._files[name] = FileSource(path)
+            self._files[name] = open_source(path)
         return self._files[name]
 
     def _section(self, place: Place, key: str) -> Section:

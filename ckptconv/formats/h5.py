@@ -27,7 +27,8 @@ from ckptconv.formats.hdf5_write import lay_out
 from ckptconv.formats.json_tree import read_text, text_of
 from ckptconv.formats.safetensors_file import constant
 from ckptconv.rawtree import DictNode, Node, RawTree, Scalar
-from ckptconv.tensor import Extent, FileSource
+from ckptconv.source import open_source
+from ckptconv.tensor import Extent
 
 CONFIGS = ("model_config", "training_config")
 TELLING = frozenset({"layer_names", "layer_names0", "model_config"})
@@ -41,7 +42,7 @@ def names_at_root(path: Path) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     try:
-        source = FileSource(path)
+        source = open_source(path)
         head = bytearray(min(source.nbytes, len(MAGIC)))
         source.read_into(0, memoryview(head))
         if head != MAGIC:
@@ -71,7 +72,7 @@ class H5:
 
         Raises: those of `read_tree` and `json_tree.read_text`; missing-file.
         """
-        source = FileSource(path)
+        source = open_source(path)
         root, note = read_tree(Extent(source=source, offset=0, nbytes=source.nbytes), source.name)
         told = root.state if isinstance(root.state, DictNode) else DictNode()
         configs: list[tuple[Node, Node]] = []

@@ -29,8 +29,9 @@ from ckptconv.formats.json_tree import node_of, value_of
 from ckptconv.formats.zip_container import LOCAL_SIGNATURE, Archive, mentions, read_archive
 from ckptconv.formats.zip_layout import NewRecord, PlannedRecord, archive_frame, plan_archive
 from ckptconv.rawtree import DictNode, Node, RawTree
+from ckptconv.source import open_source
 from ckptconv.strictjson import parse
-from ckptconv.tensor import FileSource, StoredTensor, TensorRef
+from ckptconv.tensor import StoredTensor, TensorRef
 
 METADATA, CONFIG, WEIGHTS, FILES = "metadata", "config", "weights", "files"
 _RECORDS = {METADATA: "metadata.json", CONFIG: "config.json", WEIGHTS: "model.weights.h5"}
@@ -50,7 +51,7 @@ class KerasArchive:
         """Whether it is a zip that has the model's records; else its first record tells."""
         if not path.is_file():
             return False
-        source = FileSource(path)
+        source = open_source(path)
         head = bytearray(min(source.nbytes, 64))
         source.read_into(0, memoryview(head))
         if not head.startswith(LOCAL_SIGNATURE):
@@ -67,7 +68,7 @@ class KerasArchive:
         I/O: reads directory, JSON records and the headers of the weights.
         Raises: those of `read_archive`, `read_tree` and `strictjson.parse`; missing-file.
         """
-        archive = read_archive(FileSource(path))
+        archive = read_archive(open_source(path))
         name = path.name
         for record in _RECORDS.values():
             if record not in archive.records:

@@ -70,7 +70,7 @@ from ckptconv.formats.zip_container import (
 )
 from ckptconv.formats.zip_layout import NewRecord, PlannedRecord, archive_frame, plan_archive
 from ckptconv.rawtree import Node, RawTree, Scalar
-from ckptconv.source import ByteSource, FileSource
+from ckptconv.source import ByteSource, open_source
 from ckptconv.tensor import Extent
 
 NOTE_RECORD = "ckptconv.json"
@@ -113,7 +113,7 @@ class PyTorchFormat:
             return producer_of(path) is not None
         if not path.is_file():
             return False
-        source = FileSource(path)
+        source = open_source(path)
         head = _head(source)
         if not head.startswith(LOCAL_SIGNATURE):
             return is_legacy(head) or is_tar(source)
@@ -134,7 +134,7 @@ class PyTorchFormat:
         """
         if path.is_dir():
             return read_folder(path)
-        return read_source(FileSource(path), str(path))
+        return read_source(open_source(path), str(path))
 
     def layout(self, raw: RawTree, path: Path) -> Layout:
         """Where each record goes; reads arrays that stand inside the pickle, no storage.

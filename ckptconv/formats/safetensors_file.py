@@ -19,11 +19,11 @@ from ckptconv.formats.safetensors_header import (
     tag_of,
 )
 from ckptconv.rawtree import DictNode, Node, RawTree
+from ckptconv.source import ByteSource, open_source
 from ckptconv.tensor import (
     Checksum,
     DerivedTensor,
     Extent,
-    FileSource,
     StoredTensor,
     TensorRef,
     TensorSpec,
@@ -68,7 +68,7 @@ def read_file(path: Path, recorded: Sequence[int] | None = None) -> Contents:
         raise format_error(
             "missing-file", f"'{path.name}' is not there or is no file", "Copy it too.", path.name
         )
-    source = FileSource(path)
+    source = open_source(path)
     header = read_header(source)
     checksums = {} if recorded is None else _by_name(header, recorded, path.name)
     tensors = {key: _tensor(source, *place, checksums.get(key)) for key, place in header.tensors.items()}
@@ -102,12 +102,12 @@ def _by_name(header: Header, recorded: Sequence[int], name: str) -> dict[str, Ch
     return {key: Checksum(kind="crc32c", value=crc) for key, crc in zip(order, recorded, strict=True)}
 
 
-def _tensor(source: FileSource, spec: TensorSpec, offset: int, checksum: Checksum | None) -> TensorRef:
+def _tensor(source: ByteSource, spec: TensorSpec, offset: int, checksum: Checksum | None) -> TensorRef:
     extent = Extent(source=source, offset=offset, nbytes=spec.nbytes, checksum=checksum)
     return StoredTensor.dense(spec, extent)
 
 
-def _whole(source: FileSource, header: Header, checksums: Mapping[str, Checksum]) -> int:
+def _whole(source: ByteSource, header: Header, checksums: Mapping[str, Checksum]) -> int:
     """crc32c of the header that is there and of tensors that have these checksums."""
     head = bytearray(header.nbytes)
     source.read_into(0, memoryview(head))

@@ -40,12 +40,12 @@ from ckptconv.formats.sstable import places
 from ckptconv.formats.string_tensor import of_strings
 from ckptconv.formats.varint import read_varint
 from ckptconv.formats.varint_tensor import VarintTensor, may_hold
+from ckptconv.source import ByteSource, open_source
 from ckptconv.tensor import (
     PANEL_NBYTES,
     WINDOW_NBYTES,
     Bytes,
     Extent,
-    FileSource,
     StoredTensor,
     TensorRef,
     TensorSpec,
@@ -119,7 +119,7 @@ class SliceReading:
     """Makes tensors of the files of one checkpoint."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._sources = [FileSource(path) for path in files]
+        self._sources = [open_source(path) for path in files]
         self._stated: dict[str, _Stated] = {}
         self._values: dict[bytes, tuple[int, Extent]] = {}
         """Slice key -> shard and value."""
@@ -156,7 +156,7 @@ class SliceReading:
             raise FormatError(*self._problems)
         return result, attributes_of(len(self._sources), shards, partitions)
 
-    def _read_table(self, shard: int, source: FileSource) -> None:
+    def _read_table(self, shard: int, source: ByteSource) -> None:
         table = places(source)
         if not table or table[0][0] != b"":
             raise _error("corrupt-file", source.name, "no entry that describes its tensors")

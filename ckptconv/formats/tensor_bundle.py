@@ -50,7 +50,8 @@ from ckptconv.formats.checkpoint_state import STATE_FILE, read_state, record
 from ckptconv.formats.keras_metadata import layer_classes
 from ckptconv.formats.saved_slices import SliceReading
 from ckptconv.rawtree import DictNode, RawTree, Scalar
-from ckptconv.tensor import FileSource, TensorRef
+from ckptconv.source import open_source
+from ckptconv.tensor import TensorRef
 
 __all__ = ["FORMAT", "NOTE_KEY", "TensorBundle"]
 
@@ -84,18 +85,18 @@ class TensorBundle:
         Raises: those of `locate` and `read_index`; missing-file, truncated-tensor, corrupt-file,
         unsupported-feature.
         """
-        located = locate(Path(path))
+        located = locate(path)
         attributes: dict[str, Scalar | tuple[str, ...]] = {"prefix": located.prefix.name}
         if located.why is not None:
             attributes["chosen_by"] = located.why
-        if located.prefix == saved_model_prefix(Path(path)):
-            lines = tuple(f"{node} {name}" for node, name in layer_classes(Path(path)))
+        if located.prefix == saved_model_prefix(path):
+            lines = tuple(f"{node} {name}" for node, name in layer_classes(path))
             attributes |= {"layer_classes": lines} if lines else {}
         if located.slices:
             tensors, origin = SliceReading(located.slices).tensors()
             attributes["container"] = "v1"
         else:
-            index = read_index(FileSource(index_path(located.prefix)))
+            index = read_index(open_source(index_path(located.prefix)))
             tensors, origin = Reading(located.prefix, index).tensors()
         note = tensors.get(NOTE_KEY)
         text = None
@@ -115,7 +116,7 @@ class TensorBundle:
         I/O: streams string and variant tensors, whose checksums are not over their raw bytes.
         Raises: unknown-dtype, unsupported-feature, duplicate-key, shape-mismatch, target-unwritable.
         """
-        prefix = prefix_of(Path(path))
+        prefix = prefix_of(path)
         if (prefix.parent / STATE_FILE).is_dir():
             raise FormatError.of(
                 "target-unwritable",
@@ -142,7 +143,7 @@ def _nothing(_: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
 
 
 def _record(path: Path) -> None:
-    record(prefix_of(Path(path)))
+    record(prefix_of(path))
 
 
 def _note_text(note: TensorRef) -> str:

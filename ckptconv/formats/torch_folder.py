@@ -19,7 +19,6 @@ more than `MAX_FILES` files.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -31,7 +30,7 @@ from ckptconv.formats import json_tree
 from ckptconv.formats.base import FORMATS, Layout, Placement, TargetFile
 from ckptconv.formats.torch_producers import MEMBERS, PRODUCERS, Producer
 from ckptconv.rawtree import DictNode, Node, RawTree, Scalar
-from ckptconv.source import FileSource
+from ckptconv.source import open_source
 from ckptconv.strictjson import parse
 from ckptconv.tensor import Extent, StoredTensor, TensorRef
 
@@ -149,13 +148,12 @@ def is_member_name(name: str) -> bool:
 # Reading
 
 
-def _entries(path: Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(path) as listed:
-        for count, entry in enumerate(listed):
-            if count == MAX_FILES:
-                message = f"'{path.name}' holds more than {MAX_FILES} names"
-                raise _problem("limit-exceeded", path.name, message, "Name one file of it.")
-            yield entry
+def _entries(path: Path) -> Iterator[Path]:
+    for count, entry in enumerate(path.iterdir()):
+        if count == MAX_FILES:
+            message = f"'{path.name}' holds more than {MAX_FILES} names"
+            raise _problem("limit-exceeded", path.name, message, "Name one file of it.")
+        yield entry
 
 
 def _files(path: Path, producer: Producer) -> tuple[list[str], tuple[str, ...]]:
@@ -198,7 +196,7 @@ def _kind(name: str, path: Path) -> str:
 def _read_member(kind: str, path: Path, name: str) -> RawTree:
     if kind in FORMATS:
         return FORMATS[kind].read(path)
-    source = FileSource(path)
+    source = open_source(path)
     extent = Extent(source=source, offset=0, nbytes=source.nbytes)
     if kind == "bytes":
         return RawTree(format=kind, root=StoredTensor.raw(extent))
@@ -212,7 +210,7 @@ def _read_member(kind: str, path: Path, name: str) -> RawTree:
 
 
 def _text(path: Path) -> str:
-    source = FileSource(path)
+    source = open_source(path)
     if source.nbytes > _MAX_JSON_NBYTES:
         raise _problem("limit-exceeded", path.name, f"a note of {source.nbytes} bytes")
     data = bytearray(source.nbytes)

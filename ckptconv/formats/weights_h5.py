@@ -30,7 +30,8 @@ from ckptconv.formats.weights_shards import (
     read_shards,
 )
 from ckptconv.rawtree import DictNode, RawTree
-from ckptconv.tensor import Extent, FileSource
+from ckptconv.source import open_source
+from ckptconv.tensor import Extent
 
 
 class WeightsH5:
@@ -65,7 +66,7 @@ class WeightsH5:
         if index is not None:
             root, note = read_shards(index)
             return RawTree(format=self.name, root=root, note=note, location=index.name)
-        source = FileSource(path)
+        source = open_source(path)
         root, note = read_tree(Extent(source=source, offset=0, nbytes=source.nbytes), source.name)
         return RawTree(format=self.name, root=root, note=note, location=path.name)
 

@@ -23,8 +23,9 @@ from ckptconv.formats.hdf5_write import lay_out
 from ckptconv.formats.safetensors import is_plain_name
 from ckptconv.formats.safetensors_file import constant, split
 from ckptconv.rawtree import DictNode, Node, walk
+from ckptconv.source import open_source
 from ckptconv.strictjson import dump, parse
-from ckptconv.tensor import Extent, FileSource, TensorRef
+from ckptconv.tensor import Extent, TensorRef
 
 INDEX_SUFFIX = ".weights.json"
 SUFFIX = ".weights.h5"
@@ -65,7 +66,7 @@ def read_shards(path: Path) -> tuple[DictNode, str | None]:
     trees: dict[str, DictNode] = {}
     notes = set()
     for file in files:
-        source = FileSource(path.with_name(file))
+        source = open_source(path.with_name(file))
         trees[file], note = read_tree(Extent(source=source, offset=0, nbytes=source.nbytes), file)
         notes |= {note} - {None}
     if len(notes) > 1:
