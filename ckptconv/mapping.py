@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 from ckptconv.alignment import Fits, by_name, by_order, by_shape, fits_of, is_counted
 from ckptconv.catalog import layers
+from ckptconv.catalog.flatten import CHANNELS_FIRST
 from ckptconv.dataflow import by_flow
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Problem
@@ -73,14 +74,9 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
         else:
             chosen.update(found)
     cover = _collect(source, template, targets, chosen, evidence, fits, problems)
-    if _image_layout(frameworks[0]) == _image_layout(frameworks[1]):
+    if len({framework in CHANNELS_FIRST for framework in frameworks}) == 1:
         return cover
     return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, template)))
-
-
-def _image_layout(framework: str) -> str:
-    """Where a framework's images have their channels."""
-    return "channels-first" if framework == "torch" else "channels-last"
 
 
 def _behind_flatten(cover: Cover, template: Checkpoint) -> Iterator[Problem]:

@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ckptconv.errors import CkptError, TargetError
+from ckptconv.remote import is_url
 
 
 def _belongs_to(path: Path, checkpoint: Path) -> bool:
-    """Whether the file is a checkpoint, in its directory or of its prefix."""
+    """Whether the file is a checkpoint, in its directory or of its prefix; a report is a local file."""
+    if is_url(str(checkpoint)):
+        return False
     file, whole = Path(os.path.realpath(path)), Path(os.path.realpath(checkpoint))
     names = (f"{whole.name}.index", f"{whole.name}.data-")
     of_prefix = file.parent == whole.parent and file.name.startswith(names)

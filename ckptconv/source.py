@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -35,6 +36,14 @@ class Watched(Protocol):
 
     def check_unchanged(self) -> None:
         """Raises: source-changed where it is not what it was when it was opened."""
+
+
+@runtime_checkable
+class Distant(Protocol):
+    """A source that takes long to answer, and answers several questions as fast as one."""
+
+    def want(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Fetch these (offset, bytes) together: each will be read, in an order that nobody can foresee."""
 
 
 def open_source(path: Path) -> ByteSource:

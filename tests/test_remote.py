@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,22 +166,52 @@ def test_a_protocol_that_nobody_knows_is_wrong_usage() -> None:
     assert json.loads(shown)["problems"][0]["code"] == "usage"
 
 
-def test_headers_take_few_requests_and_hardly_more_than_their_bytes(memory: Any) -> None:
-    asked: list[tuple[int, int]] = []
-    data = bytes(5_000_000)
-    memory.pipe("/in/a.bin", data)
+@contextlib.contextmanager
+def requests(fs: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The bytes of each range that is fetched meanwhile."""
+    asked: list[int] = []
+    fetch = type(fs).cat_file
+
+    def counted(self: Any, path: str, start: int, end: int, **options: Any) -> bytes:
+        asked.append(end - start)
+        return bytes(fetch(self, path, start=start, end=end, **options))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fs), "cat_file", counted)
+        yield asked
+
+
+def test_headers_take_few_requests_and_hardly_more_than_their_bytes(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory.pipe("/in/a.bin", bytes(5_000_000))
     source = place("memory://in/a.bin").source()  # type: ignore[attr-defined]  # a RemotePath
-    fetch = source._store.fs.cat_file
-
-    def counted(key: str, start: int, end: int) -> bytes:
-        asked.append((start, end))
-        return bytes(fetch(key, start=start, end=end))
-
-    source._store.fs.cat_file = counted
-    try:
+    with requests(memory, monkeypatch) as asked:
         for at in range(0, 1_000_000, 4096):
             source.read_into(at, memoryview(bytearray(4096)))
-    finally:
-        del source._store.fs.cat_file
-    assert sum(end - start for start, end in asked) < 1.2e6
+    assert sum(asked) < 1.2e6
     assert len(asked) < 40
+
+
+def test_of_a_torch_file_its_directory_headers_and_pickle_are_fetched(
+    memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save({f"layer{n}.weight": torch.zeros(16, 128) for n in range(1000)}, tmp_path / "w.pt")
+    put(memory, tmp_path / "w.pt", "in/w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
+        infos = archive.infolist()
+        directory = (tmp_path / "w.pt").stat().st_size - archive.start_dir
+        headers = sum(30 + len(info.filename) for info in infos)
+        small = sum(info.file_size for info in infos if "/data/" not in info.filename)
+    with requests(memory, monkeypatch) as asked:
+        checkpoint = ckptconv.open("memory://in/w.pt")
+    assert len(checkpoint.params) == 1000
+    assert sum(asked) < 1.2 * (directory + headers + small)
+
+
+def test_a_report_stands_beside_a_target_far_away(memory: Any, tmp_path: Path) -> None:
+    run, report = FIXTURES / "plain" / "mlp-adamw" / "run.pt", tmp_path / "report.json"
+    code, shown = invoke("convert", run, "memory://out/w.safetensors", "--report", report)
+    assert code == 0, shown
+    assert json.loads(report.read_text())["target"] == "w.safetensors"

@@ -22,13 +22,14 @@ from __future__ import annotations
 import itertools
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptconv.errors import FormatError
 from ckptconv.formats.zip_inflate import InflatedSource, Scratch
 from ckptconv.formats.zip_record import Record, problem
-from ckptconv.source import ByteSource
+from ckptconv.source import ByteSource, Distant
 from ckptconv.tensor import Extent
 
 LOCAL_SIGNATURE = b"PK\x03\x04"
@@ -126,23 +127,34 @@ def read_archive(source: ByteSource) -> Archive:
     """
     start, nbytes, count = _find_directory(source)
     directory = _read(source, start, nbytes, "the central directory")
-    headers = _Headers(source, start)
-    records: dict[str, Record] = {}
-    spans: list[tuple[int, int, str]] = []
-    at = inflated = 0
+    entries: list[_Entry] = []
+    at = 0
     for _ in range(count):
-        record, header, at = _entry(source, directory, at, headers)
-        name = record.name
-        if name in records:
-            raise problem("duplicate-key", source, name, f"'{name}' stands twice in the directory")
-        records[name] = record
-        spans.append((header, record.offset + record.packed_nbytes, name))
-        if record.method == DEFLATED:
-            inflated += record.nbytes
+        entry, at = _entry(source, directory, at)
+        entries.append(entry)
     if at != nbytes:
         raise problem(
             "corrupt-file", source, "", f"the directory has {nbytes} bytes, its {count} entries {at}"
         )
+    headers = _Headers(source, start, entries)
+    records: dict[str, Record] = {}
+    spans: list[tuple[int, int, str]] = []
+    inflated = 0
+    for entry in entries:
+        offset, name = headers.check(entry), entry.name
+        if name in records:
+            raise problem("duplicate-key", source, name, f"'{name}' stands twice in the directory")
+        records[name] = Record(
+            name=name,
+            method=entry.method,
+            crc=entry.crc,
+            packed_nbytes=entry.packed_nbytes,
+            nbytes=entry.nbytes,
+            offset=offset,
+        )
+        spans.append((entry.header, offset + entry.packed_nbytes, name))
+        if entry.method == DEFLATED:
+            inflated += entry.nbytes
     if inflated > max(_MAX_INFLATED_FLOOR, _MAX_RATIO * source.nbytes):
         raise FormatError.of(
             "limit-exceeded",
@@ -164,9 +176,12 @@ def read_archive(source: ByteSource) -> Archive:
 
 def _find_directory(source: ByteSource) -> tuple[int, int, int]:
     """Offset, bytes and number of entries of the central directory."""
-    tail_nbytes = min(source.nbytes, END.size + 0xFFFF)
-    tail = _read(source, source.nbytes - tail_nbytes, tail_nbytes, "the end of the archive")
-    found = tail.rfind(END_SIGNATURE)
+    for most in (_PAGE_NBYTES, END.size + 0xFFFF):  # few archives have a comment
+        tail_nbytes = min(source.nbytes, most)
+        tail = _read(source, source.nbytes - tail_nbytes, tail_nbytes, "the end of the archive")
+        found = tail.rfind(END_SIGNATURE)
+        if found >= 0:
+            break
     if found < 0 or found + END.size > len(tail):
         raise problem(
             "truncated-file", source, "", f"the archive has no end record in its {source.nbytes} bytes"
@@ -203,8 +218,21 @@ def _find_directory(source: ByteSource) -> tuple[int, int, int]:
     return start, nbytes, total
 
 
-def _entry(source: ByteSource, directory: bytes, at: int, headers: _Headers) -> tuple[Record, int, int]:
-    """The entry at `at`, its header's offset, and where the next entry begins."""
+class _Entry(NamedTuple):
+    """What the directory says of a record."""
+
+    name: str
+    raw_name: bytes
+    method: int
+    crc: int
+    packed_nbytes: int
+    nbytes: int
+    header: int
+    """Where its local header stands."""
+
+
+def _entry(source: ByteSource, directory: bytes, at: int) -> tuple[_Entry, int]:
+    """The entry at `at`, and where the next one begins."""
     if at + CENTRAL.size > len(directory):
         raise problem("corrupt-file", source, "", f"the directory ends inside its entry at {at}")
     (
@@ -236,9 +264,7 @@ def _entry(source: ByteSource, directory: bytes, at: int, headers: _Headers) -> 
         )
     if method == STORED and packed != nbytes:
         raise problem("corrupt-file", source, name, f"'{name}' is stored with {packed} bytes for {nbytes}")
-    offset = headers.check(header, raw_name, name, method, packed)
-    record = Record(name=name, method=method, crc=crc, packed_nbytes=packed, nbytes=nbytes, offset=offset)
-    return record, header, after
+    return _Entry(name, raw_name, method, crc, packed, nbytes, header), after
 
 
 def _zip64(source: ByteSource, name: str, extra: bytes) -> Iterator[int]:
@@ -266,20 +292,29 @@ def _name(source: ByteSource, raw: bytes) -> str:
 
 
 class _Headers:
-    """The local headers, read by pages, as the disk is: those of small records stand close together."""
+    """The local headers, read by pages, as the disk is: those of small records stand close together.
 
-    __slots__ = ("_end", "_source", "_start", "_window")
+    Those of a distant source are fetched together, and no more of it.
+    """
 
-    def __init__(self, source: ByteSource, end: int) -> None:
+    __slots__ = ("_end", "_page_nbytes", "_source", "_start", "_window")
+
+    def __init__(self, source: ByteSource, end: int, entries: Sequence[_Entry]) -> None:
         self._source, self._end = source, end
         self._start, self._window = 0, b""
+        self._page_nbytes = _PAGE_NBYTES
+        if isinstance(source, Distant):
+            needed = [(entry.header, LOCAL.size + len(entry.raw_name)) for entry in entries]
+            source.want([(at, nbytes) for at, nbytes in needed if at + nbytes <= end])
+            self._page_nbytes = 1
 
-    def check(self, header: int, raw_name: bytes, name: str, method: int, packed: int) -> int:
+    def check(self, entry: _Entry) -> int:
         """Where the record's data begin. Raises: truncated-file, corrupt-file."""
+        name, raw_name, method, _, packed, _, header = entry
         source, needed = self._source, LOCAL.size + len(raw_name)
         at = header - self._start
         if at < 0 or at + needed > len(self._window):
-            page = min(_PAGE_NBYTES - header % _PAGE_NBYTES, source.nbytes - header)
+            page = min(self._page_nbytes - header % self._page_nbytes, source.nbytes - header)
             there = max(page, needed)
             self._start, at = header, 0
             self._window = _read(source, header, there, f"the header of '{name}'")

@@ -39,94 +39,100 @@ def _within(op: Scale | Shift | Cast | Add, before: Array, after: Array) -> Arra
     return after
 
 
+class _ByElement(PlainOp):
+    """Computes each element from one of the only input's."""
+
+    __slots__ = ()
+    elementwise: ClassVar[bool] = True
+
+    def of(self, part: Array) -> Array:
+        """Each element's new value. Raises: precision-loss."""
+        raise NotImplementedError
+
+    def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
+        """What comes out. Raises: shape-mismatch."""
+        raise NotImplementedError
+
+    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
+        return self.of(inputs[0].block(start, stop))
+
+    def windows(self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int) -> Iterator[Bytes]:
+        (tensor,) = inputs
+        after = self.spec((tensor.spec,)).dtype.itemsize
+        room = max(min(nbytes, nbytes * tensor.dtype.itemsize // after), 1)
+        for window in tensor.windows(room, panel_nbytes):
+            yield as_bytes(self.of(window.view(tensor.dtype.numpy)))
+
+
+def _is_computed(spec: TensorSpec) -> bool:
+    return spec.dtype.kind in ("float", "complex") and spec.dtype.name != "complex32"
+
+
+def _wide(part: Array) -> type[np.float64] | type[np.complex128]:
+    return np.complex128 if part.dtype.kind == "c" else np.float64
+
+
 @dataclass(frozen=True, slots=True)
-class Scale(PlainOp):
+class Scale(_ByElement):
     """Multiply by a number; the product is rounded once, to the tensor's dtype."""
 
     factor: float
-    elementwise: ClassVar[bool] = True
 
     def inverse(self) -> Scale:
         return Scale(1.0 / self.factor)
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         (spec,) = inputs
-        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+        if not _is_computed(spec):
             raise misfit(self, spec, "Only floating-point numbers are scaled.")
         return spec
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         return tensor if self.factor == 1.0 else None
 
-    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return self.of(inputs[0].block(start, stop))
-
     def of(self, part: Array) -> Array:
-        """The product of each element.
-
-        Raises: precision-loss where a finite value would become infinite.
-        """
-        wide = np.complex128 if part.dtype.kind == "c" else np.float64
+        """Raises: precision-loss where a finite value would become infinite."""
         with np.errstate(all="ignore"):
-            product = np.asarray(part.astype(wide) * self.factor).astype(part.dtype)
+            product = np.asarray(part.astype(_wide(part)) * self.factor).astype(part.dtype)
         return _within(self, part, product)
-
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "scale", "factor": self.factor}
 
 
 @dataclass(frozen=True, slots=True)
-class Shift(PlainOp):
+class Shift(_ByElement):
     """Add a number; the sum is rounded once, to the tensor's dtype."""
 
     offset: float
-    elementwise: ClassVar[bool] = True
 
     def inverse(self) -> Shift:
         return Shift(-self.offset)
 
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         (spec,) = inputs
-        if spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+        if not _is_computed(spec):
             raise misfit(self, spec, "Only floating-point numbers are shifted.")
         return spec
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         return tensor if self.offset == 0.0 else None
 
-    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return self.of(inputs[0].block(start, stop))
-
     def of(self, part: Array) -> Array:
-        """The sum of each element and the offset.
-
-        Raises: precision-loss where a finite value would become infinite.
-        """
-        wide = np.complex128 if part.dtype.kind == "c" else np.float64
+        """Raises: precision-loss where a finite value would become infinite."""
         with np.errstate(all="ignore"):
-            total = np.asarray(part.astype(wide) + self.offset).astype(part.dtype)
+            total = np.asarray(part.astype(_wide(part)) + self.offset).astype(part.dtype)
         return _within(self, part, total)
-
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "shift", "offset": self.offset}
 
 
 @dataclass(frozen=True, slots=True)
-class Cast(PlainOp):
+class Cast(_ByElement):
     """Convert to another dtype; exact where the target holds every value of the source."""
 
     dtype: str
-    elementwise: ClassVar[bool] = True
 
     @property
     def target(self) -> dtypes.DType:
@@ -154,9 +160,6 @@ class Cast(PlainOp):
 
     def view(self, tensor: StoredTensor) -> StoredTensor | None:
         return tensor if tensor.dtype == self.target else None
-
-    def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
-        return self.of(inputs[0].block(start, stop))
 
     def of(self, part: Array) -> Array:
         """Each element in the target's dtype; floats are rounded to nearest even.
@@ -188,11 +191,6 @@ class Cast(PlainOp):
             )
         return result
 
-    def windows(
-        self, inputs: tuple[TensorRef, ...], nbytes: int, panel_nbytes: int
-    ) -> Iterator[Bytes] | None:
-        return _elementwise_windows(self, inputs[0], nbytes, panel_nbytes)
-
     def to_json(self) -> dict[str, object]:
         return {"op": "cast", "dtype": self.dtype}
 
@@ -204,7 +202,7 @@ class Add(PlainOp):
     def spec(self, inputs: tuple[TensorSpec, ...]) -> TensorSpec:
         first = inputs[0]
         for spec in inputs:
-            if spec != first or spec.dtype.kind not in ("float", "complex") or spec.dtype.name == "complex32":
+            if spec != first or not _is_computed(spec):
                 raise misfit(self, spec, "Only floating-point numbers of one shape are added.")
         return first
 
@@ -214,20 +212,10 @@ class Add(PlainOp):
     def block(self, inputs: tuple[TensorRef, ...], start: Index, stop: Index) -> Array:
         """Raises: precision-loss where the sum of finite values would become infinite."""
         parts = [tensor.block(start, stop) for tensor in inputs]
-        wide = np.complex128 if parts[0].dtype.kind == "c" else np.float64
         with np.errstate(all="ignore"):
-            total = reduce(np.add, (part.astype(wide) for part in parts))
+            total = reduce(np.add, (part.astype(_wide(part)) for part in parts))
             largest = reduce(np.maximum, (np.abs(part) for part in parts))
             return _within(self, largest, total.astype(parts[0].dtype))
 
     def to_json(self) -> dict[str, object]:
         return {"op": "add"}
-
-
-def _elementwise_windows(
-    op: Scale | Shift | Cast, tensor: TensorRef, nbytes: int, panel_nbytes: int
-) -> Iterator[Bytes]:
-    after = op.spec((tensor.spec,)).dtype.itemsize
-    room = max(min(nbytes, nbytes * tensor.dtype.itemsize // after), 1)
-    for window in tensor.windows(room, panel_nbytes):
-        yield as_bytes(op.of(window.view(tensor.dtype.numpy)))
