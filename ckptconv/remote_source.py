@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +26,8 @@ _AHEAD_SHARE = 8
 _MOST_AHEAD = 1 << 23
 _FEW = 1 << 20
 """Reads of fewer bytes than these are headers; larger ones are a tensor's and are asked for as they are."""
+_WINDOWS = 4
+"""So many fetched headers are kept: several formats look at the same before one reads them."""
 
 
 class Info(NamedTuple):
@@ -36,11 +39,12 @@ class Info(NamedTuple):
 
 
 class Store:
-    """One file system, with the directories that were listed."""
+    """One file system, with the directories that were listed and the files that were opened."""
 
     def __init__(self, url: str) -> None:
         self._url = url
         self._listed: dict[str, Mapping[str, Info]] = {}
+        self.opened: dict[str, RemoteSource] = {}
 
     @cached_property
     def fs(self) -> AbstractFileSystem:
@@ -152,6 +156,19 @@ def unreachable(url: str, error: Exception) -> FormatError:
     return failure
 
 
+class _Window(NamedTuple):
+    """What was fetched at once."""
+
+    run: int
+    """Where the reads that follow one another began."""
+    start: int
+    data: bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.data)
+
+
 class RemoteSource:
     """The bytes of one remote file; safe to read from several threads, pickled by URL."""
 
@@ -160,10 +177,7 @@ class RemoteSource:
         self.path, self.name = url, posixpath.basename(url)
         self._key = store.key(url)
         self._lock = threading.Lock()
-        self._ahead = (0, b"")
-        """What was fetched last, and where it begins."""
-        self._run = 0
-        """Where reads that follow one another began."""
+        self._held: deque[_Window] = deque(maxlen=_WINDOWS)
         self._wanted: dict[int, bytes] = {}
 
     @property
@@ -189,18 +203,19 @@ class RemoteSource:
             if wanted is not None and len(wanted) >= len(out):
                 out[:] = wanted[: len(out)]
                 return
-            start, held = self._ahead
-            if not (start <= offset and stop <= start + len(held)):
-                start, held = self._ahead = offset, self._fetch(offset, max(stop, self._foreseen(offset)))
-            out[:] = held[offset - start : stop - start]
+            window = next((w for w in self._held if w.start <= offset and stop <= w.stop), None)
+            if window is None:
+                run = next((w.run for w in self._held if w.start <= offset <= w.stop), None)
+                data = self._fetch(offset, max(stop, self._foreseen(offset, run)))
+                window = _Window(offset if run is None else run, offset, data)
+                self._held.append(window)
+            out[:] = window.data[offset - window.start : stop - window.start]
 
-    def _foreseen(self, offset: int) -> int:
-        """How far to fetch: beyond what is asked for where reads follow one another."""
-        start, held = self._ahead
-        if not held or not start <= offset <= start + len(held):
-            self._run = offset
+    def _foreseen(self, offset: int, run: int | None) -> int:
+        """How far to fetch: beyond what is asked for where a run of reads follow one another."""
+        if run is None:
             return offset
-        ahead = max(_LEAST_AHEAD, min((offset - self._run) // _AHEAD_SHARE, _MOST_AHEAD))
+        ahead = max(_LEAST_AHEAD, min((offset - run) // _AHEAD_SHARE, _MOST_AHEAD))
         return min(offset + ahead, self.nbytes)
 
     def _fetch(self, start: int, stop: int) -> bytes:
@@ -246,10 +261,13 @@ class RemoteSource:
 
 def open_remote(store: Store, url: str) -> RemoteSource:
     """The bytes of a file. Raises: missing-file."""
-    found = store.info(url)
-    if found is None or not found.is_file:
-        raise unreachable(url, FileNotFoundError("there is no such file"))
-    return RemoteSource(store, url, found)
+    source = store.opened.get(url)
+    if source is None:
+        found = store.info(url)
+        if found is None or not found.is_file:
+            raise unreachable(url, FileNotFoundError("there is no such file"))
+        source = store.opened[url] = RemoteSource(store, url, found)
+    return source
 
 
 def _reopened(url: str, info: Info) -> RemoteSource:
