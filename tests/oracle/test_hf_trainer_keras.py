@@ -18,6 +18,7 @@ keras = pytest.importorskip("keras")
 
 import ckptconv  # noqa: E402
 from tests.support.hf_trainer import BATCH, PER_EPOCH, regression, trainer  # noqa: E402
+from tests.support.wrapped import apart  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 SWITCH, BACK, END = 8, 16, 24
@@ -75,11 +76,6 @@ def torch_weights(model: Any) -> Weights:
         found[f"{layer.name}.weight"] = layer.kernel.numpy().T
         found[f"{layer.name}.bias"] = layer.bias.numpy()
     return found
-
-
-def apart(ours: Weights, theirs: Weights, before: Weights) -> float:
-    travelled = max(float(np.abs(theirs[name] - before[name]).max()) for name in theirs)
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) / travelled
 
 
 def test_there_and_back(tmp_path: Path) -> None:

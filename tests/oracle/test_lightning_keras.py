@@ -21,6 +21,7 @@ keras = pytest.importorskip("keras")
 
 import ckptconv  # noqa: E402
 from tests.support.command import convert_here  # noqa: E402
+from tests.support.wrapped import apart  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 COMMON = Path(__file__).parents[2] / "fixtures" / "lightning" / "common.py"
@@ -77,11 +78,6 @@ def of_keras(model: Any) -> Weights:
         found[f"net.{layer.name}.weight"] = layer.kernel.numpy().T
         found[f"net.{layer.name}.bias"] = layer.bias.numpy()
     return found
-
-
-def apart(ours: Weights, theirs: Weights, before: Weights) -> float:
-    travelled = max(float(np.abs(theirs[name] - before[name]).max()) for name in theirs)
-    return max(float(np.abs(ours[name] - theirs[name]).max()) for name in theirs) / travelled
 
 
 def test_there_and_back(cases: ModuleType, tmp_path: Path) -> None:
