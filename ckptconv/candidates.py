@@ -23,9 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ckptconv.errors import CkptError, FormatError
-from ckptconv.formats.base import FORMATS
-from ckptconv.formats.bundle_path import names_in
-from ckptconv.formats.checkpoint_state import STATE_FILE
+from ckptconv.formats.table import format_at, suffixes
 from ckptconv.formats.torch_folder import only_file
 from ckptconv.strictjson import parse
 
@@ -98,11 +96,13 @@ def choose(path: Path, select: Sequence[str] = ()) -> Choice:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return any(format_.sniff(path) for format_ in FORMATS.values())
+    return format_at(path) is not None
 
 
 def _run_folders(path: Path) -> tuple[str, ...]:
     """The numbered checkpoints in a folder that holds a run's weights alone."""
+    from ckptconv.formats.checkpoint_state import STATE_FILE
+
     entries = list(_entries(path))
     if any(entry.name.startswith("optimizer") or entry.name == STATE_FILE for entry in entries):
         return ()
@@ -124,13 +124,14 @@ def _entries(path: Path) -> Iterator[Path]:
 
 def _candidates(path: Path) -> tuple[str, ...]:
     """Names of the checkpoints in a folder."""
-    suffixes = tuple(suffix for format_ in FORMATS.values() for suffix in format_.suffixes)
-    names = []
+    from ckptconv.formats.bundle_path import names_in  # only where a folder is listed: it needs protobuf
+
+    known, names = suffixes(), []
     for entry in _entries(path):
         if entry.is_dir():
             fits = _may_be_one(entry.name) and _is_checkpoint(path / entry.name)
         else:
-            fits = entry.name.endswith(suffixes) and not _SHARD.search(entry.name) and entry.is_file()
+            fits = entry.name.endswith(known) and not _SHARD.search(entry.name) and entry.is_file()
         if fits:
             names.append(entry.name)
     return tuple(sorted({*names, *names_in(path)}, key=_by_numbers))
@@ -158,8 +159,7 @@ def _asked(name: str, found: Sequence[str], best: str | None, whole: bool) -> st
 
 
 def _stem(name: str) -> str:
-    suffixes = sorted((s for f in FORMATS.values() for s in f.suffixes), key=len, reverse=True)
-    while stripped := next((name.removesuffix(s) for s in suffixes if name.endswith(s)), ""):
+    while stripped := next((name.removesuffix(s) for s in suffixes() if name.endswith(s)), ""):
         name = stripped
     return name
 

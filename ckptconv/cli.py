@@ -138,7 +138,7 @@ def inspect(
 
             print_json(schema.to_json(checkpoint, values=True))
             return
-        from ckptconv.rendering import inspect_view
+        from ckptconv.rendering.checkpoint import inspect_view
 
         show(inspect_view(checkpoint, path=str(path), all_params=tensors))
 
@@ -154,7 +154,7 @@ def _inspect_raw(
 ) -> None:
     from ckptconv import listing
     from ckptconv.detect import choose, detect_dialect, read_raw
-    from ckptconv.rendering import raw_view
+    from ckptconv.rendering.registry import raw_view
 
     choice = choose(path, select)
     if choice.names:
@@ -266,7 +266,7 @@ def _deliver(result: Report, path: Path | None, *, verbose: bool, as_json: bool)
     if as_json:
         print_json(schema.report_to_json(result))
     else:
-        from ckptconv.rendering import report_view
+        from ckptconv.rendering.report import report_view
 
         show(report_view(result, verbose=verbose))
         show_problems(result.problems, as_json=False)
@@ -383,7 +383,7 @@ def diff(
         if as_json:
             print_json(difference.to_json(found))
         else:
-            from ckptconv.rendering import difference_view
+            from ckptconv.rendering.difference import difference_view
 
             show(difference_view(found, verbose=verbose))
         if not found.same:
@@ -412,7 +412,7 @@ def doctor(
         if as_json:
             print_json(doctors.to_json(found))
             return
-        from ckptconv.rendering import doctor_view
+        from ckptconv.rendering.doctor import doctor_view
 
         show(doctor_view(found))
 
@@ -434,7 +434,7 @@ def formats(
             if as_json:
                 print_json({"optimizers": listed})
                 return
-            from ckptconv.rendering import directions_view
+            from ckptconv.rendering.registry import directions_view
 
             show(directions_view(listed))
             return
@@ -443,6 +443,6 @@ def formats(
         if as_json:
             print_json({"formats": containers, "optimizers": optimizers})
             return
-        from ckptconv.rendering import formats_view
+        from ckptconv.rendering.registry import formats_view
 
         show(formats_view(containers, optimizers))

@@ -16,7 +16,7 @@ import typer
 from ckptconv.errors import CkptError, Problem
 
 if TYPE_CHECKING:
-    from ckptconv.rendering import View
+    from ckptconv.rendering.text import View
 
 DONE, PROBLEMS, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -78,7 +78,7 @@ def print_json(value: object) -> None:
 def show(views: Iterable[View]) -> None:
     from rich.console import Console
 
-    from ckptconv.rendering import plain
+    from ckptconv.rendering.text import plain
 
     if not sys.stdout.isatty():
         write(plain(views))
@@ -97,7 +97,8 @@ def show_problems(problems: Sequence[Problem], *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from ckptconv.rendering import plain, problems_view
+    from ckptconv.rendering.problems import problems_view
+    from ckptconv.rendering.text import plain
 
     views = problems_view(problems)
     if not sys.stderr.isatty():

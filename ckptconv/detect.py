@@ -1,27 +1,21 @@
-"""Which format and dialect a checkpoint is in, and its document.
-
-Every module in `ckptconv.formats` and `ckptconv.dialects` is imported once, so that a new file there is
-known without a second place to name it.
-"""
+"""Which format and dialect a checkpoint is in, and its document."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
-from ckptconv import candidates, dialects, formats
+from ckptconv import candidates
 from ckptconv.candidates import Choice
-from ckptconv.dialects.base import DIALECTS, Detection, Dialect
+from ckptconv.dialects.base import Detection, Dialect
+from ckptconv.dialects.table import DIALECTS, dialects_of
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, FormatError
-from ckptconv.formats.base import FORMATS, Format
+from ckptconv.formats.base import Format
+from ckptconv.formats.table import FORMATS, ROWS, format_at
 from ckptconv.rawtree import RawTree
 from ckptconv.remote import is_url, place
 from ckptconv.selection import selected
@@ -30,27 +24,14 @@ from ckptconv.skeleton import is_skeleton_file, read_skeleton
 PathLike = str | os.PathLike[str]
 
 
-@cache
-def load_registries() -> None:
-    """Import every format and dialect."""
-    for package in (formats, dialects):
-        for module in _modules(package):
-            importlib.import_module(module)
-
-
-def _modules(package: ModuleType) -> Iterable[str]:
-    return sorted(f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__))
-
-
 def format_named(name: str) -> Format:
     """The format of that name.
 
     Raises: unknown-format with the names there are.
     """
-    load_registries()
-    if name in FORMATS:
+    if name in ROWS:
         return FORMATS[name]
-    raise _no_such("unknown-format", "format", name, FORMATS)
+    raise _no_such("unknown-format", "format", name, ROWS)
 
 
 def dialect_named(format_name: str, name: str) -> Dialect:
@@ -58,10 +39,9 @@ def dialect_named(format_name: str, name: str) -> Dialect:
 
     Raises: unknown-dialect with the names there are.
     """
-    load_registries()
     if (format_name, name) in DIALECTS:
         return DIALECTS[format_name, name]
-    known = [dialect for fmt, dialect in DIALECTS if fmt == format_name]
+    known = [dialect.name for dialect in dialects_of(format_name)]
     raise _no_such("unknown-dialect", f"{format_name} dialect", name, known)
 
 
@@ -88,17 +68,14 @@ def detect_format(path: PathLike) -> Format:
 
     Raises: missing-file, unknown-format.
     """
-    load_registries()
     where = reachable(path)
-    # By name, whatever was imported first: a trainer's folder is PyTorch's before it is one of safetensors.
-    for _, candidate in sorted(FORMATS.items()):
-        if candidate.sniff(where):
-            return candidate
+    if found := format_at(where):
+        return found
     if not where.exists():
         raise _missing(where)
     raise FormatError.of(
         "unknown-format",
-        f"{_what_it_is(where)} is in none of the known formats ({', '.join(sorted(FORMATS))})",
+        f"{_what_it_is(where)} is in none of the known formats ({', '.join(ROWS)})",
         "Check the path; see 'ckptconv formats' for what is read.",
         loc=(_called(where),),
     )
@@ -173,13 +150,12 @@ def detect_dialect(raw: RawTree, name: str | None = None) -> tuple[Dialect, Dete
 
     Raises: unknown-dialect where no dialect recognises it.
     """
-    load_registries()
     if name is not None:
         return dialect_named(raw.format, name), Detection(score=100, evidence="named by the caller")
     found = [
         (detection, dialect)
-        for (fmt, _), dialect in sorted(DIALECTS.items())
-        if fmt == raw.format and (detection := dialect.detect(raw)) is not None
+        for dialect in dialects_of(raw.format)
+        if (detection := dialect.detect(raw)) is not None
     ]
     if not found:
         raise FormatError.of(
@@ -207,7 +183,6 @@ def open(
 
 def choose(path: PathLike, select: Sequence[str] = ()) -> Choice:
     """The checkpoint that a path means: itself, or one of the folder's. Raises: see `candidates.choose`."""
-    load_registries()
     return candidates.choose(reachable(path), select)
 
 

@@ -14,9 +14,9 @@ from ckptconv.detect import PathLike, choose, open_chosen
 from ckptconv.dialects.graph_bundle import graph_of_bytes
 from ckptconv.document import Absent, Checkpoint, Fact, Known, Unknown
 from ckptconv.facts import fact_to_json
-from ckptconv.formats.base import FORMATS
 from ckptconv.formats.bundle_path import is_saved_model, locate
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
+from ckptconv.formats.table import FORMATS
 from ckptconv.formats.weights_shards import index_of
 from ckptconv.rawtree import DictNode, walk
 from ckptconv.report import REPORT_VERSION

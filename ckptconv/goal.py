@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptconv.detect import PathLike, dialect_named, format_named, load_registries, open, parse_target
-from ckptconv.dialects.base import DIALECTS, Dialect, fills
+from ckptconv.detect import PathLike, dialect_named, format_named, open, parse_target
+from ckptconv.dialects.base import Dialect, fills
+from ckptconv.dialects.table import dialects_of
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
-from ckptconv.formats.base import FORMATS, Format
+from ckptconv.formats.base import Format
+from ckptconv.formats.table import ROWS
 from ckptconv.spec import BY_TEMPLATE_SPEC, apply_spec
 
 
@@ -40,7 +42,6 @@ def goal_of(
 
     Raises: usage, template-mismatch.
     """
-    load_registries()
     if str(path) == "-":
         raise CkptError.of(
             "usage",
@@ -90,9 +91,9 @@ def goal_of(
 def _by_suffix(path: Path) -> str | None:
     """The format whose suffix the name has: the longest, as `.weights.h5` ends in `.h5` too."""
     fitting = [
-        (len(suffix), candidate.name)
-        for candidate in FORMATS.values()
-        for suffix in candidate.suffixes
+        (len(suffix), name)
+        for name, row in ROWS.items()
+        for suffix in row.suffixes
         if path.name.endswith(suffix)
     ]
     return max(fitting)[1] if fitting else None
@@ -102,14 +103,14 @@ def _untold(path: Path) -> str:
     raise CkptError.of(
         "usage",
         f"the name '{path.name or path}' does not tell the target's format",
-        "Pass --to with one of: " + ", ".join(sorted(FORMATS)) + ".",
+        "Pass --to with one of: " + ", ".join(ROWS) + ".",
         loc=("--to",),
     )
 
 
 def _default_dialect(format_name: str, source: Checkpoint) -> Dialect:
     """The source's own dialect where it lives in the format, else the format's one that needs no template."""
-    there = [dialect for (fmt, _), dialect in sorted(DIALECTS.items()) if fmt == format_name]
+    there = dialects_of(format_name)
     for dialect in there:
         if fills(dialect, source.residue):
             return dialect

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 
 from ckptconv.catalog.directions import directions
 from ckptconv.catalog.optimizer_rows import COLUMNS, algorithms, row
-from ckptconv.detect import load_registries
-from ckptconv.dialects.base import DIALECTS
+from ckptconv.dialects.table import dialects_of
 from ckptconv.facts import value_to_json
-from ckptconv.formats.base import FORMATS
+from ckptconv.formats.table import FORMATS, ROWS
 from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, Opaque, Path, RawTree, children
 from ckptconv.tensor import TensorRef
 
@@ -97,19 +96,17 @@ def to_json(raw: RawTree, dialect: str | None, *, digests: bool = False) -> dict
 
 def formats() -> list[dict[str, object]]:
     """Every container that is read and written, each with its dialects."""
-    load_registries()
     return [
         {
             "name": name,
-            "summary": format_.summary,
-            "suffixes": list(format_.suffixes),
+            "summary": FORMATS[name].summary,
+            "suffixes": list(told.suffixes),
             "dialects": [
                 {"name": dialect.name, "framework": dialect.framework, "summary": dialect.summary}
-                for (of_format, _), dialect in sorted(DIALECTS.items())
-                if of_format == name
+                for dialect in dialects_of(name)
             ],
         }
-        for name, format_ in sorted(FORMATS.items())
+        for name, told in ROWS.items()
     ]
 
 

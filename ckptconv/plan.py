@@ -12,13 +12,15 @@ from fractions import Fraction
 from ckptconv import dtypes, mapping, note
 from ckptconv.account import Transfer
 from ckptconv.compounds import compounds, lacking
-from ckptconv.dialects.base import DIALECTS, fills
+from ckptconv.dialects.base import fills
 from ckptconv.dialects.residue import scalar_tensor, untold
+from ckptconv.dialects.table import DIALECTS
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.extras import kept_from_template, left_described, undescribable
 from ckptconv.fitting import ASSUMED_LAYOUT
-from ckptconv.formats.base import FORMATS, Format
+from ckptconv.formats.base import Format
+from ckptconv.formats.table import FORMATS
 from ckptconv.goal import Goal
 from ckptconv.joining import together
 from ckptconv.ops import Cast

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ckptconv import detect, engine, verification
+from ckptconv import engine, verification
 from ckptconv.detect import detect_format, read_raw
 from ckptconv.errors import CkptError
-from ckptconv.formats.base import FORMATS
+from ckptconv.formats.table import FORMATS
 from ckptconv.formats.torch_folder import producer_of
 from ckptconv.formats.torch_producers import PRODUCERS
 from ckptconv.rawtree import DictNode, RawTree, dict_of
@@ -200,10 +200,7 @@ def test_arrays_within_a_pickle_are_verified_too(tmp_path: Path) -> None:
     assert [p.code for p in caught.value.problems] == ["verify-failed"]
 
 
-def test_what_was_imported_first_does_not_decide_whose_a_folder_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_with_sharded_weights_and_a_run_beside_them_is_the_runs(tmp_path: Path) -> None:
     folder = trainer_folder(tmp_path / "checkpoint-4")
-    assert detect_format(folder).name == "pytorch"
-    monkeypatch.setattr(detect, "FORMATS", dict(reversed(FORMATS.items())))
+    assert FORMATS["safetensors"].sniff(folder)
     assert detect_format(folder).name == "pytorch"

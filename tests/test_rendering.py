@@ -26,10 +26,11 @@ from ckptconv.document import (
     Unknown,
 )
 from ckptconv.errors import Problem
-from ckptconv.rendering import formats_view, inspect_view, plain, problems_view, raw_view, report_view
-from ckptconv.rendering.checkpoint import TABLE_ROWS
-from ckptconv.rendering.registry import dialect_rows
-from ckptconv.rendering.text import clean, clip, size
+from ckptconv.rendering.checkpoint import TABLE_ROWS, inspect_view
+from ckptconv.rendering.problems import problems_view
+from ckptconv.rendering.registry import dialect_rows, formats_view, raw_view
+from ckptconv.rendering.report import report_view
+from ckptconv.rendering.text import clean, clip, plain, size
 from ckptconv.report import Entry, OptimizerVerdict, Report
 from ckptconv.tensor import MissingTensor, TensorSpec
 

@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 
 import ckptconv
-from ckptconv.detect import load_registries
-from ckptconv.formats.base import FORMATS
+from ckptconv.formats.table import FORMATS
 from ckptconv.plan import shard_nbytes
 from ckptconv.tensor import as_bytes
 from tests.support.command import FIXTURES, convert_here, invoke
 
 RUN = FIXTURES / "plain" / "mlp-adamw" / "run.pt"
 FRESH = FIXTURES / "keras3" / "mlp-adamw-fresh" / "ckpt-1"
-load_registries()
 SAFETENSORS = FORMATS["safetensors"]
 
 Content = dict[tuple[str | int, ...], bytes]

@@ -72,14 +72,15 @@ class Dialect(Protocol):
         """Lines of Python that load the written file `target` in its framework; empty where there is none."""
 
 
-DIALECTS: dict[tuple[str, str], Dialect] = {}
+REGISTERED: dict[tuple[str, str], Dialect] = {}
+"""Those whose module is imported; `table.DIALECTS` has all."""
 _TREES: dict[tuple[str, str], tuple[str, str]] = {}
 
 
 def register(dialect: Dialect, *, tree: tuple[str, str] | None = None) -> Dialect:
     """Make a dialect known under (format, name); `tree`: the one whose residue it fills, if not its own."""
     key = dialect.format, dialect.name
-    DIALECTS[key] = dialect
+    REGISTERED[key] = dialect
     _TREES[key] = tree or key
     return dialect
 

@@ -1,6 +1,7 @@
 """What a format is: it recognises, reads and lays out one kind of container, and knows no meaning.
 
-A file below `ckptconv/formats` registers its format with one `register(...)` call at its end.
+A file below `ckptconv/formats` registers its format with one `register(...)` call at its end; `table` says
+which file that is.
 """
 
 from __future__ import annotations
@@ -61,8 +62,6 @@ class Format(Protocol):
     """As on the command line: `pytorch`, `tensorflow`, `safetensors`, `neutral`."""
     summary: str
     """One line for `ckptconv formats`."""
-    suffixes: tuple[str, ...]
-    """File suffixes from which a target's format is inferred."""
     checksums: tuple[ChecksumKind, ...]
     """Those that its files record."""
     shards: bool
@@ -84,10 +83,11 @@ class Format(Protocol):
         """
 
 
-FORMATS: dict[str, Format] = {}
+REGISTERED: dict[str, Format] = {}
+"""Those whose module is imported; `table.FORMATS` has all."""
 
 
 def register(format_: Format) -> Format:
     """Make a format known under its name."""
-    FORMATS[format_.name] = format_
+    REGISTERED[format_.name] = format_
     return format_

@@ -51,7 +51,6 @@ class DistributedCheckpoint:
 
     name = "dcp"
     summary = "torch.distributed.checkpoint folder of any number of ranks (FSDP, torchtitan)"
-    suffixes: tuple[str, ...] = ()
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
     shards = True
 

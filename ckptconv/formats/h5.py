@@ -59,7 +59,6 @@ class H5:
 
     name = "h5"
     summary = "Keras model or weights in the layout of Keras 2 (.h5, HDF5)"
-    suffixes: tuple[str, ...] = (".h5", ".hdf5")
     checksums: tuple[ChecksumKind, ...] = ()
     shards = False
 

@@ -43,7 +43,6 @@ class KerasArchive:
 
     name = "keras"
     summary = "whole Keras 3 model (.keras: config, weights and optimizer in a zip)"
-    suffixes: tuple[str, ...] = (".keras",)
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
     shards = False
 

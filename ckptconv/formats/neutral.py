@@ -188,7 +188,6 @@ class Neutral:
 
     name = "neutral"
     summary = "ckptconv's own: a directory of manifest.json, safetensors files and state.msgpack"
-    suffixes: tuple[str, ...] = (".neutral",)
     checksums: tuple[ChecksumKind, ...] = ("crc32c",)
     shards = True
 

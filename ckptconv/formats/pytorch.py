@@ -99,7 +99,6 @@ class PyTorchFormat:
 
     name = "pytorch"
     summary = "PyTorch checkpoint: torch.save of any version, TorchScript, folders of HF Trainer and others"
-    suffixes: tuple[str, ...] = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
     checksums: tuple[ChecksumKind, ...] = ("crc32",)
     shards = False
 

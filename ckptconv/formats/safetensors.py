@@ -159,7 +159,6 @@ class Safetensors:
 
     name = "safetensors"
     summary = "named tensors: one .safetensors file, or shards with an index"
-    suffixes: tuple[str, ...] = (SUFFIX, INDEX_SUFFIX)
     checksums: tuple[ChecksumKind, ...] = ()
     shards = True
 

@@ -33,7 +33,6 @@ from ckptconv.formats import string_tensor
 from ckptconv.formats.base import ChecksumKind, Layout, TargetFile, register
 from ckptconv.formats.bundle_index import read_index
 from ckptconv.formats.bundle_path import (
-    INDEX_SUFFIX,
     has_magic,
     has_shard,
     index_path,
@@ -61,7 +60,6 @@ class TensorBundle:
 
     name = "tensorflow"
     summary = "TensorFlow checkpoint (TensorBundle: P.index, P.data-*; V1 is read): object graph or names"
-    suffixes: tuple[str, ...] = (INDEX_SUFFIX,)
     checksums: tuple[ChecksumKind, ...] = ("crc32c",)
     shards = False
 

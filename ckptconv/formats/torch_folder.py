@@ -27,7 +27,8 @@ from pathlib import Path
 
 from ckptconv.errors import CkptError, Code, FormatError, Problem
 from ckptconv.formats import json_tree
-from ckptconv.formats.base import FORMATS, Layout, Placement, TargetFile
+from ckptconv.formats.base import Layout, Placement, TargetFile
+from ckptconv.formats.table import FORMATS
 from ckptconv.formats.torch_producers import MEMBERS, PRODUCERS, Producer
 from ckptconv.rawtree import DictNode, Node, RawTree, Scalar
 from ckptconv.source import open_source

@@ -23,7 +23,6 @@ from ckptconv.formats.hdf5_write import lay_out
 from ckptconv.formats.safetensors_file import constant, shard_limit
 from ckptconv.formats.weights_shards import (
     INDEX_SUFFIX,
-    SUFFIX,
     index_of,
     is_index,
     lay_out_shards,
@@ -39,7 +38,6 @@ class WeightsH5:
 
     name = "weights-h5"
     summary = "Keras weights file (.weights.h5, HDF5), with the optimizer of a compiled model"
-    suffixes: tuple[str, ...] = (SUFFIX, INDEX_SUFFIX)
     checksums: tuple[ChecksumKind, ...] = ()
     shards = True
 

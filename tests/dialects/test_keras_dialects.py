@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ckptconv.detect import detect_dialect, read_raw
-from ckptconv.dialects.base import DIALECTS
 from ckptconv.dialects.graph_lower import is_built, unbuilt
+from ckptconv.dialects.table import DIALECTS
 from ckptconv.document import Absent, Checkpoint, Known, Unknown, value_of
 from ckptconv.errors import CkptError
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY, variable_key

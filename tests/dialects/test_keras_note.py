@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptconv.detect import load_registries, read_raw
-from ckptconv.dialects.base import DIALECTS
+from ckptconv.detect import read_raw
+from ckptconv.dialects.table import DIALECTS
 from ckptconv.document import Checkpoint, Known, Unknown, value_of
 from ckptconv.note import read_note, write_note
 from ckptconv.rawtree import RawTree
@@ -19,7 +19,6 @@ DIALECT = "tensorflow", "keras3"
 
 def noted(**progress: int) -> RawTree:
     """The fixture with a note that knows more: finished epochs, and Adam's first beta."""
-    load_registries()
     raw = read_raw(CASE)
     run = DIALECTS[DIALECT].lift(raw)
     facts = {name: Known(value=value) for name, value in {"epochs": 2, **progress}.items()}

@@ -15,7 +15,7 @@ keras = pytest.importorskip("keras")
 tf_keras = pytest.importorskip("tf_keras")
 
 from ckptconv.detect import detect_dialect, read_raw  # noqa: E402 -- after importorskip
-from ckptconv.dialects.base import DIALECTS  # noqa: E402
+from ckptconv.dialects.table import DIALECTS  # noqa: E402
 from ckptconv.document import Checkpoint, Known, Param, Progress, Unknown, value_of  # noqa: E402
 from ckptconv.formats.tensor_bundle import FORMAT  # noqa: E402
 from ckptconv.rawtree import RawTree  # noqa: E402

@@ -19,8 +19,8 @@ import safetensors.numpy  # noqa: E402
 import safetensors.torch  # noqa: E402
 
 import ckptconv  # noqa: E402
-from ckptconv.dialects.base import DIALECTS  # noqa: E402
-from ckptconv.formats.base import FORMATS  # noqa: E402
+from ckptconv.dialects.table import DIALECTS  # noqa: E402
+from ckptconv.formats.table import FORMATS  # noqa: E402
 from tests.support.command import FIXTURES, convert, convert_here, inspect_here  # noqa: E402
 from tests.support.torch_equal import assert_same, sharing  # noqa: E402
 from tests.support.write_layout import write_layout  # noqa: E402

@@ -18,7 +18,7 @@ from ckptconv.dialects.torch_plain import Plain  # noqa: E402
 from ckptconv.dialects.torch_state_dict import StateDict  # noqa: E402
 from ckptconv.document import Checkpoint, Known, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
-from ckptconv.formats.base import FORMATS  # noqa: E402
+from ckptconv.formats.table import FORMATS  # noqa: E402
 from tests.support.write_layout import write_layout  # noqa: E402
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "plain"
