@@ -25,9 +25,10 @@ from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.formats.base import Layout
 from ckptconv.goal import Goal, document_of, goal_of
 from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
+from ckptconv.plan_table import table
 from ckptconv.rawtree import RawTree
 from ckptconv.remote import place
-from ckptconv.report import OptimizerVerdict, Report
+from ckptconv.report import OptimizerVerdict, Plan, Report
 from ckptconv.selection import selected
 from ckptconv.spec import apply_spec
 from ckptconv.upload import destination
@@ -98,7 +99,8 @@ def convert(
     planned = _planned(checkpoint, goal, wishes, source_name)
     planned = replace(planned, report=replace(planned.report, chosen=chosen))
     if dry_run:
-        return replace(planned.report, dry_run=True, seconds=time.monotonic() - started)
+        rows = _table(planned, checkpoint, goal)
+        return replace(planned.report, dry_run=True, plan=rows, seconds=time.monotonic() - started)
     writing = _Writing(jobs=jobs, executor=executor, verify=verify, force=force, progress=progress)
     report = _written(planned, goal, writing)
     if keep:
@@ -184,6 +186,13 @@ def _planned(checkpoint: Checkpoint, goal: Goal, wishes: Wishes, source_name: st
         allowed=tuple(sorted(wishes.allowed)),
     )
     return _Plan(report=report, transfer=result, laid_out=laid_out)
+
+
+def _table(planned: _Plan, source: Checkpoint, goal: Goal) -> Plan:
+    """What makes each array of the target; of a transfer that is stopped, as far as it is known."""
+    stopped = bool(planned.transfer.problems)
+    target = goal.template if stopped and goal.template is not None else planned.transfer.checkpoint
+    return table(planned.report.ledger, source, target, stopped=stopped)
 
 
 def _written(planned: _Plan, goal: Goal, writing: _Writing) -> Report:

@@ -26,7 +26,7 @@ from ckptconv.joining import together
 from ckptconv.ops import Cast
 from ckptconv.pieces import apart
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
-from ckptconv.report import ALLOWABLE, Entry
+from ckptconv.report import ALLOWABLE, Entry, place
 from ckptconv.telling import Side
 from ckptconv.transfer import progress_entries, transfer
 
@@ -184,7 +184,7 @@ def _untemplated(checkpoint: Checkpoint, goal: Goal, allowed: frozenset[str]) ->
     own = fills(goal.dialect, residue)
     everything = own or goal.format.name == "neutral"
     ledger = [
-        Entry(item=address, fate="copied", target=".".join(map(str, address[1:])))
+        Entry(item=address, fate="copied", target=place(address))
         for address, _ in checkpoint.tensors()
         if everything or address[0] == "param"
     ]

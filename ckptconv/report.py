@@ -12,6 +12,14 @@ from ckptconv.rawtree import Path
 
 REPORT_VERSION = "1.0.0"
 
+
+def place(address: Path) -> str:
+    """What an array is called in `Entry.target`: a parameter by its name, a slot by `parameter/slot`."""
+    if address[0] == "slot":
+        return f"{address[3]}/{address[2]}"
+    return str(address[-1])
+
+
 ALLOWABLE: dict[str, str] = {
     "assumed-layout": "take a framework's convention for a layout that two layer kinds would explain",
     "flatten-layout": "keep the rows of a dense layer behind a flatten as they are",
@@ -77,6 +85,43 @@ class OptimizerVerdict:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Producer:
+    """One item of the source that makes an array of the target, or a part of it."""
+
+    item: Path
+    """Address in the source document, or `("template", key)`."""
+    ops: tuple[Mapping[str, object], ...] = ()
+    """What is done to it, in order; `add` sums several producers, `concat` joins them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One array of the target, and what makes it."""
+
+    target: Path
+    """Address in the target's document."""
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """Those of the source's array and of the target's, where both are known."""
+    producers: tuple[Producer, ...]
+    fate: Fate
+    evidence: str = ""
+    """Why it belongs there: how its axes are known, and how it was matched."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Every array of the target with what makes it, and what is left over on both sides."""
+
+    rows: tuple[Row, ...]
+    left_in_source: tuple[Path, ...]
+    """Arrays of the source that make none of the target."""
+    left_in_target: tuple[Path, ...]
+    """Arrays of the target that none of the source makes: its own, created ones, without partner."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a conversion did, or would do."""
 
@@ -97,6 +142,8 @@ class Report:
     """Code that restores the result."""
     problems: tuple[Problem, ...] = ()
     """Of a dry run: what would stop the conversion."""
+    plan: Plan | None = None
+    """Of a dry run: what makes each array of the target."""
     allowed: tuple[str, ...] = ()
     files: tuple[tuple[str, int], ...] = ()
     """(name, bytes) of what was written."""

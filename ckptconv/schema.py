@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ckptconv.errors import Problem
 from ckptconv.facts import value_to_json
 from ckptconv.manifest import FileEntry, from_json, to_json
-from ckptconv.report import REPORT_VERSION, Report
+from ckptconv.report import REPORT_VERSION, Plan, Report
 from ckptconv.skeleton import is_skeleton_file, read_skeleton, write_skeleton
 from ckptconv.strictjson import Json
 from ckptconv.validation import (
@@ -80,6 +82,7 @@ def report_to_json(report: Report) -> dict[str, Json]:
         "target_requires": list(report.target_requires),
         "restore": report.restore,
         "problems": [problem_to_json(problem) for problem in report.problems],
+        "plan": None if report.plan is None else _plan_to_json(report.plan),
         "allowed": list(report.allowed),
         "files": [{"name": name, "bytes": nbytes} for name, nbytes in report.files],
         "bytes_read": report.bytes_read,
@@ -87,4 +90,33 @@ def report_to_json(report: Report) -> dict[str, Json]:
         "seconds": report.seconds,
         "verified": report.verified,
         "extensions": {},
+    }
+
+
+def _plan_to_json(plan: Plan) -> dict[str, Json]:
+    fates = Counter(row.fate for row in plan.rows)
+    return {
+        "counts": {
+            "rows": len(plan.rows),
+            **{fate: fates[fate] for fate in sorted(fates)},
+            "left_in_source": len(plan.left_in_source),
+            "left_in_target": len(plan.left_in_target),
+        },
+        "rows": [
+            {
+                "target": list(row.target),
+                "dtype": row.dtype,
+                "shape": list(row.shape),
+                "axes": None if row.axes is None else [list(side) for side in row.axes],
+                "producers": [
+                    {"item": list(producer.item), "ops": [dict(op) for op in producer.ops]}
+                    for producer in row.producers
+                ],
+                "fate": row.fate,
+                "evidence": row.evidence,
+            }
+            for row in plan.rows
+        ],
+        "left_in_source": [list(address) for address in plan.left_in_source],
+        "left_in_target": [list(address) for address in plan.left_in_target],
     }

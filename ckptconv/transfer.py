@@ -169,7 +169,7 @@ def _param(
             fate="aliased" if pair.matched_by == "alias" else "transformed" if ops else "copied",
             target=param.name,
             ops=tuple(op.to_json() for op in ops),
-            evidence=f"matched by {pair.matched_by}, layout {pair.layout}",
+            evidence=f"{pair.layout}, by {pair.matched_by}",
             detail=detail,
             allowed_by="assumed-layout" if pair.layout == "assumed" else "",
         )

@@ -465,6 +465,8 @@ def test_a_report_is_valid():
         ops.Reshape((2, 3), (6,)),
         ops.Slice(0, 0, 1),
         ops.Concat(0),
+        ops.Reorder(0, (1, 0)),
+        ops.Add(),
         ops.Scale(0.5),
         ops.Shift(0.25),
         ops.Cast("float16"),
@@ -485,6 +487,21 @@ def test_a_report_is_valid():
         ),
         verdicts=(report.OptimizerVerdict(optimizer="o", source="a", target="b", verdict="exact"),),
         problems=(Problem(code="usage", loc=("x", 0), message="m", hint="h"),),
+        plan=report.Plan(
+            rows=(
+                report.Row(
+                    target=("param", "k"),
+                    dtype="float32",
+                    shape=(2, 3),
+                    axes=(("out", "in"), ("in", "out")),
+                    producers=(report.Producer(item=("param", "w"), ops=(ops.Permute((1, 0)).to_json(),)),),
+                    fate="transformed",
+                    evidence="declared, by name",
+                ),
+            ),
+            left_in_source=(("extra", "x"),),
+            left_in_target=(),
+        ),
         allowed=("state-dropped",),
         files=(("ckpt-1.index", 3),),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from rich.text import Text
 
+from ckptconv.rendering.plan import plan_views
 from ckptconv.rendering.text import Rows, View, clean, count, fields, heading, listed, size, value_text
 from ckptconv.report import Entry, Report
 
@@ -32,6 +33,8 @@ def report_view(report: Report, *, verbose: bool = False) -> list[View]:
         (clean(report.target), "bold"), _dialect(report.target_dialect),
     )  # fmt: skip
     views: list[View] = [arrow, fields(_outcome(report))]
+    if report.plan is not None:
+        views += plan_views(report.plan, verbose=verbose)
     if verbose and report.ledger:
         views += [Text(), heading("Ledger"), _ledger(report.ledger)]
     if report.target_requires:

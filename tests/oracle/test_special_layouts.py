@@ -111,7 +111,7 @@ class TestSquareMatrices:
         entries = ledger(tmp_path / "report")
         allowed = {item for item, entry in entries.items() if entry["allowed_by"]}
         assert allowed == {"param/0.weight", "param/2.weight"}
-        assert {entries[item]["evidence"] for item in allowed} == {"matched by structure, layout assumed"}
+        assert {entries[item]["evidence"] for item in allowed} == {"assumed, by structure"}
         assert entries["param/1.weight"]["evidence"].endswith("layout matched")
 
     def test_nothing_is_left_behind_because_a_layout_is_allowed(self, tmp_path: Path) -> None:
