@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from ckptconv.alignment import Fits
+from ckptconv.catalog.compounds import home
 from ckptconv.document import Site
 from ckptconv.fitting import Module, leaf, parts
 
@@ -53,14 +54,14 @@ def by_flow(
 
 def _before(side: int, modules: Sequence[Module], flow: Sequence[Site]) -> dict[_Node, list[_Node]]:
     """The modules of a side that a run uses, and those before each."""
-    index = {module.name: i for i, module in enumerate(modules)}
-    return {
-        (side, index[parts(site.module)]): [
-            (side, index[parts(name)]) for name in site.after if parts(name) in index
-        ]
-        for site in flow
-        if parts(site.module) in index
-    }
+    index = {parts(home(m.framework, p.name))[:-1]: i for i, m in enumerate(modules) for p in m.params}
+    before: dict[_Node, list[_Node]] = {}
+    for site in flow:
+        if (own := index.get(parts(site.module))) is not None:
+            links = (index.get(parts(name)) for name in site.after)
+            # A module of several layers is one where it is not taken apart.
+            before.setdefault((side, own), []).extend((side, i) for i in links if i not in (None, own))
+    return before
 
 
 def _first(
@@ -98,7 +99,7 @@ def _meet(ours: Hashable, theirs: Hashable, source: int, target: int, fits: Fits
 
 def _signature(module: Module) -> Hashable:
     """All of a module that its fit depends on."""
-    return tuple(
+    return module.direction, *(
         (leaf(p), p.tensor.spec, p.role, p.layer, p.axes, p.evidence, p.candidates, p.tied_to is None)
         for p in module.params
     )

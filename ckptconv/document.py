@@ -135,7 +135,8 @@ class Site:
     """A module with parameters in a run of the model, and what its input is made of."""
 
     module: str
-    """What the names of its parameters begin with: `layer1.0.conv1`; empty for those of the model itself."""
+    """What the names of its parameters begin with: `layer1.0.conv1`; empty for those of the model itself. A
+    module that stacks layers is one for each, and for each direction: `rnn.l0_reverse`."""
     after: tuple[str, ...] = ()
     """Modules whose output it takes, with nothing between that has parameters; those that reach it through
     another one are left out."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ckptconv.catalog import flatten, layers
 from ckptconv.catalog.axes import element_order
+from ckptconv.catalog.compounds import direction
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import Problem
 from ckptconv.ops import Permute
@@ -38,6 +39,11 @@ class Module:
     def is_alias(self) -> bool:
         """Whether all of it shares memory with other parameters."""
         return all(param.tied_to is not None for param in self.params)
+
+    @property
+    def direction(self) -> str | None:
+        """Which way a recurrent module runs, as far as its name tells."""
+        return direction(self.framework, self.name)
 
 
 class Way(NamedTuple):
@@ -77,6 +83,8 @@ def may_be_left(module: Module) -> bool:
 
 def fitting(source: Module, target: Module) -> Fit | None:
     """How the source module makes the target module, or None where it cannot."""
+    if {source.direction, target.direction} == {"forward", "backward"}:
+        return None
     readings_s = {p.name: _readings(p, source) for p in source.params}
     readings_t = {p.name: _readings(p, target) for p in target.params}
     pairs: list[tuple[Param, Param, Way, Evidence]] = []

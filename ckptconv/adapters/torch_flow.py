@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ckptconv.adapters.flow import CONSTANT, INPUT, Origin, Run, module_of
 from ckptconv.adapters.images import Images
+from ckptconv.catalog.compounds import home
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Ru
         *model.named_buffers(remove_duplicate=False),
     ):
         if name in names and place(tensor) not in origins:
-            note(tensor, Origin(frozenset({module_of(name)})))
+            note(tensor, Origin(frozenset({module_of(home("torch", name))})))
     for tensor in _tensors(inputs):
         note(tensor, INPUT)
     with _evaluating(model), torch.no_grad(), Follow():  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 `data/compounds.json` says per family of frameworks how its variables come apart: `cuts` divide one along an
 axis into pieces with names of their own (a piece alone is the variable under another name), `sums` are
 variables that only ever act through their sum. A name's end is matched as a whole number of its parts.
+`directions` are parts of names that tell whether a recurrent layer reads its input from the start or the end.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 from ckptconv.catalog.loading import Record, load
 
@@ -66,6 +67,8 @@ class _Table:
     families: Mapping[str, str]
     cuts: tuple[CutRow, ...]
     sums: tuple[SumRow, ...]
+    directions: tuple[tuple[str, re.Pattern[str], str], ...]
+    """Family, pattern of a part of a name, direction."""
 
 
 def family(framework: str) -> str:
@@ -89,6 +92,13 @@ def home(framework: str, name: str) -> str:
     return name
 
 
+@lru_cache(maxsize=4096)
+def direction(framework: str, name: tuple[str, ...]) -> str | None:
+    """Whether a recurrent layer runs `forward` or `backward`; None where its name tells nothing."""
+    own = [(pattern, told) for of, pattern, told in _table().directions if of == family(framework)]
+    return next((told for part in reversed(name) for pattern, told in own if pattern.fullmatch(part)), None)
+
+
 def _filled(template: str, found: re.Match[str]) -> str:
     r"""The template with the pattern's groups for `\1`, `\2`, ..., nothing for those that are absent."""
     return re.sub(r"\\(\d)", lambda group: found.group(int(group[1]) + 1) or "", template)
@@ -104,6 +114,7 @@ def _table() -> _Table:
         families=families,
         cuts=tuple(map(_cut, record.list_of_records("cuts"))),
         sums=tuple(map(_sum, record.list_of_records("sums"))),
+        directions=tuple(map(_direction, record.list_of_records("directions"))),
     )
     record.close()
     return table
@@ -132,5 +143,11 @@ def _sum(record: Record) -> SumRow:
         whole=record.text("sum"),
         role=record.text("role"),
     )
+    record.close()
+    return row
+
+
+def _direction(record: Record) -> tuple[str, re.Pattern[str], str]:
+    row = record.text("family"), re.compile(record.text("pattern")), record.text("direction")
     record.close()
     return row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import ckptconv
 from ckptconv import Checkpoint
 
 Array = np.ndarray[Any, np.dtype[Any]]
-RATE, DECAY, EPSILON = 1e-5, 0.01, 1e-8
+DECAY, EPSILON = 0.01, 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,12 @@ class Architecture:
     name: str
     torch_model: Callable[[], Any]
     keras_model: Callable[[], Any]
-    batch: Callable[[np.random.Generator], Array]
-    """Inputs as Keras takes them: images with their channels last."""
+    batch: Callable[[np.random.Generator], Any]
+    """Inputs as Keras takes them, several as a tuple: images with their channels last."""
+    prepared: Callable[[Any], Any] = field(default=lambda model: model)
+    """What is done to a new torch model before its optimizer is made."""
+    rate: float = 1e-5
+    """Of learning: such that a few updates tell a fresh optimizer from one that goes on."""
     drift: float = 1e-4
     """How far a loss may be from the source's, relative to it: rounding grows with depth."""
     control: float = 10
@@ -63,30 +67,32 @@ class TorchSide:
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         self.model = architecture.torch_model()
+        self._rate = architecture.rate
         with torch.no_grad():
             for name, tensor in self.model.state_dict().items():
                 if tensor.is_floating_point():
                     tensor.copy_(torch.from_numpy(drawn(name, tensor.numpy(), rng)))
+        architecture.prepared(self.model)
         self.forget()
 
-    def describe(self, x: Array) -> Checkpoint:
+    def describe(self, x: Any) -> Checkpoint:
         return ckptconv.pytorch.describe(self.model, self.optimizer, inputs=self._given(x))
 
-    def _given(self, x: Array) -> Any:
-        return torch.from_numpy(channels_first(x))
+    def _given(self, x: Any) -> tuple[Any, ...]:
+        return tuple(torch.from_numpy(channels_first(one)) for one in (x if isinstance(x, tuple) else (x,)))
 
-    def output(self, x: Array) -> Array:
+    def output(self, x: Any) -> Array:
         self.model.eval()
         with torch.no_grad():
-            out: Array = self.model(self._given(x)).numpy()
+            out: Array = self.model(*self._given(x)).numpy()
         return np.moveaxis(out, 1, -1) if out.ndim > 3 else out
 
-    def train(self, batches: Sequence[tuple[Array, Array]]) -> list[float]:
+    def train(self, batches: Sequence[tuple[Any, Array]]) -> list[float]:
         self.model.train()
         losses = []
         for x, y in batches:
             self.optimizer.zero_grad()
-            loss = torch.square(self.model(self._given(x)) - torch.from_numpy(channels_first(y))).mean()
+            loss = torch.square(self.model(*self._given(x)) - torch.from_numpy(channels_first(y))).mean()
             loss.backward()
             self.optimizer.step()
             losses.append(float(loss.detach()))
@@ -107,7 +113,8 @@ class TorchSide:
 
     def forget(self) -> None:
         """Go on with a fresh optimizer."""
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), RATE, weight_decay=DECAY, eps=EPSILON)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, self._rate, weight_decay=DECAY, eps=EPSILON)
 
 
 class KerasSide:
@@ -117,18 +124,19 @@ class KerasSide:
         keras.utils.set_random_seed(seed)
         rng = np.random.default_rng(seed)
         self.model = architecture.keras_model()
+        self._rate = architecture.rate
         for variable in self.model.variables:
             if "seed" not in variable.name:
                 variable.assign(drawn(variable.path, variable.numpy(), rng))
         self.forget()
 
-    def describe(self, x: Array) -> Checkpoint:
+    def describe(self, x: Any) -> Checkpoint:
         return ckptconv.keras.describe(self.model, self.optimizer, inputs=x)
 
-    def output(self, x: Array) -> Array:
+    def output(self, x: Any) -> Array:
         return np.asarray(self.model(x, training=False))
 
-    def train(self, batches: Sequence[tuple[Array, Array]]) -> list[float]:
+    def train(self, batches: Sequence[tuple[Any, Array]]) -> list[float]:
         losses = []
         for x, y in batches:
             with tf.GradientTape() as tape:
@@ -149,7 +157,7 @@ class KerasSide:
 
     def forget(self) -> None:
         """Go on with a fresh optimizer."""
-        self.optimizer = keras.optimizers.AdamW(RATE, weight_decay=DECAY, epsilon=EPSILON)
+        self.optimizer = keras.optimizers.AdamW(self._rate, weight_decay=DECAY, epsilon=EPSILON)
         self.optimizer.build(self.model.trainable_variables)
 
     def _root(self) -> Any:
@@ -158,7 +166,7 @@ class KerasSide:
         return root
 
 
-def batches(architecture: Architecture, output: Array, count: int) -> Iterator[tuple[Array, Array]]:
+def batches(architecture: Architecture, output: Array, count: int) -> Iterator[tuple[Any, Array]]:
     rng = np.random.default_rng(5)
     for _ in range(count):
         yield architecture.batch(rng), rng.normal(size=output.shape).astype(np.float32)

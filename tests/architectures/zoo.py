@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from tests.architectures import convnext, mobilenet_v2, resnet, unet, vgg
+from dataclasses import replace
+
+import ckptconv
+from tests.architectures import convnext, mobilenet_v2, resnet, seq2seq, tagger, unet, vgg
 from tests.architectures.both import Architecture, images
 
 CONVOLUTIONAL = (
@@ -28,5 +31,26 @@ CONVOLUTIONAL = (
             batch=images(*module.IMAGE),
         )
         for module in (mobilenet_v2, vgg, unet, convnext)
+    ),
+)
+
+TWO_BIASES = Architecture(
+    name="bilstm-tagger",
+    torch_model=tagger.Tagger,
+    keras_model=tagger.keras_model,
+    batch=tagger.batch,
+    rate=1e-3,
+)
+"""As it is written: torch trains two biases, Keras one."""
+
+RECURRENT = (
+    replace(TWO_BIASES, prepared=ckptconv.pytorch.freeze_recurrent_bias),
+    Architecture(
+        name="gru-seq2seq",
+        torch_model=seq2seq.Seq2Seq,
+        keras_model=seq2seq.keras_model,
+        batch=seq2seq.batch,
+        rate=1e-3,
+        control=5,  # the mean over 6,000 outputs leaves gradients beside which epsilon counts
     ),
 )
