@@ -170,6 +170,11 @@ class Row:
         """Canonical name of a native slot key, None where the class has no such slot."""
         return next((slot for slot, key in self.slots.items() if key == native), None)
 
+    def is_called(self, scope: str) -> bool:
+        """Whether the class gives itself this name, under any version: `adam_w`, `adamw`, `adam_w_1`."""
+        bare = re.sub(r"_\d+$", "", scope).replace("_", "").lower()
+        return bool(bare) and self.scope is not None and self.scope.replace("_", "").lower() == bare
+
     def accepts(self, slots: frozenset[str], keys: Mapping[str, Value]) -> bool:
         """Whether the class could have written a state with these slots and hyperparameters."""
         if not slots <= {*self.slots.values(), *self.scalars.values(), *self.other_keys}:
@@ -380,10 +385,5 @@ def infer(
     """
     fits = [table[framework] for table in _tables().values() if framework in table]
     fits = [candidate for candidate in fits if candidate.accepts(slots, hyperparameters)]
-    scopes = {candidate.algorithm: candidate.scope for candidate in fits}
-    if scope is not None:
-        plain = re.sub(r"_\d+$", "", scope)
-        named = tuple(name for name, other in scopes.items() if other == plain)
-        if named:
-            return named
-    return tuple(scopes)
+    named = tuple(one.algorithm for one in fits if scope is not None and one.is_called(scope))
+    return named or tuple(one.algorithm for one in fits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,8 +90,7 @@ def _candidates(bundle: Bundle, node: OptimizerNode) -> tuple[str, ...]:
     """The catalog's algorithms that could have made this state."""
     table = {name: found for name in algorithms() if (found := row(name, node.generation)) is not None}
     if not node.built:
-        scope = re.sub(r"_\d+$", "", node.scope or "")
-        return tuple(name for name, found in table.items() if scope and found.scope == scope)
+        return tuple(name for name, found in table.items() if found.is_called(node.scope or ""))
     hyperparameters: dict[str, Value] = {edge: bundle.number(child) for edge, child in node.scalars.items()}
     if node.generation == "tf_keras_legacy" and node.learning_rate is not None:
         hyperparameters["learning_rate"] = bundle.number(node.learning_rate)

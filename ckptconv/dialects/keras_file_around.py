@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckptconv.catalog.optimizer_rows import rows_of_framework
 from ckptconv.catalog.optimizers import Row
 from ckptconv.catalog.wrappers import ACCUMULATED, AVERAGE, SCALE, wrappers
 from ckptconv.dialects.keras_file_model import Found
@@ -52,13 +53,13 @@ def _lists(
     """
     if arguments is not None:
         return tuple(slot for name, slot in _ARGUMENTS.items() if arguments.get(name))
-    if row is None:
-        return ()
+    rows = rows_of_framework(framework) if row is None else (row,)
     count, fits = len(params), []
     for lists in _WITHOUT_CONFIG.get(framework, ((),)):
         rest = variables[len(lists) * count :]
         alike = all(list(variables[i * count :][:count]) == list(params) for i in range(len(lists)))
-        if alike and len(rest) + len(lists) * count == len(variables) and assigned(row, params, rest, values):
+        whole = len(rest) + len(lists) * count == len(variables)
+        if alike and whole and any(assigned(one, params, rest, values) for one in rows):
             fits.append(lists)
     if not fits or () in fits:
         return ()

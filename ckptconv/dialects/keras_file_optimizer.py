@@ -18,7 +18,6 @@ Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py` (`build`), tf_kera
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -173,8 +172,7 @@ def _class_of(stored: Stored) -> _Class:
     if isinstance(config, str):
         named = [one for one in rows if one.class_name.rpartition(".")[2].lower() == config.lower()]
     else:
-        scope = re.sub(r"_\d+$", "", stored.scope)
-        named = [one for one in rows if scope and one.scope == scope]
+        named = [one for one in rows if one.is_called(stored.scope)]
     return _Class(row=named[0] if len(named) == 1 else None)
 
 

@@ -1,7 +1,8 @@
 """Which variable of an optimizer is which slot of which parameter, where a file keeps them in one row.
 
     Keras 3, tf_keras   the slots that every optimizer of the class has, parameter by parameter; those that an
-                        argument asks for (`amsgrad`, `momentum`, `centered`), slot by slot; numbers kept once
+                        argument asks for (`amsgrad`, `momentum`, `centered`), slot by slot; numbers kept
+                        once, which before Keras 3.10 stand first
     legacy, Keras 2     numbers kept once; slot by slot (Ftrl: parameter by parameter)
 
 An order counts as the file's where it makes as many variables, each of the right shape. Variables that stand
@@ -70,19 +71,32 @@ def assigned(
     names = {slot: str(number) if numbered else slot for number, slot in enumerate(row.slots)}
     for order in _orders(row, params, values):
         for scalars in (tuple(row.scalars), ()) if row.scalars else ((),):
-            first = row.framework in _SLOT_BY_SLOT
-            begin = len(scalars) if first else 0
-            end = len(variables) if first else len(variables) - len(scalars)
-            numbers = range(begin) if first else range(end, len(variables))
-            if end < begin or any(variables[number] != () for number in numbers):
-                continue
-            found = _matched(order, variables[begin:end])
-            if found is not None:
-                slots = tuple(
-                    (names[place.slot], place.param, begin + number) for place, number in found if place.kept
+            fits = [
+                Assigned(
+                    slots=tuple(
+                        (names[place.slot], place.param, begin + number)
+                        for place, number in found
+                        if place.kept
+                    ),
+                    scalars=tuple(zip(scalars, numbers, strict=True)),
                 )
-                return Assigned(slots=slots, scalars=tuple(zip(scalars, numbers, strict=True)))
+                for begin, end, numbers in _around(row, len(scalars), variables)
+                if (found := _matched(order, variables[begin:end])) is not None
+            ]
+            if fits:
+                return fits[0] if len(fits) == 1 else None
     return None
+
+
+def _around(row: Row, count: int, variables: Sequence[Shape]) -> Iterator[tuple[int, int, range]]:
+    """(begin, end, numbers): where the slots may stand beside the numbers that are kept once."""
+    last = len(variables) - count
+    if last < 0:
+        return
+    ways = [(count, len(variables), range(count))]
+    if count and row.framework not in _SLOT_BY_SLOT:
+        ways.append((0, last, range(last, len(variables))))
+    yield from (way for way in ways if all(variables[number] == () for number in way[2]))
 
 
 def has_slots(row: Row, values: Mapping[str, Value]) -> bool:

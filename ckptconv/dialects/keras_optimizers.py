@@ -26,9 +26,10 @@ from functools import lru_cache
 from typing import Literal
 
 from ckptconv.catalog.optimizer_rows import shape_of_slot
-from ckptconv.catalog.slot_lists import interleaved, slot_shapes
+from ckptconv.catalog.slot_lists import slot_shapes
 from ckptconv.catalog.wrappers import ACCUMULATED, AVERAGE
 from ckptconv.dialects.keras_slot_names import Order, Shapes, match_by_name
+from ckptconv.dialects.keras_slot_rows import in_one_row
 from ckptconv.dialects.object_paths import Graph
 
 Generation = Literal["keras3", "tf_keras", "tf_keras_legacy"]
@@ -191,14 +192,13 @@ def _keras3(
         and (graph.is_list(child) or not graph.children[child] or edge in kinds)
     }
     entries = {edge: _numbered(graph, edges[edge]) for edge in lists}
-    beside = {edges.get("_iterations"), edges.get("_learning_rate")}
-    beside.update(v for edge in _AROUND for v in lists.get(edge, ()))
-    rest = [v for v in own if v not in beside]
-    for order in interleaved("keras3"):
-        if variables and all(edge in lists and not lists[edge] for edge in order):
-            found = _dealt(graph, rest, variables, order)
-            entries.update(found)
-            lists.update({edge: tuple(numbers.values()) for edge, numbers in found.items()})
+    scalars = _scalar_state(graph, edges)
+    beside = {*(edges.get(edge) for edge in _SETTINGS), *scalars.values()}
+    beside.update(slot for elements in lists.values() for slot in elements)
+    rest = [variable for variable in own if variable not in beside]
+    found = in_one_row(graph, rest, variables, lists, shapes)
+    entries.update(found)
+    lists.update({edge: tuple(numbers.values()) for edge, numbers in found.items()})
     slots = {}
     for edge, elements in lists.items():
         pairs = _pairs(entries[edge], variables, shapes, kinds.get(edge, "param"))
@@ -215,27 +215,11 @@ def _keras3(
         variables=variables,
         slots=slots,
         lists=frozenset(lists) - _AROUND.keys(),
-        scalar_state=_scalar_state(graph, edges),
+        scalar_state=scalars,
         around=around,
         scope=_scope(graph, step, ("iteration", "iterations")),
         built=bool(variables),
     )
-
-
-def _dealt(
-    graph: Graph, rest: Sequence[int], variables: Sequence[int], order: Mapping[str, str | None]
-) -> dict[str, dict[int, int]]:
-    """List edge -> number of the variable -> its slot, of slots in one row; nothing where the row differs."""
-    found: dict[str, dict[int, int]] = {edge: {} for edge in order}
-    number = 0
-    for place in range(len(variables)):
-        for edge, ending in order.items():
-            if number < len(rest) and (
-                ending is None or graph.variables[rest[number]].full_name.endswith(ending)
-            ):
-                found[edge][place] = rest[number]
-                number += 1
-    return found if number == len(rest) else {}
 
 
 def _numbered(graph: Graph, node: int) -> dict[int, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ckptconv
 from ckptconv.detect import detect_dialect, read_raw
 from ckptconv.dialects.graph_lower import is_built, unbuilt
 from ckptconv.dialects.table import DIALECTS
@@ -31,6 +32,8 @@ CASES = [
     "keras3/adam-accumulating",
     "keras3/adam-fresh",
     "keras3/adam-unbuilt",
+    "keras3/keras-3.3-amsgrad",
+    "keras3/keras-3.6-nadam",
     "tf-keras/sequential-adam",
     "tf-keras/subclassed-sgd-momentum",
     "tf-keras/adam-fresh",
@@ -153,6 +156,18 @@ def test_the_seed_case_says_step_9_with_its_key() -> None:
     assert checkpoint.optimizers[0].step == checkpoint.progress.step
     directory = read_raw(FIXTURES / "keras3/manager-adam-step-9/artifact")
     assert values(directory) == values(raw_of("keras3/manager-adam-step-9"))
+
+
+def test_the_counter_of_keras_3_3_has_another_edge() -> None:
+    assert lifted("keras3/keras-3.3-amsgrad").progress.step == Known(value=4, source="optimizer/iterations")
+
+
+@pytest.mark.parametrize("where", ["keras3", "keras-file"])
+def test_the_product_of_an_older_nadam_stands_first(where: str) -> None:
+    case = FIXTURES / where / "keras-3.6-nadam"
+    optimizer = ckptconv.open(case / expected(f"{where}/keras-3.6-nadam")["checkpoint"]).optimizers[0]
+    truth = expected("keras3/keras-3.6-nadam")["momentum_product"]
+    assert value_of(optimizer.scalars["momentum_product"]) == pytest.approx(truth, rel=1e-6)
 
 
 def test_automatic_names_are_numbered_within_the_model() -> None:
