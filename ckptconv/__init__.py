@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckptconv import keras, pytorch
+    from ckptconv.adapters.compare import compare_outputs
+    from ckptconv.adapters.compare_rows import LayerOutput, OutputComparison
     from ckptconv.conversion import convert, save, validate
     from ckptconv.detect import open
     from ckptconv.document import (
@@ -59,12 +61,14 @@ __all__ = [
     "FormatError",
     "Group",
     "Known",
+    "LayerOutput",
     "Layout",
     "LossError",
     "MappingError",
     "MissingDependencyError",
     "Optimizer",
     "OptimizerVerdict",
+    "OutputComparison",
     "Param",
     "Problem",
     "Progress",
@@ -79,6 +83,7 @@ __all__ = [
     "Unknown",
     "UnsafeContentError",
     "__version__",
+    "compare_outputs",
     "convert",
     "keras",
     "open",
@@ -93,6 +98,8 @@ __all__ = [
 _SUBMODULES = ("keras", "pytorch")
 
 _HOMES = {
+    "adapters.compare": ("compare_outputs",),
+    "adapters.compare_rows": ("LayerOutput", "OutputComparison"),
     "conversion": ("convert", "save", "validate"),
     "detect": ("open",),
     "document": (

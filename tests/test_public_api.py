@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = {
     "__version__",
     # verbs
+    "LayerOutput",
+    "OutputComparison",
+    "compare_outputs",
     "convert", "open", "save", "validate", "read_skeleton", "skeleton_of", "write_skeleton",
     # live objects
     "keras", "pytorch",

@@ -7,7 +7,7 @@ compiled model is a part of the model; it is taken where no other is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +39,7 @@ from ckptconv.catalog.schedule_source import beside_it, described_as
 from ckptconv.catalog.schedules import CUSTOM
 from ckptconv.conversion import convert
 from ckptconv.detect import PathLike, detect_dialect, read_raw
+from ckptconv.dialects.base import Dialect
 from ckptconv.dialects.graph_bundle import graph_of
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.document import Checkpoint, Value
@@ -67,6 +68,15 @@ class Model(Protocol):
     def trainable_variables(self) -> Sequence[Variable]: ...
 
     def __call__(self, inputs: object, *, training: bool) -> object: ...
+
+
+class Layer(Protocol):
+    """A Keras layer, as far as it is used here."""
+
+    @property
+    def name(self) -> str: ...
+
+    def _flatten_layers(self) -> Iterable[Layer]: ...
 
 
 class KerasOptimizer(Protocol):
@@ -188,29 +198,24 @@ def _written_at(spill: Spill) -> Path:
     return spill.path / "captured"
 
 
+def layers_of(model: Model, inputs: object = None) -> tuple[Checkpoint, dict[str, Layer]]:
+    """The document of a built model as `describe` makes it, and the layer that holds each parameter.
+
+    I/O, Raises: as `describe`.
+    """
+    checkpoint, live, _ = _lifted(model, None, Spill(), inputs)
+    return checkpoint, dict(live.holders())
+
+
 def _captured(
     model: Model, optimizer: KerasOptimizer | None, spill: Spill, inputs: object = None
 ) -> Checkpoint:
     """The objects' document, with what only they tell: kinds of layers, flags, class, hyperparameters."""
-    if not model.built:
-        hint = "Run model.build(input_shape), or the model once on a batch."
-        raise unbuilt(MODEL, f"the model '{model.name}' has no variables yet", hint)
-    tf = _tensorflow()
     optimizer = _optimizer_of(model, optimizer)
-    root = _root(model, optimizer)
-    with writing("model", tf.errors.OpError):
-        root.write(str(_written_at(spill)))
-    raw = read_raw(_written_at(spill), "tensorflow")
-    dialect, _ = detect_dialect(raw)
-    checkpoint = dialect.lift(raw)
-    spill.keep_for(checkpoint)
+    checkpoint, _, dialect = _lifted(model, optimizer, spill, inputs)
     if problems := dialect.template_problems(checkpoint):
         raise MappingError(*problems)
     framework = dialect.framework or "keras3"
-    live = _Live(raw, checkpoint, root)
-    checkpoint = declared(checkpoint, dict(live.layouts(framework)), dict(live.trainable(model)))
-    if inputs is not None:
-        checkpoint = with_run(checkpoint, run_of(model, inputs, dict(live.modules())))
     if optimizer is None:
         return checkpoint
     inner = _inner(optimizer)
@@ -223,6 +228,29 @@ def _captured(
         return replace(checkpoint, schedules=tuple(custom))
     curve = follows.curve if follows_momentum(inner) else rate_alone(follows.curve)
     return described_as(checkpoint, curve, follows.base, DESCRIBED, follows.named)
+
+
+def _lifted(
+    model: Model, optimizer: KerasOptimizer | None, spill: Spill, inputs: object
+) -> tuple[Checkpoint, _Live, Dialect]:
+    """What TensorFlow writes of the objects, with kinds of layers, flags, and what a run tells."""
+    if not model.built:
+        hint = "Run model.build(input_shape), or the model once on a batch."
+        raise unbuilt(MODEL, f"the model '{model.name}' has no variables yet", hint)
+    tf = _tensorflow()
+    root = _root(model, optimizer)
+    with writing("model", tf.errors.OpError):
+        root.write(str(_written_at(spill)))
+    raw = read_raw(_written_at(spill), "tensorflow")
+    dialect, _ = detect_dialect(raw)
+    checkpoint = dialect.lift(raw)
+    spill.keep_for(checkpoint)
+    live = _Live(raw, checkpoint, root)
+    layouts = live.layouts(dialect.framework or "keras3")
+    checkpoint = declared(checkpoint, dict(layouts), dict(live.trainable(model)))
+    if inputs is not None:
+        checkpoint = with_run(checkpoint, run_of(model, inputs, dict(live.modules())))
+    return checkpoint, live, dialect
 
 
 def _optimizer_of(model: Model, optimizer: KerasOptimizer | None) -> KerasOptimizer | None:
@@ -308,6 +336,16 @@ class _Live:
             name = self._name(node)
             if name is not None:
                 yield id(live.handle), module_of(name)  # type: ignore[attr-defined]  # a variable
+
+    def holders(self) -> Iterator[tuple[str, Layer]]:
+        """Each parameter and the layer that it is an attribute of."""
+        for node, live in self._objects.items():
+            if not callable(getattr(live, "call", None)):
+                continue
+            for _, child in self._graph.children[node]:
+                name = self._name(child)
+                if name is not None:
+                    yield name, live  # type: ignore[misc]  # it can be called
 
     def trainable(self, model: Model) -> Iterator[tuple[str, bool]]:
         """Whether each parameter is trained."""

@@ -81,7 +81,7 @@ def describe(
     """
     captured = _captured(_state(model, optimizer, scheduler, small=True), model, optimizer, Spill())
     if inputs is not None:
-        captured = with_run(captured, run_of(_unwrapped(model), inputs, captured.params))
+        captured = with_run(captured, run_of(unwrapped(model), inputs, captured.params))
     return skeleton_of(_tabled(captured, optimizer, scheduler, remaining))
 
 
@@ -159,7 +159,7 @@ def restore(
         for entry in state[OPTIMIZER]["state"].values():
             # `load_state_dict` keeps tensors that need no change: these would hold on to the mapped file.
             entry.update((key, value.clone()) for key, value in entry.items() if torch.is_tensor(value))
-    _unwrapped(model).load_state_dict(state[MODEL])
+    unwrapped(model).load_state_dict(state[MODEL])
     if optimizer is not None:
         optimizer.load_state_dict(state[OPTIMIZER])
     if scheduler is not None:
@@ -177,7 +177,7 @@ def _captured(
         torch.save(state, path)
     checkpoint = open(path, format="pytorch", dialect="plain")
     spill.keep_for(checkpoint)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     checkpoint = declared(checkpoint, dict(_layouts(model)), dict(_trainable(model)))
     if optimizer is None:
         return checkpoint
@@ -192,7 +192,7 @@ def _state(
     small: bool = False,
 ) -> State:
     """The dictionary that a plain loop saves; `small`: large tensors by stand-ins of their shape and type."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     _check_built(model)
     state: State = {MODEL: model.state_dict()}
     if optimizer is not None:
@@ -202,7 +202,8 @@ def _state(
     return {key: _stand_in(value, {}) for key, value in state.items()} if small else state
 
 
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DataParallel and the like."""
     while (inner := _WRAPPERS.get(type(model).__name__)) is not None:
         model = getattr(model, inner)
     return model

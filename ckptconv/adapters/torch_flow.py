@@ -69,7 +69,7 @@ def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Ru
             note(tensor, Origin(frozenset({module_of(home("torch", name))})))
     for tensor in _tensors(inputs):
         note(tensor, INPUT)
-    with _evaluating(model), torch.no_grad(), Follow():  # type: ignore[no-untyped-call]
+    with evaluating(model), torch.no_grad(), Follow():  # type: ignore[no-untyped-call]
         if isinstance(inputs, Mapping):
             model(**inputs)
         elif isinstance(inputs, tuple):
@@ -116,7 +116,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode, each module as it was afterwards; without attention's fused path."""
     import torch
 

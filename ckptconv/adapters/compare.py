@@ -1,0 +1,158 @@
+"""Two live models on one input, layer by layer: where their outputs part.
+
+Weights that all arrived can still make another model: an epsilon, a padding, an activation, a query in the
+place of a key. Both models run on the same batch; what each matched layer gives out is brought into one order
+of axes and compared in the order in which the PyTorch model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ckptconv.adapters import keras, pytorch
+from ckptconv.adapters.compare_axes import Axes, channels_last, input_order, is_sequence_first, told_order
+from ckptconv.adapters.compare_layers import matches
+from ckptconv.adapters.compare_rows import Comparison, OutputComparison
+from ckptconv.adapters.compare_runs import Inputs, run_keras, run_torch, running, takers
+from ckptconv.adapters.torch_rules import torch_module
+from ckptconv.compounds import compounds
+from ckptconv.detect import dialect_named
+from ckptconv.document import Checkpoint
+from ckptconv.errors import CkptError, MappingError
+from ckptconv.fitting import parts
+from ckptconv.mapping import match
+from ckptconv.pieces import apart
+from ckptconv.report import Report
+from ckptconv.telling import Side
+
+if TYPE_CHECKING:
+    import torch
+
+
+class KerasModel(keras.Model, keras.Layer, Protocol):
+    """A Keras model, and the layers in it."""
+
+
+_HARMLESS = frozenset({"flatten-layout", "tie-mismatch", "layout-ambiguous"})
+"""Problems of a conversion that leave no doubt about which layer is which."""
+
+
+def compare_outputs(
+    torch_model: torch.nn.Module,
+    keras_model: KerasModel,
+    plan_or_mapping: Report | None = None,
+    inputs: Inputs = None,
+    *,
+    axes: Axes | Sequence[Axes] | Mapping[str, Axes] | None = None,
+    tolerance: float = 1e-5,
+) -> OutputComparison:
+    """Run both models on one batch, and compare what each layer gives out.
+
+    `plan_or_mapping`: the report of a conversion between the two; None matches them by `describe()`.
+    `inputs`: as torch takes them: an array, a tuple of arguments, or a dictionary of those with names; Keras
+    gets the array, a list, or the dictionary.
+    `axes`: torch's and Keras' axes of the input, `("nchw", "nhwc")`; of each, where there are several. Where
+    they are not given, the layers that take the input tell them, or it is an error.
+    `tolerance`: how far outputs may be apart, relative to the largest value of the output.
+    I/O: a temporary TensorFlow checkpoint; the outputs of all matched modules are held in memory.
+    Raises: layout-ambiguous where the inputs' axes are not told; usage; mapping-invalid for a report of other
+    models; param-unmatched and what else keeps the models from being matched.
+    """
+    torch_model = pytorch.unwrapped(torch_model)
+    ours = _for_torch(torch_model, inputs)
+    theirs = _for_keras(torch_model, keras_model, ours, axes)
+    with running("torch"):
+        source = pytorch.describe(torch_model, inputs=ours)
+    with running("Keras"):
+        template, holders = keras.layers_of(keras_model, theirs)
+    pairs = _pairs(plan_or_mapping, source, template)
+    matched = tuple(matches(pairs, torch_model, keras_model, holders))
+    modules = {path: module for one in matched for path, module in one.modules.items()}
+    layers = {name: layer for one in matched for name, layer in one.layers.items()}
+    mine, its = run_torch(torch_model, ours, modules), run_keras(keras_model, theirs, layers)
+    comparison = Comparison(tolerance, is_sequence_first(torch_model))
+    ran = [one for one in matched if any(path in mine.last for path in one.modules)]
+    ran.sort(key=lambda one: max(mine.last.get(path, 0) for path in one.modules))
+    rows = [row for one in ran for row in comparison.of(one, mine, its)]
+    return OutputComparison(rows=(*rows, *comparison.of_models(mine, its)), tolerance=tolerance)
+
+
+def _for_torch(model: torch.nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs as tensors beside the model's parameters."""
+    torch = torch_module()
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+
+    def one(value: Any) -> object:
+        return torch.as_tensor(np.asarray(value) if not torch.is_tensor(value) else value).to(device)
+
+    if inputs is None:
+        raise CkptError.of("usage", "there is no input", "Pass a batch as inputs=.", loc=("inputs",))
+    if isinstance(inputs, Mapping):
+        return {name: one(value) for name, value in inputs.items()}
+    return tuple(map(one, inputs)) if isinstance(inputs, tuple) else one(inputs)
+
+
+def _for_keras(model: torch.nn.Module, keras_model: KerasModel, inputs: Inputs, axes: Any) -> Inputs:
+    """The same inputs with their axes as Keras takes them."""
+    named = inputs if isinstance(inputs, Mapping) else dict(enumerate(_several(inputs)))
+    if axes is None or isinstance(axes, Mapping):
+        told = dict(axes or {})
+    else:
+        told = dict(enumerate([axes] if all(isinstance(side, str) for side in axes) else axes))
+    formats = {channels_last(layer) for layer in keras_model._flatten_layers()} - {None}
+    last = formats.pop() if len(formats) == 1 else None
+    found = takers(model, inputs) if len(told) < len(named) else {}
+    result = {}
+    for name, tensor in named.items():
+        loc = ("inputs", str(name))
+        if name in told:
+            order = told_order(told[name], tensor.ndim, loc)
+        else:
+            order = input_order(tensor.ndim, found.get(id(tensor)), model, last, loc)
+        result[name] = np.ascontiguousarray(tensor.detach().cpu().numpy().transpose(order))
+    if isinstance(inputs, Mapping):
+        return result
+    return tuple(result.values()) if isinstance(inputs, tuple) else result[0]
+
+
+def _several(inputs: Inputs) -> tuple[Any, ...]:
+    return inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _pairs(told: Report | None, source: Checkpoint, template: Checkpoint) -> Iterable[tuple[str, str]]:
+    """Names of parameters of the torch and of the Keras model of which one makes the other."""
+    if isinstance(told, Report):
+        return tuple(_of_report(told, source, template))
+    provenance = template.provenance
+    column = dialect_named(provenance.format, provenance.dialect).framework or "keras3"
+    frameworks = ("torch", column)
+    ours, theirs = compounds(source, template, frameworks)
+    cover = match(apart(source, ours), apart(template, theirs), frameworks=frameworks)
+    if problems := [problem for problem in cover.problems if problem.code not in _HARMLESS]:
+        raise MappingError(*problems)
+    sides = (Side(whole=source, rewrites=ours), Side(whole=template, rewrites=theirs))
+    return [(sides[0].file_name(pair.source), sides[1].file_name(pair.target)) for pair in cover.pairs]
+
+
+def _of_report(report: Report, source: Checkpoint, template: Checkpoint) -> Iterator[tuple[str, str]]:
+    """The pairs of a conversion in either direction. Raises: mapping-invalid."""
+    ours = {parts(name): name for name in source.params}
+    theirs = {parts(name): name for name in template.params}
+    for entry in report.ledger:
+        if entry.item[0] != "param" or not entry.target:
+            continue
+        pair = parts(str(entry.item[1])), parts(entry.target)
+        for first, second in (pair, pair[::-1]):
+            if first in ours and second in theirs:
+                yield ours[first], theirs[second]
+                break
+        else:
+            raise MappingError.of(
+                "mapping-invalid",
+                f"the report pairs '{entry.item[1]}' with '{entry.target}', which these models do not have",
+                "Pass the report of a conversion between these two, or None to match them by describe().",
+                loc=("plan_or_mapping", entry.target),
+            )
