@@ -1,7 +1,8 @@
 """The folder of accelerate's `Accelerator.save_state`.
 
     model.safetensors (or pytorch_model.bin), optimizer.bin, scheduler.bin, scaler.pt, sampler.bin,
-    random_states_<rank>.pkl, dl_state_dict.bin, custom_checkpoint_<n>.pkl; second ones as optimizer_1.bin
+    random_states_<rank>.pkl, dl_state_dict.bin, custom_checkpoint_<n>.pkl; second ones as optimizer_1.bin;
+    with FSDP what `dcp_members` tells instead of the first two
 
 | place | counts |
 |---|---|
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from ckptconv.dialects.base import Detection, register
+from ckptconv.dialects.dcp_members import MODEL, OPTIMIZER, closed, opened
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_folder_parts import (
     folder_of,
@@ -61,6 +63,12 @@ from ckptconv.document import (
 from ckptconv.errors import FormatError, MappingError, Problem
 from ckptconv.rawtree import DictNode, Node, Path, RawTree
 
+_MODELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (MODEL, ("", ".bin")),
+    ("model", (".safetensors",)),
+    ("pytorch_model", (".bin",)),
+)
+"""How the files of models are called, those first that `load_state` looks for first."""
 _SCALER, _LOADER = "scaler.pt", "dl_state_dict"
 _GENERATORS = re.compile(r"random_states_\d+\.pkl")
 _BELOW = re.compile(r"([^/]+)/(?:diffusion_pytorch_model|model|adapter_model)\.safetensors")
@@ -87,6 +95,7 @@ class Accelerate:
 
     def lift(self, raw: RawTree) -> Checkpoint:
         """The training run. I/O: reads 0-d counters. Raises: unknown-dialect, duplicate-key, corrupt-file."""
+        raw = opened(raw)
         root = folder_of(raw)
         refuse_repeated_keys(root)
         lifter = Lifter(root)
@@ -95,7 +104,7 @@ class Accelerate:
             raise FormatError.of(
                 "unknown-dialect",
                 "the folder has no file with a model's weights",
-                "A folder that a sharded run left needs its own dialect: see 'ckptconv formats'.",
+                "Copy the folder again, with its subfolders.",
                 loc=(raw.location.rpartition("/")[2],),
             )
         optimizers, odd = _optimizers(root, modules, lifter)
@@ -130,8 +139,8 @@ class Accelerate:
                 "Pass --template with a save_state folder of the target's loop.",
                 loc=("residue",),
             )
-        filled = filled_with(root, _paths(root, "optimizer", is_optimizer), settle(checkpoint, root))
-        return raw_of(filled, RawTree(format=self.format, root=None, attributes=residue.attributes))
+        filled = filled_with(root, _paths(root, OPTIMIZER, is_optimizer), settle(checkpoint, root))
+        return closed(raw_of(filled, RawTree(format=self.format, root=None, attributes=residue.attributes)))
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
         """None: an optimizer that was never stepped has its groups."""
@@ -148,7 +157,7 @@ def _is_generators(key: str) -> bool:
 
 def _modules(root: DictNode, lifter: Lifter) -> Iterator[tuple[str, Module]]:
     """Each model with its file: the first has bare names, others those of their files before theirs."""
-    files = numbered(root, "model", (".safetensors",)) or numbered(root, "pytorch_model", (".bin",))
+    files = next(filter(None, (numbered(root, stem, suffixes) for stem, suffixes in _MODELS)), ())
     seen: dict[object, str] = {}
     if files:
         for place, file in enumerate(files):
@@ -163,7 +172,7 @@ def _modules(root: DictNode, lifter: Lifter) -> Iterator[tuple[str, Module]]:
 
 
 def _paths(root: DictNode, stem: str, told: Callable[[Node], bool]) -> tuple[Path, ...]:
-    return tuple((file,) for file in numbered(root, stem, (".bin",)) if told(root.get(file)))
+    return tuple((file,) for file in numbered(root, stem, ("", ".bin")) if told(root.get(file)))
 
 
 def _optimizers(
@@ -178,7 +187,7 @@ def _optimizers(
     raw_names = {raw: name for _, module in modules for raw, name in module.raw_names.items()}
     optimizers: list[Optimizer] = []
     oddities: list[str] = []
-    paths = _paths(root, "optimizer", is_optimizer)
+    paths = _paths(root, OPTIMIZER, is_optimizer)
     for path, name in zip(paths, unit_names(paths, "optimizer"), strict=True):
         node = root.get(str(path[0]))
         assert isinstance(node, DictNode)

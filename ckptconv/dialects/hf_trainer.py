@@ -19,6 +19,7 @@ from dataclasses import replace
 
 from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, rate
 from ckptconv.dialects.base import Detection, register
+from ckptconv.dialects.dcp_members import closed, opened
 from ckptconv.dialects.hf_schedule import curve_of_arguments
 from ckptconv.dialects.hf_trainer_state import ARGUMENTS, SCALER, STATE, read_state, settle_state
 from ckptconv.dialects.residue import Lifter
@@ -45,7 +46,7 @@ from ckptconv.document import Checkpoint, Known, Optimizer, Param, Residue, Sche
 from ckptconv.errors import FormatError, LossError, MappingError, Problem
 from ckptconv.rawtree import DictNode, ListNode, Node, RawTree
 
-OPTIMIZERS, SCHEDULERS = ("optimizer.pt", "optimizer.bin"), ("scheduler.pt",)
+OPTIMIZERS, SCHEDULERS = ("optimizer.pt", "optimizer.bin", "optimizer_0"), ("scheduler.pt",)
 _PRODUCERS = ("hf-trainer", "transformers")
 _GROUPS = ("with decay", "without")
 _NORM = re.compile(r"layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -76,6 +77,7 @@ class HFTrainer:
 
         Raises: unknown-dialect, duplicate-key, corrupt-file, progress-conflict.
         """
+        raw = opened(raw)
         root = folder_of(raw)
         refuse_repeated_keys(root)
         model = weights_of(root)
@@ -83,7 +85,7 @@ class HFTrainer:
             raise FormatError.of(
                 "unknown-dialect",
                 "the folder has no file with the model's weights",
-                "A folder that a sharded run left needs its own dialect: see 'ckptconv formats'.",
+                "Copy the folder again, with its subfolders.",
                 loc=(raw.location.rpartition("/")[2],),
             )
         lifter = Lifter(root)
@@ -132,7 +134,7 @@ class HFTrainer:
         _refuse_other_schedule(settled, root)
         paths = tuple((name,) for name in OPTIMIZERS if is_optimizer(root.get(name)))[:1]
         filled = filled_with(followed, paths, settled)
-        return raw_of(filled, RawTree(format=self.format, root=None, attributes=residue.attributes))
+        return closed(raw_of(filled, RawTree(format=self.format, root=None, attributes=residue.attributes)))
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
         """None: an optimizer that was never stepped has its groups."""

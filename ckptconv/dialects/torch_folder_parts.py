@@ -14,6 +14,8 @@ from ckptconv.note import KEY
 from ckptconv.rawtree import DictNode, Node, Opaque, Path, RawTree
 
 WEIGHTS: tuple[str, ...] = (
+    "pytorch_model_fsdp_0",
+    "pytorch_model_fsdp.bin",
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -99,7 +101,7 @@ class _Spread(Lifter):
 
 def has_order(file: str) -> bool:
     """Whether a model's file has the parameters in the model's order: safetensors sorts them by name."""
-    return ".safetensors" not in file
+    return ".bin" in file
 
 
 def numbered(root: DictNode, stem: str, suffixes: tuple[str, ...]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ below. A file's subtree is the root of the format that read it:
 
 - `pytorch`: zip, legacy and tar files under any suffix;
 - `safetensors`: one file; the shards of an index are a file each, and must be those of the index;
+- `dcp`: a directory that is a folder of torch.distributed.checkpoint, under the directory's name;
 - `json`: `json_tree`, also the indexes themselves;
 - `bytes`: a uint8 tensor, for files of none of these formats (tokenizers, plain pickles).
 
@@ -98,7 +99,7 @@ def read_folder(path: Path) -> RawTree:
         if name == NOTE_FILE:
             note = _text(path / name)
             continue
-        kind = _kind(name, path / name)
+        kind = "dcp" if _is_part(name, producer) and (path / name).is_dir() else _kind(name, path / name)
         member = _read_member(kind, path / name, name)
         items.append((name, member.root))
         attributes[name] = kind
@@ -158,7 +159,7 @@ def _entries(path: Path) -> Iterator[Path]:
 
 
 def _files(path: Path, producer: Producer) -> tuple[list[str], tuple[str, ...]]:
-    """Names of the regular files, and of the directories that are not the producer's."""
+    """Names of the members: regular files and whole directories; and those that are not the producer's."""
     files: list[str] = []
     left: list[str] = []
     pending = [""]
@@ -166,7 +167,7 @@ def _files(path: Path, producer: Producer) -> tuple[list[str], tuple[str, ...]]:
         above = pending.pop()
         for entry in _entries(path / above):
             name = f"{above}/{entry.name}" if above else entry.name
-            if entry.is_file():
+            if entry.is_file() or (entry.is_dir() and _is_part(name, producer)):
                 files.append(name)
             elif not entry.is_dir():
                 left.append(name)
@@ -178,6 +179,10 @@ def _files(path: Path, producer: Producer) -> tuple[list[str], tuple[str, ...]]:
             message = f"'{path.name}' holds more than {MAX_FILES} files"
             raise _problem("limit-exceeded", path.name, message, "Name one file of it.")
     return sorted(files), tuple(sorted(left))
+
+
+def _is_part(name: str, producer: Producer) -> bool:
+    return any(_same_depth(name, pattern) for pattern in producer.parts)
 
 
 def _same_depth(name: str, pattern: str) -> bool:
@@ -274,7 +279,7 @@ def _lay_member(name: str, node: Node, attributes: Attributes, path: Path) -> It
 
 
 def _renamed(file: TargetFile, name: str) -> TargetFile:
-    """A member's only file as one of the folder's, its placements under keys of the folder's layout."""
+    """A member's file as one of the folder's, its placements under keys of the folder's layout."""
     prefix = f"{name}/"
 
     def finish(checksums: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
@@ -282,7 +287,8 @@ def _renamed(file: TargetFile, name: str) -> TargetFile:
         return file.finish(own)
 
     placements = tuple(replace(p, key=prefix + p.key) for p in file.placements)
-    return TargetFile(name=name, placements=placements, finish=finish)
+    within = f"{prefix}{file.name}" if file.name else name
+    return TargetFile(name=within, placements=placements, finish=finish)
 
 
 def _is_commit(name: str, attributes: Attributes) -> int:

@@ -17,6 +17,8 @@ class Producer:
     """Names of which one is enough: no other producer writes it. The first one there is written last."""
     below: tuple[str, ...] = ()
     """Directories that belong to the checkpoint; others are left alone, and said to be there."""
+    parts: tuple[str, ...] = ()
+    """Directories that are one member each: folders of torch.distributed.checkpoint."""
     only: str | None = None
     """Where the one file of this name is the whole checkpoint, it is what the folder stands for."""
     summary: str
@@ -24,10 +26,14 @@ class Producer:
     """Where the producer's writer stands."""
 
 
+_FSDP = ("pytorch_model_fsdp_[0-9]*", "optimizer_[0-9]*")
+"""accelerate's sharded model and optimizer (utils/fsdp_utils.py)."""
+
 PRODUCERS: tuple[Producer, ...] = (
     Producer(
         name="hf-trainer",
         marks=("trainer_state.json", "training_args.bin"),
+        parts=_FSDP,
         summary="transformers.Trainer, checkpoint-N/",
         source="transformers 5.24 trainer.py _save_checkpoint",
     ),
@@ -35,6 +41,7 @@ PRODUCERS: tuple[Producer, ...] = (
         name="accelerate",
         marks=("random_states_[0-9]*.pkl", "optimizer.bin"),
         below=("unet", "unet_ema", "transformer", "transformer_ema", "controlnet", "text_encoder"),
+        parts=_FSDP,
         summary="accelerate.Accelerator.save_state",
         source="accelerate 1.15 checkpointing.py save_accelerator_state",
     ),
