@@ -1,15 +1,16 @@
-"""What FSDP leaves in the folder of a trainer: accelerate's files and subfolders, for accelerate and HF Trainer.
+"""What FSDP leaves in the folder of accelerate and of the Trainer, which saves by accelerate's functions.
 
 | `state_dict_type` | model | optimizer |
 |---|---|---|
-| `SHARDED_STATE_DICT` | folder `pytorch_model_fsdp_<n>/` with entries `model` | `optimizer_<n>/`, `optimizer` |
+| `SHARDED_STATE_DICT` | `pytorch_model_fsdp_<n>/`: entries of `model` | `optimizer_<n>/`: `optimizer` |
 | `FULL_STATE_DICT` | `pytorch_model_fsdp[_<n>].bin` | `optimizer[_<n>].bin` |
 | `LOCAL_STATE_DICT` | `pytorch_model_fsdp[_<n>]_rank<R>.bin` | `optimizer_<n>/` |
 | any, `use_dcp=False` | `pytorch_model_fsdp_<n>_rank<R>.bin` | `optimizer_<n>_rank<R>.bin` |
 
-An optimizer has the names of parameters where others have numbers, with FSDP 1 and 2 alike. For the dialects a
-subfolder is the dictionary that is in it, its optimizer as a state_dict (`dcp_forms`). Files of one rank are
-refused: no file tells which part of which parameter they hold.
+An optimizer has the names of parameters where others have numbers, with FSDP 1 and 2 alike. For the dialects
+a subfolder is the dictionary that is in it, its optimizer as a state_dict (`dcp_forms`). Files of one rank
+are refused: no file tells which part of which parameter they hold. The Trainer writes neither arguments nor
+configuration beside a sharded model, and beside a whole one also `model.safetensors`.
 Source: accelerate 1.15 `utils/fsdp_utils.py` `save_fsdp_model`, `save_fsdp_optimizer`.
 """
 
@@ -91,7 +92,7 @@ def _refuse_ranks(root: DictNode) -> None:
             Problem(
                 code="unsupported-feature",
                 loc=(name,),
-                message=f"'{name}' has the shares of one rank, and not which parts of the parameters they are",
+                message=f"'{name}' has one rank's shares, and not which parts of the parameters they are",
                 hint="Save with state_dict_type SHARDED_STATE_DICT or FULL_STATE_DICT and use_dcp=True.",
             )
             for name in ranks[:20]

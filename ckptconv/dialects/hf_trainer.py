@@ -26,6 +26,7 @@ from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_folder_parts import (
     folder_of,
     has_order,
+    lift_copies,
     lift_weights,
     not_read,
     raw_of,
@@ -90,6 +91,7 @@ class HFTrainer:
             )
         lifter = Lifter(root)
         module = lift_weights(root, model[1], lifter)
+        lift_copies(root, module, lifter)
         optimizer, odd = _optimizer(root, module, has_order(model[0]), lifter)
         optimizers = () if optimizer is None else (optimizer,)
         schedule, odd_schedule = _schedule(root, optimizer, lifter)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from ckptconv.dialects.dcp_members import MODEL
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_modules import Module, lift_module
 from ckptconv.dialects.torch_note import with_note
+from ckptconv.dialects.torch_values import layout_of, tensor_of
 from ckptconv.errors import FormatError
 from ckptconv.formats.torch_folder import DIRECTORY, sibling
 from ckptconv.note import KEY
 from ckptconv.rawtree import DictNode, Node, Opaque, Path, RawTree
 
 WEIGHTS: tuple[str, ...] = (
-    "pytorch_model_fsdp_0",
-    "pytorch_model_fsdp.bin",
+    f"{MODEL}_0",
+    f"{MODEL}.bin",
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -84,6 +86,20 @@ def lift_weights(
                 home[key] = file
     merged, spread = DictNode(items=tuple(items)), _Spread(root, lifter, home)
     return lift_module(merged, (files[0],), spread, prefix=prefix, seen=seen)
+
+
+def lift_copies(root: DictNode, module: Module, lifter: Lifter) -> None:
+    """Take what an export repeats of the model: tensors of the same names and specs are parameters too."""
+    exported = weights_of(root, tuple(name for name in WEIGHTS if not name.startswith(MODEL)))
+    for file in exported[1] if exported is not None and exported[1][0] != module.key[0] else ():
+        node = root.get(file)
+        for key, value in node.items if isinstance(node, DictNode) else ():
+            found = tensor_of(value)
+            if found is None or not isinstance(key, str) or key not in module.raw_names:
+                continue
+            name = module.raw_names[key]
+            if found[0].spec == module.params[name].tensor.spec:
+                lifter.take((file, key, *found[1]), ("param", name), **layout_of(found[0]))
 
 
 class _Spread(Lifter):

@@ -120,9 +120,8 @@ BUFFERS: frozenset[str] = frozenset({"running_mean", "running_var", "num_batches
 CELL: frozenset[str] = frozenset({"weight_ih", "weight_hh", "bias_ih", "bias_hh"})
 """Last components of names that only recurrent cells have."""
 
-MARKS: frozenset[str] = frozenset(
-    {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
-)
+FSDP = "_fsdp_wrapped_module"
+MARKS: frozenset[str] = frozenset({"_orig_mod", "_checkpoint_wrapped_module", FSDP, "_forward_module"})
 """Components that wrappers put into parameter names; nobody names a module so."""
 
 FLAT: frozenset[str] = frozenset({"_flat_param", "flat_param"})

@@ -132,11 +132,12 @@ def lift_module(
 
     `prefix` stands before every name, where a checkpoint has several models; `seen` is shared between models
     that may be tied to each other; `buffers` are names that the container tells to be no parameters.
-    Raises: duplicate-key.
+    Raises: duplicate-key; unsupported-feature for one rank's shares of the parameters.
     """
     found = list(_module_entries(node, path) if is_module(node) else _entries(node, path))
     names = _names([entry.raw for entry in found], path)
     entries = [entry for entry in found if isinstance(entry, _Entry)]
+    _refuse_shares(names, entries, path)
     others = [entry for entry in found if isinstance(entry, _Described)]
     seen = {} if seen is None else seen
     told = _told_of((names[entry.raw], entry.tensor.shape) for entry in entries)
@@ -165,17 +166,6 @@ def lift_module(
         ((prefix + names[other.raw], other.path, other.node) for other in others), lifter
     )
     return Module(key=path, params=params, raw_names=raw_names, described=described, parts=parts)
-
-
-def flat_shards(params: Iterable[str]) -> tuple[str, ...]:
-    """A sentence about the parameters that FSDP flattened, if any: a rank's share of several in one."""
-    flat = [name for name in params if name.rpartition(".")[2] in torch_keys.FLAT]
-    if not flat:
-        return ()
-    return (
-        f"'{flat[0]}' is a flat parameter of FSDP, one rank's share of several parameters whose names and "
-        "shapes the file does not have. Save with StateDictType.FULL_STATE_DICT, or as a sharded folder.",
-    )
 
 
 def optimizable(params: Mapping[str, Param]) -> tuple[str, ...]:
@@ -241,6 +231,28 @@ def bare_names(raws: list[str]) -> dict[str, str]:
     unmarked = {raw: _without_marks(raw) for raw in raws}
     before = _wrapper([bare for raw, bare in unmarked.items() if raw != _AVERAGED])
     return {raw: bare.removeprefix(before) or raw for raw, bare in unmarked.items()}
+
+
+def _refuse_shares(names: Mapping[str, str], entries: Iterable[_Entry], path: Path) -> None:
+    """Raises: unsupported-feature for what FSDP leaves on each rank: pieces of flattened parameters.
+
+    They are called `_flat_param`, or as the parameters are, behind FSDP's mark and each a piece of one axis
+    (`use_orig_params`); a whole model under that mark has weights of more axes.
+    """
+    flat = [raw for raw, name in names.items() if name.rpartition(".")[2] in torch_keys.FLAT]
+    marked = [
+        e for e in entries if torch_keys.FSDP in e.raw.split(".") and _trainable(names[e.raw], e) is not False
+    ]
+    if not flat and marked and all(len(entry.tensor.shape) == 1 for entry in marked):
+        flat = [entry.raw for entry in marked]
+    if flat:
+        raise FormatError.of(
+            "unsupported-feature",
+            f"'{flat[0]}' is what FSDP keeps of the parameters on one rank, flattened; which part of which "
+            "parameter it is, is not recorded",
+            "Save with StateDictType.FULL_STATE_DICT, or a folder of torch.distributed.checkpoint.",
+            loc=(*path, flat[0]),
+        )
 
 
 def _wrapper(names: list[str]) -> str:

@@ -25,7 +25,7 @@ from ckptconv.dialects.torch_averages import with_averages
 from ckptconv.dialects.torch_counters import read_counters, settle_counters
 from ckptconv.dialects.torch_groups import GroupRule
 from ckptconv.dialects.torch_lower import rebuild_state, settle
-from ckptconv.dialects.torch_modules import Module, flat_shards, is_module, lift_module
+from ckptconv.dialects.torch_modules import Module, is_module, lift_module
 from ckptconv.dialects.torch_note import lift_note, note_of, with_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import lift_optimizer
@@ -112,7 +112,7 @@ class TrainingDictionary:
             provenance=provenance(
                 raw, self.name, self.detect(raw), producer=self._row.producer if self._row else None
             ),
-            oddities=(*flat_shards(params), *odd, *odd_schedules, *odd_progress, *named_code(root)),
+            oddities=(*odd, *odd_schedules, *odd_progress, *named_code(root)),
         )
         return lift_note(with_averages(checkpoint), root)
 

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill, untold
 from ckptconv.dialects.torch_modules import (
-    flat_shards,
     is_module,
     is_module_state,
     is_state_dict,
@@ -71,7 +70,7 @@ class StateDict:
                 format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
             ),
             provenance=provenance(raw, self.name, self.detect(raw)),
-            oddities=(*flat_shards(module.params), *named_code(raw.root)),
+            oddities=named_code(raw.root),
         )
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:

@@ -89,14 +89,21 @@ def test_an_optimizer_keyed_by_name_is_matched_by_name_in_any_order(tmp_path: Pa
         assert lifted.slots["first_moment"][name].read().tobytes() == moment.numpy().tobytes()
 
 
-def test_a_flat_shard_of_fsdp_is_told_to_be_one(tmp_path: Path) -> None:
-    run = trained()
-    saved = {"model": {"_fsdp_wrapped_module._flat_param": torch.arange(7.0)}, "epoch": 1}
-    checkpoint = opened(saved, tmp_path / "rank0.pt")
-    assert any("_flat_param" in odd for odd in checkpoint.oddities)
-    assert not any(
-        "_flat_param" in o for o in opened({"model": run.model.state_dict()}, tmp_path / "b").oddities
-    )
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {"_fsdp_wrapped_module._flat_param": torch.arange(7.0)},
+        {"_fsdp_wrapped_module.fc.weight": torch.arange(7.0), "_fsdp_wrapped_module.fc.bias": torch.zeros(0)},
+    ],
+    ids=["flat", "original"],
+)
+def test_what_fsdp_keeps_on_one_rank_is_refused(shares: dict[str, Any], tmp_path: Path) -> None:
+    for saved, inside in (({"model": shares, "epoch": 1}, ("model",)), (shares, ())):
+        with pytest.raises(CkptError) as caught:
+            opened(saved, tmp_path / "rank0.pt")
+        assert [(p.code, p.loc) for p in caught.value.problems] == [
+            ("unsupported-feature", (*inside, next(iter(shares))))
+        ]
 
 
 def test_parameters_with_different_steps_keep_them(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def json_of(folder: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("case", ["two-groups", "sharded"])
+@pytest.mark.parametrize("case", ["two-groups", "sharded", "fsdp-sharded", "fsdp-full"])
 def test_the_run_is_what_the_trainer_told(case: str) -> None:
     truth, checkpoint = expected(TRAINER / case), ckptconv.open(TRAINER / case / "checkpoint")
     assert checkpoint.provenance.dialect == "hf-trainer"
@@ -59,6 +59,107 @@ def test_the_groups_are_told_by_their_shapes() -> None:
     assert [list(group.params) for group in optimizer.groups] == truth["groups"]
     for slot, by_param in truth["slots"].items():
         assert {name: digest(tensor) for name, tensor in optimizer.slots[slot].items()} == by_param
+
+
+def named_slots(checkpoint: ckptconv.Checkpoint) -> dict[str, dict[str, Any]]:
+    (optimizer,) = checkpoint.optimizers
+    assert optimizer.param_order == "named"
+    return {
+        slot: {name: digest(tensor) for name, tensor in by_param.items()}
+        for slot, by_param in optimizer.slots.items()
+    }
+
+
+@pytest.mark.parametrize("case", ["fsdp-sharded", "fsdp-full"])
+def test_a_trainer_with_fsdp_names_its_parameters(case: str) -> None:
+    truth, checkpoint = expected(TRAINER / case), ckptconv.open(TRAINER / case / "checkpoint")
+    assert [list(group.params) for group in checkpoint.optimizers[0].groups] == truth["groups"]
+    assert named_slots(checkpoint) == truth["slots"]
+    assert not [name for name in checkpoint.extras if "model" in name], "the export is the model again"
+
+
+@pytest.mark.parametrize("case", ["fsdp1-sharded", "fsdp2-sharded"])
+def test_accelerate_with_fsdp_is_one_run(case: str, tmp_path: Path) -> None:
+    folder = FIXTURES / "accelerate" / case
+    truth, checkpoint = expected(folder), ckptconv.open(folder / "state")
+    assert checkpoint.provenance.dialect == "accelerate"
+    assert value_of(checkpoint.progress.step) == truth["step"]
+    assert {name: digest(param.tensor) for name, param in checkpoint.params.items()} == truth["params"]
+    assert named_slots(checkpoint) == truth["slots"]
+    rate = checkpoint.optimizers[0].groups[0].hyperparameters["learning_rate"]
+    assert value_of(rate) == truth["learning_rate"]
+    assert value_of(checkpoint.schedules[0].position) == truth["scheduler"]
+    ckptconv.convert(folder / "state", tmp_path / "neutral", to="neutral")
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "back", to="pytorch:accelerate")
+    again = ckptconv.open(tmp_path / "back")
+    assert [(a, digest(t)) for a, t in again.tensors()] == [(a, digest(t)) for a, t in checkpoint.tensors()]
+    assert again.residue is not None
+    assert checkpoint.residue is not None
+    assert again.residue.root == checkpoint.residue.root
+
+
+def test_a_run_of_one_process_goes_onto_a_sharded_folder(tmp_path: Path) -> None:
+    """A file whose optimizer has numbers where the folder has names."""
+    source = FIXTURES / "accelerate" / "fsdp2-sharded"
+    checkpoint = ckptconv.open(source / "state")
+    torch = pytest.importorskip("torch")
+    (optimizer,), names = checkpoint.optimizers, list(checkpoint.params)
+    group = {key: f.value for key, f in optimizer.groups[0].hyperparameters.items() if isinstance(f, Known)}
+    slots = [optimizer.slots[slot] for slot in ("first_moment", "second_moment")]
+    state = {
+        number: dict(
+            zip(
+                ("exp_avg", "exp_avg_sq"),
+                (torch.from_numpy(slot[name].read()) for slot in slots),
+                strict=True,
+            ),
+            step=torch.tensor(7.0),
+        )
+        for number, name in enumerate(names)
+    }
+    settings = {
+        "lr": group["learning_rate"], "betas": (group["beta_1"], group["beta_2"]), "eps": group["epsilon"],
+        "weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False, "foreach": None,
+        "capturable": False, "differentiable": False, "fused": None, "decoupled_weight_decay": True,
+        "params": list(range(len(names))),
+    }  # fmt: skip
+    model = {name: torch.from_numpy(param.tensor.read()) for name, param in checkpoint.params.items()}
+    torch.save(
+        {"model": model, "optimizer": {"state": state, "param_groups": [settings]}}, tmp_path / "run.pt"
+    )
+    allowed = ("schedule-unsupported",)
+    ckptconv.convert(tmp_path / "run.pt", tmp_path / "out", template=source / "state", allow=allowed)
+    again = ckptconv.open(tmp_path / "out")
+    assert (again.provenance.dialect, value_of(again.progress.step)) == ("accelerate", 7)
+    assert named_slots(again) == expected(source)["slots"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "loc"),
+    [
+        ("rank", "unsupported-feature", ("pytorch_model_fsdp_0_rank1.bin",)),
+        ("unfinished", "missing-file", (".metadata",)),
+        ("swapped", "unknown-dialect", ("optimizer_0",)),
+        ("lost", "missing-file", ("__1_0.distcp",)),
+    ],
+)
+def test_a_sharded_folder_that_is_not_whole(
+    damage: str, code: str, loc: tuple[str, ...], tmp_path: Path
+) -> None:
+    state = shutil.copytree(FIXTURES / "accelerate" / "fsdp2-sharded" / "state", tmp_path / "state")
+    if damage == "rank":
+        shutil.copy(state / "scheduler.bin", state / "pytorch_model_fsdp_0_rank1.bin")
+    elif damage == "unfinished":
+        (state / "optimizer_0" / ".metadata").unlink()
+    elif damage == "lost":
+        (state / "optimizer_0" / "__1_0.distcp").unlink()
+    else:
+        shutil.rmtree(state / "optimizer_0")
+        shutil.copytree(state / "pytorch_model_fsdp_0", state / "optimizer_0")
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(state)
+    problem = caught.value.problems[0]
+    assert (problem.code, problem.loc[: len(loc)]) == (code, loc)
 
 
 def test_what_shapes_do_not_tell_is_not_guessed(tmp_path: Path) -> None:
