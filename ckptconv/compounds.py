@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ckptconv.catalog import layers
 from ckptconv.catalog.compounds import CutRow, cut_rows, family, home, sum_rows
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Problem
 from ckptconv.fitting import parts
+from ckptconv.mapping_rules import Ruled
 from ckptconv.pieces import Cut, Piece, Rewrite, Sum
+
+_NO_RULES = Ruled()
 
 
 def compounds(
-    source: Checkpoint, template: Checkpoint, frameworks: tuple[str, str]
+    source: Checkpoint, template: Checkpoint, frameworks: tuple[str, str], ruled: Ruled = _NO_RULES
 ) -> tuple[tuple[Rewrite, ...], tuple[Rewrite, ...]]:
-    """The rewrites of both sides; none between two checkpoints of one library."""
+    """The rewrites of both sides: those of a mapping file, and the table's for what it does not name.
+
+    The table has none between two checkpoints of one library.
+    """
     if family(frameworks[0]) == family(frameworks[1]):
-        return (), ()
-    return tuple(_rewrites(source, frameworks[0])), tuple(_rewrites(template, frameworks[1]))
+        return ruled.source_rewrites, ruled.target_rewrites
+    ours = _without(_rewrites(source, frameworks[0]), ruled.source_names | ruled.source_only)
+    theirs = _without(_rewrites(template, frameworks[1]), ruled.target_names | ruled.target_only)
+    return (*ours, *ruled.source_rewrites), (*theirs, *ruled.target_rewrites)
+
+
+def _without(rewrites: Iterable[Rewrite], names: frozenset[str]) -> Iterator[Rewrite]:
+    """The rewrites that need none of the parameters."""
+    gone = set(names)
+    for one in rewrites:
+        if isinstance(one, Cut) and one.whole in gone:
+            gone.update(piece.name for piece in one.pieces)
+        elif isinstance(one, Cut) or not gone.intersection(one.terms):
+            yield one
 
 
 def lacking(checkpoint: Checkpoint, framework: str) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Value, value_of
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.formats.base import Layout
 from ckptconv.goal import Goal, document_of, goal_of
+from ckptconv.mapping_file import MappingFile, mapping_of
 from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
 from ckptconv.plan_table import table
 from ckptconv.rawtree import RawTree
@@ -31,6 +32,7 @@ from ckptconv.remote import place
 from ckptconv.report import OptimizerVerdict, Plan, Report
 from ckptconv.selection import selected
 from ckptconv.spec import apply_spec
+from ckptconv.strictjson import Json
 from ckptconv.upload import destination
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
@@ -51,6 +53,7 @@ def convert(
     template: PathLike | Checkpoint | None = None,
     source_spec: PathLike | Checkpoint | None = None,
     template_spec: PathLike | Checkpoint | None = None,
+    mapping: PathLike | Mapping[str, Json] | MappingFile | None = None,
     set_: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -72,12 +75,19 @@ def convert(
     written and what would stop the conversion is in `Report.problems`. `shard_size` (bytes, `500MB`, `2GiB`)
     is the most that one file of a target with shards holds; a tensor that is larger has a file of its own.
     `source_spec` and `template_spec` are skeletons that supply what source and template do not record.
+    `mapping` says which names and axes of source and template belong together (`mapping_file`).
     `select` names one of several checkpoints in a folder, and parts of one (`ema`, `optimizer:0`).
 
     Raises: every code of the conversion, all that were found at once.
     """
     started = time.monotonic()
-    wishes = Wishes(only=tuple(only), exclude=tuple(exclude), dtype=dtype, allowed=allowed_codes(allow))
+    wishes = Wishes(
+        only=tuple(only),
+        exclude=tuple(exclude),
+        dtype=dtype,
+        allowed=allowed_codes(allow),
+        mapping=None if mapping is None else mapping_of(mapping),
+    )
     values = supply.settings(set_ or {})
     from_format, from_dialect = parse_target(from_)
     if isinstance(source, Checkpoint):

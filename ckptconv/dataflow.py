@@ -99,9 +99,13 @@ def _meet(ours: Hashable, theirs: Hashable, source: int, target: int, fits: Fits
 
 def _signature(module: Module) -> Hashable:
     """All of a module that its fit depends on."""
-    return module.direction, *(
-        (leaf(p), p.tensor.spec, p.role, p.layer, p.axes, p.evidence, p.candidates, p.tied_to is None)
-        for p in module.params
+    return (
+        module.direction,
+        *(
+            (leaf(p), p.tensor.spec, p.role, p.layer, p.axes, p.evidence, p.candidates, p.tied_to is None)
+            for p in module.params
+        ),
+        *((leaf(p), p.tensor.shape) for p in module.beside),
     )
 
 

@@ -7,7 +7,7 @@ where two of them need different operations, the layout is ambiguous.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ class Module:
     name: tuple[str, ...]
     params: tuple[Param, ...]
     framework: str
+    beside: tuple[Param, ...] = ()
+    """Those that a mapping file has matched: they still tell what kind of layer it is."""
 
     @property
     def label(self) -> str:
@@ -54,6 +56,8 @@ class Way(NamedTuple):
     """What the target's is taken for."""
     text: str
     """The reading of the side that has more than one."""
+    axes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """Of the source and of the target, where the catalog has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +70,23 @@ class Fit:
     source_only: tuple[Param, ...]
 
 
-def modules(params: Mapping[str, Param], framework: str) -> list[Module]:
+def modules(
+    params: Mapping[str, Param], framework: str, matched: Collection[str] = frozenset()
+) -> list[Module]:
+    """The modules that have parameters left to match beside those that are `matched`."""
     grouped: dict[tuple[str, ...], list[Param]] = {}
     for name, param in params.items():
         grouped.setdefault(parts(name)[:-1], []).append(param)
-    return [Module(name=key, params=tuple(group), framework=framework) for key, group in grouped.items()]
+    found = [
+        Module(
+            name=key,
+            params=tuple(param for param in group if param.name not in matched),
+            framework=framework,
+            beside=tuple(param for param in group if param.name in matched),
+        )
+        for key, group in grouped.items()
+    ]
+    return [module for module in found if module.params]
 
 
 def parts(name: str) -> tuple[str, ...]:
@@ -85,8 +101,8 @@ def fitting(source: Module, target: Module) -> Fit | None:
     """How the source module makes the target module, or None where it cannot."""
     if {source.direction, target.direction} == {"forward", "backward"}:
         return None
-    readings_s = {p.name: _readings(p, source) for p in source.params}
-    readings_t = {p.name: _readings(p, target) for p in target.params}
+    readings_s = {p.name: readings(p, source) for p in source.params}
+    readings_t = {p.name: readings(p, target) for p in target.params}
     pairs: list[tuple[Param, Param, Way, Evidence]] = []
     ambiguous: list[Problem] = []
     target_only: list[Param] = []
@@ -96,7 +112,7 @@ def fitting(source: Module, target: Module) -> Fit | None:
         for candidate in source.params:
             if candidate.name in used:
                 continue
-            for way in _layouts(
+            for way in ways(
                 candidate,
                 readings_s[candidate.name],
                 made,
@@ -118,10 +134,12 @@ def fitting(source: Module, target: Module) -> Fit | None:
         made_from, way = options[0]
         if len({element_order(option[1].ops, made_from.tensor.shape) for option in options}) > 1:
             open_side = "source" if len(readings_s[made_from.name]) != 1 else "target"
-            ambiguous.append(_ambiguous(made_from, made, open_side, [option[1].text for option in options]))
+            ambiguous.append(
+                layout_ambiguous(made_from, made, open_side, [option[1].text for option in options])
+            )
             evidence: Evidence = "assumed"
         else:
-            evidence = _weaker(made_from, made)
+            evidence = weaker(made_from, made)
         pairs.append((made_from, made, way, evidence))
         used.add(made_from.name)
     left = [p for p in source.params if p.name not in used]
@@ -135,18 +153,18 @@ def fitting(source: Module, target: Module) -> Fit | None:
     )
 
 
-def _readings(param: Param, module: Module) -> tuple[layers.Candidate, ...]:
+def readings(param: Param, module: Module) -> tuple[layers.Candidate, ...]:
     """What the parameter may be: what is declared, else every catalog row that fits its name and rank."""
     if param.evidence in ("declared", "named") and param.axes is not None:
         reading = layers.Candidate(kind=param.layer, role=param.role, axes=param.axes)
         return layers.alike(module.framework, reading)
     if param.candidates:
         return tuple(layers.Candidate(c.layer, c.role, c.axes) for c in param.candidates)
-    siblings = {parts(other.name)[-1]: other.tensor.shape for other in module.params}
+    siblings = {parts(other.name)[-1]: other.tensor.shape for other in (*module.params, *module.beside)}
     return layers.candidates(module.framework, parts(param.name)[-1], param.tensor.shape, siblings)
 
 
-def _layouts(
+def ways(
     source: Param,
     readings_s: Sequence[layers.Candidate],
     target: Param,
@@ -170,7 +188,8 @@ def _layouts(
             if ops is not None:
                 told = reading_s if len(readings_s) > 1 else reading_t
                 text = f"{told.kind} ({', '.join(told.axes)})"
-                yield Way(_moving(ops, before, after), reading_t._replace(axes=axes_t), text)
+                reading = reading_t._replace(axes=axes_t)
+                yield Way(moving(ops, before, after), reading, text, (axes_s, axes_t))
     if not readings_s and not readings_t and before == after and leaf(source) == leaf(target):
         yield Way((), None, "the same axes")
         sizes = [size for size in before if size > 1]
@@ -186,7 +205,7 @@ def leaf(param: Param) -> str:
     return parts(param.name)[-1].lstrip("_")
 
 
-def _moving(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
+def moving(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:
     """The ops, none where the bytes stay where they are: axes with one element are moved for nothing."""
     still = before == after and element_order(ops, before) == element_order((), before)
     return () if still else ops
@@ -195,21 +214,21 @@ def _moving(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]
 _STRENGTH: tuple[Evidence, ...] = ("declared", "named")
 
 
-def _weaker(source: Param, target: Param) -> Evidence:
+def weaker(source: Param, target: Param) -> Evidence:
     """Both sides' own evidence; where one has none, the other's kind and the shape tell its axes."""
     if {source.evidence, target.evidence} <= {"declared", "named"}:
         return max(source.evidence, target.evidence, key=_STRENGTH.index)
     return "matched"
 
 
-def _ambiguous(source: Param, target: Param, side: str, readings: Sequence[str]) -> Problem:
+def layout_ambiguous(source: Param, target: Param, side: str, texts: Sequence[str]) -> Problem:
     """`side`: whose axes are not known, `source` or `target`."""
     param, option = (source, "--source-spec") if side == "source" else (target, "--template")
     return Problem(
         code="layout-ambiguous",
         loc=("params", param.name),
         message=f"'{param.name}' {list(param.tensor.shape)} of the {side} may be "
-        f"{' or '.join(dict.fromkeys(readings))}, and the shape does not tell which",
-        hint=f"Pass {option} with a skeleton of the {side} model (describe()), "
-        f"or --allow {ASSUMED_LAYOUT} to take the first reading.",
+        f"{' or '.join(dict.fromkeys(texts))}, and the shape does not tell which",
+        hint=f"Pass {option} with a skeleton of the {side} model (describe()), say its axes in a mapping "
+        f"file (--mapping), or --allow {ASSUMED_LAYOUT} to take the first reading.",
     )

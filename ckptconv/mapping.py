@@ -1,7 +1,8 @@
 """Which parameter of the source is which of the target, and what happens to its axes on the way.
 
-Source and template are compared module by module: by name, then by what each takes and gives where both sides
-tell (`dataflow`), then by their order, and only where one assignment alone is possible. A layout operation
+What a mapping file says comes first. The rest of source and template is compared module by module: by name,
+then by what each takes and gives where both sides tell (`dataflow`), then by their order, and only where one
+assignment alone is possible. A layout operation
 follows from named axes on both sides; where two operations fit and nothing declares which, that is a problem
 and not a guess.
 
@@ -23,9 +24,12 @@ from ckptconv.catalog.flatten import CHANNELS_FIRST
 from ckptconv.dataflow import by_flow
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Problem
-from ckptconv.fitting import Module, may_be_left, modules
+from ckptconv.fitting import Module, may_be_left, modules, parts
+from ckptconv.mapping_rules import Ruled
 from ckptconv.ties import Merge, NameEvidence, Pair, tie_problem, tied, untied
+from ckptconv.told_layout import told_pair
 
+_NO_RULES = Ruled()
 _UNORDERED = frozenset({"tf1"})
 """Frameworks whose files do not keep the order in which the model declares its variables."""
 
@@ -43,23 +47,27 @@ class Cover:
     problems: tuple[Problem, ...]
 
 
-def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, str]) -> Cover:
+def match(
+    source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, str], ruled: Ruled = _NO_RULES
+) -> Cover:
     """Find the producer of every parameter of the template.
 
-    `frameworks` are the catalog columns of source and template. Ambiguous layouts are reported as
-    `layout-ambiguous` beside the pair that the convention would give, so that a caller who allows
-    `assumed-layout` can go on with it.
+    `frameworks` are the catalog columns of source and template, `ruled` is what a mapping file says.
+    Ambiguous layouts are reported as `layout-ambiguous` beside the pair that the convention would give, so
+    that a caller who allows `assumed-layout` can go on with it.
     """
-    sources = modules(source.params, frameworks[0])
-    targets = modules(template.params, frameworks[1])
+    told, problems = _told(source, template, frameworks, ruled)
+    sources = modules(source.params, frameworks[0], {one.source for one in ruled.told} | ruled.source_only)
+    targets = modules(template.params, frameworks[1], {one.target for one in ruled.told} | ruled.target_only)
     fits = fits_of(sources, targets)
-    chosen = by_name(sources, targets, fits)
+    anchors = _rest_of_modules(sources, targets, ruled, fits)
+    chosen = by_name(sources, targets, anchors, fits)
     evidence: dict[int, NameEvidence] = dict.fromkeys(chosen, "name")
+    evidence |= dict.fromkeys(anchors, "mapping")
     if source.flow and template.flow:
         flowing = by_flow(sources, targets, chosen, fits, (source.flow, template.flow))
         evidence |= dict.fromkeys(flowing.keys() - chosen.keys(), "flow")
         chosen.update(flowing)
-    problems: list[Problem] = []
     if not all(may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
         unordered = any(
             framework in _UNORDERED and not is_counted(side)
@@ -68,15 +76,55 @@ def match(source: Checkpoint, template: Checkpoint, *, frameworks: tuple[str, st
         found = (by_shape if unordered else by_order)(sources, targets, chosen, fits)
         if isinstance(found, Problem):
             # Not one partner is known: leaving all behind is no loss that a caller may allow.
-            if found.code == "param-unmatched" and not chosen:
+            if found.code == "param-unmatched" and not chosen and not told:
                 found = replace(found, code="template-mismatch")
             problems.append(found)
         else:
             chosen.update(found)
-    cover = _collect(source, template, targets, chosen, evidence, fits, problems)
+    cover = _collect(source, template, targets, chosen, evidence, fits, told, ruled, problems)
     if len({framework in CHANNELS_FIRST for framework in frameworks}) == 1:
         return cover
     return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, template)))
+
+
+def _told(
+    source: Checkpoint, template: Checkpoint, frameworks: tuple[str, str], ruled: Ruled
+) -> tuple[list[Pair], list[Problem]]:
+    """The pairs of the mapping file's rules, and what is wrong with them."""
+    if not ruled.told:
+        return [], []
+    homes = (_homes(source, frameworks[0]), _homes(template, frameworks[1]))
+    found = [
+        told_pair(
+            one,
+            (source.params[one.source], homes[0][parts(one.source)[:-1]]),
+            (template.params[one.target], homes[1][parts(one.target)[:-1]]),
+        )
+        for one in ruled.told
+    ]
+    return (
+        [pair for pair, _ in found if pair is not None],
+        [problem for _, problem in found if problem is not None],
+    )
+
+
+def _homes(checkpoint: Checkpoint, framework: str) -> dict[tuple[str, ...], Module]:
+    return {module.name: module for module in modules(checkpoint.params, framework)}
+
+
+def _rest_of_modules(
+    sources: Sequence[Module], targets: Sequence[Module], ruled: Ruled, fits: Fits
+) -> dict[int, int]:
+    """Target index -> source index of modules of which rules name a part: the rest goes the same way."""
+    origin = {one.target: parts(one.source)[:-1] for one in ruled.told}
+    index = {module.name: i for i, module in enumerate(sources) if module.beside}
+    found: dict[int, int] = {}
+    for j, target in enumerate(targets):
+        origins = {origin[param.name] for param in target.beside if param.name in origin}
+        i = index.get(next(iter(origins))) if len(origins) == 1 else None
+        if i is not None and i not in found.values() and fits(i, j) is not None:
+            found[j] = i
+    return found
 
 
 def _behind_flatten(cover: Cover, template: Checkpoint) -> Iterator[Problem]:
@@ -126,11 +174,13 @@ def _collect(
     chosen: Mapping[int, int],
     evidence: Mapping[int, NameEvidence],
     fits: Fits,
+    told: Sequence[Pair],
+    ruled: Ruled,
     problems: list[Problem],
 ) -> Cover:
-    pairs: list[Pair] = []
+    pairs = list(told)
     target_only: list[str] = []
-    consumed: set[str] = set()
+    consumed = {one.source for one in ruled.told} | ruled.source_only
     source_only: list[str] = []
     in_order = not problems  # else what has no partner is a consequence of the problem that is known already
     for j, target in enumerate(targets):
@@ -152,6 +202,7 @@ def _collect(
                     matched_by=evidence.get(j, "structure"),
                     layout=layout,
                     reading=way.reading,
+                    axes=way.axes,
                 )
             )
             consumed.add(made_from.name)
@@ -159,7 +210,7 @@ def _collect(
         target_only += [p.name for p in fit.target_only]
         source_only += [p.name for p in fit.source_only]
         consumed |= {p.name for p in fit.source_only}
-    pairs += _aliases(template, pairs, problems)
+    pairs += _aliases(template, pairs, ruled, problems)
     problems += untied(source, template, pairs)
     pairs, merged = tied(source, template, pairs)
     problems += (tie_problem(merge) for merge in merged if not merge.equal)
@@ -182,11 +233,13 @@ def _collect(
     )
 
 
-def _aliases(template: Checkpoint, pairs: Sequence[Pair], problems: list[Problem]) -> Iterator[Pair]:
+def _aliases(
+    template: Checkpoint, pairs: Sequence[Pair], ruled: Ruled, problems: list[Problem]
+) -> Iterator[Pair]:
     """Tied parameters of the template: made like the one that they are tied to."""
     by_target = {pair.target: pair for pair in pairs}
     for name, param in template.params.items():
-        if param.tied_to is None or name in by_target:
+        if param.tied_to is None or name in by_target or name in ruled.target_only:
             continue
         first = by_target.get(param.tied_to)
         if first is None:

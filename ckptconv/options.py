@@ -130,6 +130,16 @@ TemplateSpec = Annotated[
         "an HF Trainer's parameters, e.g. --template-spec described.json.",
     ),
 ]
+MappingFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--mapping",
+        parser=place,
+        metavar="FILE",
+        help="Which names and axes of SRC and the template belong together, where nothing else tells: a file "
+        "that 'ckptconv map' begins, e.g. --mapping names.json.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

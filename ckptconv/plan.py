@@ -23,6 +23,8 @@ from ckptconv.formats.base import Format
 from ckptconv.formats.table import FORMATS
 from ckptconv.goal import Goal
 from ckptconv.joining import together
+from ckptconv.mapping_file import MappingFile
+from ckptconv.mapping_rules import Ruled, ruled
 from ckptconv.ops import Cast
 from ckptconv.pieces import apart
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
@@ -93,6 +95,8 @@ class Wishes:
     """How bare counters of the target are meant, see `supply.CONVENTIONS`."""
     shard_nbytes: int | None = None
     """Most tensor bytes of one file of the target; None writes a single one."""
+    mapping: MappingFile | None = None
+    """What the caller says of names and axes."""
 
 
 def plan(checkpoint: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
@@ -100,6 +104,11 @@ def plan(checkpoint: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
     kept, dropped = _selected(checkpoint, wishes.only, wishes.exclude)
     if wishes.dtype is not None:
         kept = _cast(kept, wishes.dtype)
+    if goal.template is None and wishes.mapping is not None:
+        message = (
+            "a mapping file says which names of source and template belong together; there is no template"
+        )
+        raise CkptError.of("usage", message, "Pass --template as well.", loc=("--mapping",))
     if goal.template is None:
         result = _untemplated(kept, goal, wishes.allowed)
     elif unready := goal.dialect.template_problems(goal.template):
@@ -130,9 +139,12 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
     lack = (*lacking(kept, frameworks[1]), *lacking(template, frameworks[0]))
     if refused := tuple(p for p in lack if _code_to_allow(p) not in wishes.allowed):
         return Transfer(checkpoint=kept, ledger=(), problems=refused)
-    ours, theirs = compounds(kept, template, frameworks)
+    rules = ruled(wishes.mapping, kept, template, frameworks) if wishes.mapping is not None else Ruled()
+    if refused := tuple(p for p in rules.problems if _code_to_allow(p) not in wishes.allowed):
+        return Transfer(checkpoint=kept, ledger=(), problems=refused)
+    ours, theirs = compounds(kept, template, frameworks, rules)
     mine, its = apart(kept, ours), apart(template, theirs)
-    cover = mapping.match(mine, its, frameworks=frameworks)
+    cover = mapping.match(mine, its, frameworks=frameworks, ruled=rules)
     unsolved = tuple(p for p in cover.problems if _code_to_allow(p) not in wishes.allowed)
     cover = replace(cover, problems=unsolved)
     result = transfer(mine, its, cover, allow=wishes.allowed, conventions=wishes.conventions)
@@ -142,7 +154,8 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
     if result.problems:
         return result
     result = _numbered(result, goal)
-    return replace(result, checkpoint=_with_note(result.checkpoint, kept))
+    ledger = tuple(rules.accounted(result.ledger))
+    return replace(result, checkpoint=_with_note(result.checkpoint, kept), ledger=ledger)
 
 
 def _numbered(result: Transfer, goal: Goal) -> Transfer:

@@ -7,6 +7,7 @@ next reader. Every failure is a `FormatError` with the file's name.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from ckptconv.errors import CkptError, Code, FormatError
@@ -49,12 +50,48 @@ def parse(text: str | bytes, name: str, *, constants: bool = False) -> Json:
     except UnicodeError as error:
         raise failure("corrupt-file", f"not UTF-8 text: {error.reason}") from None  # type: ignore[attr-defined]
     except json.JSONDecodeError as error:
-        raise failure("corrupt-file", f"not JSON: {error.msg} at character {error.pos}") from None
+        place = f"line {error.lineno}, column {error.colno}"
+        raise failure("corrupt-file", f"not JSON: {error.msg} at {place}") from None
     except RecursionError:
         raise failure("limit-exceeded", "JSON nested too deeply to be read") from None
     except ValueError:
         raise failure("limit-exceeded", "a JSON number with more digits than can be read") from None
     return value
+
+
+_TOKEN = re.compile(r'"(?:[^"\\\\]|\\\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
+
+
+def lines(text: str) -> dict[tuple[str | int, ...], int]:
+    """Path of each value of a JSON text -> the line on which it begins, counted from 1.
+
+    `text` is one that `parse` reads.
+    """
+    result: dict[tuple[str | int, ...], int] = {}
+    path: list[str | int] = []
+    awaits_key = False
+    line, at = 1, 0
+    for token in _TOKEN.finditer(text):
+        line, at = line + text.count("\n", at, token.start()), token.start()
+        mark = token[0]
+        if mark in "}]":
+            path.pop()
+            awaits_key = False
+        elif mark == ",":
+            last = path[-1]
+            if isinstance(last, int):
+                path[-1] = last + 1
+            else:
+                awaits_key = True
+        elif awaits_key:
+            path[-1] = json.loads(mark)
+            awaits_key = False
+        elif mark != ":":
+            result[tuple(path)] = line
+            if mark in "{[":
+                path.append("" if mark == "{" else 0)
+                awaits_key = mark == "{"
+    return result
 
 
 def dump(value: Json, *, indent: int | None = None) -> str:

@@ -12,7 +12,7 @@ from ckptconv.document import Checkpoint, Evidence
 from ckptconv.errors import Problem
 from ckptconv.tensor import MissingTensor, Op, TensorRef
 
-NameEvidence = Literal["name", "flow", "structure", "alias"]
+NameEvidence = Literal["mapping", "name", "flow", "structure", "alias"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +27,8 @@ class Pair:
     """Why the axes are known: the weaker one of both sides' evidence."""
     reading: layers.Candidate | None = None
     """What the target's parameter is taken for, where the catalog has it."""
+    axes: tuple[tuple[str, ...], tuple[str, ...]] | None = None
+    """Of the source and of the target, where they are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from ckptconv.options import (
     From,
     Jobs,
     Keep,
+    MappingFile,
     NoVerify,
     Only,
     ReportFile,
@@ -50,6 +51,7 @@ def convert(
     template: Template = None,
     source_spec: SourceSpec = None,
     template_spec: TemplateSpec = None,
+    mapping: MappingFile = None,
     set_: Set = None,
     only: Only = None,
     exclude: Exclude = None,
@@ -83,7 +85,9 @@ def convert(
         parse_container("--from", from_)
         parse_container("--to", to)
         if report is not None:
-            check_report_file(report, (source, target, template, source_spec, template_spec), force=force)
+            check_report_file(
+                report, (source, target, template, source_spec, template_spec, mapping), force=force
+            )
         with progress_bar(f"converting {source.name}") as progress:
             result = run(
                 source,
@@ -93,6 +97,7 @@ def convert(
                 template=template,
                 source_spec=source_spec,
                 template_spec=template_spec,
+                mapping=mapping,
                 set_=settings,
                 only=only or (),
                 exclude=exclude or (),
@@ -143,6 +148,7 @@ def plan(
     template: Template = None,
     source_spec: SourceSpec = None,
     template_spec: TemplateSpec = None,
+    mapping: MappingFile = None,
     set_: Set = None,
     only: Only = None,
     exclude: Exclude = None,
@@ -168,6 +174,7 @@ def plan(
         template=template,
         source_spec=source_spec,
         template_spec=template_spec,
+        mapping=mapping,
         set_=set_,
         only=only,
         exclude=exclude,
