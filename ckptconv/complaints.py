@@ -29,8 +29,9 @@ def _all(checkpoint: Checkpoint, container: str) -> Iterator[str]:
             "There is no optimizer in the file: whoever goes on from it counts from step 0, and Adam's "
             "averages (or the momentum) begin at zero"
         )
+    yield from _of_numbers(checkpoint.optimizers, container)
     for optimizer in checkpoint.optimizers:
-        yield from _of_optimizer(optimizer, container)
+        yield from _of_counts(optimizer)
     yield from _of_epochs(checkpoint)
     yield from _of_passes(checkpoint)
     yield from _of_schedules(checkpoint, of_torch=container in _OF_TORCH)
@@ -38,14 +39,18 @@ def _all(checkpoint: Checkpoint, container: str) -> Iterator[str]:
     yield from (said for said in checkpoint.oddities if not said.startswith(NAMES_CODE))
 
 
-def _of_optimizer(optimizer: Optimizer, container: str) -> Iterator[str]:
-    checker = "torch" if container in _OF_TORCH else "Keras"
-    if optimizer.param_order == "declaration-order" and container != "neutral":
+def _of_numbers(optimizers: tuple[Optimizer, ...], container: str) -> Iterator[str]:
+    numbered = [f"'{o.name}'" for o in optimizers if o.param_order == "declaration-order" and o.slots]
+    if numbered and container != "neutral":
+        checker = "torch" if container in _OF_TORCH else "Keras"
         yield (
-            f"The state of '{optimizer.name}' is numbered, not named: number 0 belongs to the first "
+            f"The state of {' and of '.join(numbered)} is numbered, not named: number 0 belongs to the first "
             "parameter of the model that was trained, and so on. It is right only for an optimizer over the "
             f"same parameters in the same order, and {checker} does not check that"
         )
+
+
+def _of_counts(optimizer: Optimizer) -> Iterator[str]:
     steps = set(optimizer.param_steps.values())
     if len(steps) > 1:
         yield (

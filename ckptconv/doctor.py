@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-from ckptconv.catalog.restores import KindOfFile, Restore, frameworks, kind_of_file, recipe_for
+from ckptconv.catalog.restores import (
+    KindOfFile,
+    Restore,
+    TemplateRecipe,
+    frameworks,
+    kind_of_file,
+    recipe_for,
+    unmeasured,
+)
 from ckptconv.complaints import complaints
 from ckptconv.detect import PathLike, choose, open_chosen
 from ckptconv.dialects.graph_bundle import graph_of_bytes
@@ -18,15 +28,15 @@ from ckptconv.formats.bundle_path import is_saved_model, locate
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
 from ckptconv.formats.table import FORMATS
 from ckptconv.formats.weights_shards import index_of
-from ckptconv.rawtree import DictNode, walk
+from ckptconv.rawtree import DictNode, Lifted, walk
 from ckptconv.report import REPORT_VERSION
 from ckptconv.skeleton import is_skeleton_file
 from ckptconv.strictjson import Json
 
 _DESCRIBED = (
-    "# where the checkpoint was written, with its model and optimizer:",
-    'ckptconv.write_skeleton(ckptconv.pytorch.describe(model, optimizer), "described.json")',
-    "# where it goes on:",
+    "# in the program that wrote the checkpoint, with its model and optimizer:",
+    'ckptconv.write_skeleton(ckptconv.{adapter}.describe(model, optimizer), "described.json")',
+    "# in the program that goes on:",
 )
 _LAYERS = ("layer-", "layer_with_weights-", "_layers", "_operations", "_functional")
 """Edges that only a model has."""
@@ -34,12 +44,11 @@ _LAYERS = ("layer-", "layer_with_weights-", "_layers", "_operations", "_function
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mend:
-    """Something to do about it."""
+    """Something to do about it: lines of Python, then a command, or one of both."""
 
     text: str
-    command: str = ""
     code: tuple[str, ...] = ()
-    """Python that has to run before the command."""
+    command: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +64,9 @@ class Diagnosis:
     steps: tuple[tuple[str, Fact], ...]
     """Of each optimizer, where there are several."""
     restores: tuple[Restore, ...]
+    unmeasured: str
+    """Why there are no calls, where the table says so."""
+    has_optimizer: bool
     findings: tuple[str, ...]
     """What may go wrong with this file whoever restores it."""
     mends: tuple[Mend, ...]
@@ -87,8 +99,10 @@ def diagnose(
         step=checkpoint.progress.step,
         steps=tuple((optimizer.name, optimizer.step) for optimizer in optimizers) if several else (),
         restores=kind.restores if kind is not None else (),
+        unmeasured=unmeasured().get((container, convention), "") if kind is None else "",
+        has_optimizer=bool(optimizers),
         findings=complaints(checkpoint, container),
-        mends=tuple(_mends(checkpoint, kind, choice.path)),
+        mends=tuple(_mends(checkpoint, kind, _Named(choice.path, _options(format, dialect, choice.names)))),
     )
 
 
@@ -113,8 +127,10 @@ def _variant(checkpoint: Checkpoint, container: str, path: Path) -> str | None:
             return "saved-model" if is_saved_model(path) else _root(checkpoint)
         case "weights-h5":
             return "shards" if index_of(path) is not None else None
-        case "dcp" if checkpoint.optimizers:
+        case "dcp" if checkpoint.optimizers and checkpoint.provenance.dialect == "plain":
             return "by-name" if _goes_by_name(checkpoint) else "by-number"
+        case "pytorch" if _has_texts_for_numbers(checkpoint):
+            return "texts"
     return None
 
 
@@ -134,6 +150,16 @@ def _goes_by_name(checkpoint: Checkpoint) -> bool:
     return any(isinstance(leaf, str) for path, leaf in leaves if len(path) > 1 and path[-2] == "params")
 
 
+def _has_texts_for_numbers(checkpoint: Checkpoint) -> bool:
+    """Whether the optimizer's groups list numbers and its state has texts in their place."""
+    leaves = walk(checkpoint.residue.root) if checkpoint.residue else ()
+    return not _goes_by_name(checkpoint) and any(
+        len(path) > 2 and path[-3] == "state" and isinstance(path[-2], str) and path[-2].isdigit()
+        for path, leaf in leaves
+        if isinstance(leaf, Lifted)
+    )
+
+
 def _in_words(checkpoint: Checkpoint) -> str:
     kind = "a training run" if checkpoint.optimizers else "weights without an optimizer"
     if checkpoint.is_skeleton:
@@ -141,34 +167,66 @@ def _in_words(checkpoint: Checkpoint) -> str:
     return f"{kind} ({checkpoint.provenance.evidence})" if checkpoint.provenance.evidence else kind
 
 
-def _mends(checkpoint: Checkpoint, kind: KindOfFile | None, path: Path) -> Iterator[Mend]:
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """The checkpoint as a command names it."""
+
+    path: Path
+    options: tuple[str, ...]
+
+    def command(self, name: str, *arguments: str, more: Sequence[str] = ()) -> str:
+        return shlex.join(("ckptconv", name, str(self.path), *arguments, *self.options, *more))
+
+
+def _options(format: str | None, dialect: str | None, names: Sequence[str]) -> tuple[str, ...]:
+    """What the caller said of the source, for a command that reads it once more."""
+    said = () if format is None else ("--from", format if dialect is None else f"{format}:{dialect}")
+    return (*said, *(part for name in names for part in ("--select", name)))
+
+
+def _mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: _Named) -> Iterator[Mend]:
     best = next((restore for restore in kind.restores if restore.whole), None) if kind else None
     if best is not None:
+        lines = best.call.split("; ")
         yield Mend(
             text=f"In {best.framework}, this brings all of it back:",
-            command=best.call.replace("PATH", json.dumps(_restorable(checkpoint, path))),
+            code=tuple(_filled(line, _restorable(checkpoint, named.path)) for line in lines),
         )
     if checkpoint.is_skeleton:
         return
     unknown = isinstance(checkpoint.progress.step, Unknown)
-    several = len(checkpoint.optimizers) > 1
-    for framework in () if several else _others(checkpoint, kind):
-        yield _conversion(framework, checkpoint, path, unknown=unknown)
+    if len(checkpoint.optimizers) > 1:
+        for position, optimizer in enumerate(checkpoint.optimizers):
+            yield Mend(
+                text=f"A conversion takes one optimizer at a time. For '{optimizer.name}':",
+                command=named.command("doctor", more=("--select", f"optimizer:{position}")),
+            )
+        return
+    for recipes in _recipes(checkpoint, kind):
+        yield _conversion(recipes, checkpoint, named, unknown=unknown)
     if unknown and checkpoint.optimizers:
         yield Mend(
             text="If you know the step (from a log, a file name, or updates per epoch times epochs), say it "
             "once in place of N and keep the result:",
-            command=f"ckptconv convert {shlex.quote(str(path))} {shlex.quote(path.name)}.neutral "
-            "--to neutral --set step=N",
+            command=named.command(
+                "convert", f"{named.path.name}.neutral", more=("--to", "neutral", "--set", "step=N")
+            ),
         )
 
 
-def _others(checkpoint: Checkpoint, kind: KindOfFile | None) -> tuple[str, ...]:
-    """The frameworks that a conversion is of use for."""
-    if kind is not None:
-        return kind.goes_on_in
+def _filled(call: str, path: str) -> str:
+    """A call with the paths of this checkpoint in place of the words that stand for them."""
+    words = {"PATH": path, "FOLDER": str(Path(path).parent), "NAME": Path(path).name}
+    return re.sub(r"\b(PATH|FOLDER|NAME)\b", lambda match: json.dumps(words[match[1]]), call)
+
+
+def _recipes(checkpoint: Checkpoint, kind: KindOfFile | None) -> Iterator[tuple[TemplateRecipe, ...]]:
+    """How the frameworks that a conversion is of use for make a template, those together that do it alike."""
     own = {optimizer.framework for optimizer in checkpoint.optimizers}
-    return tuple(name for name in frameworks() if own and name not in own)
+    others = tuple(name for name in frameworks() if own and name not in own)
+    recipes = [recipe_for(name) for name in (others if kind is None else kind.goes_on_in)]
+    for _, alike in groupby(recipes, key=lambda recipe: (recipe.target, recipe.template, recipe.code)):
+        yield tuple(alike)
 
 
 def _restorable(checkpoint: Checkpoint, path: Path) -> str:
@@ -178,31 +236,34 @@ def _restorable(checkpoint: Checkpoint, path: Path) -> str:
     return str(path)
 
 
-def _conversion(framework: str, checkpoint: Checkpoint, path: Path, *, unknown: bool) -> Mend:
+def _conversion(
+    recipes: tuple[TemplateRecipe, ...], checkpoint: Checkpoint, named: _Named, *, unknown: bool
+) -> Mend:
     """The lines and the command that carry the run, or its weights, into a framework."""
-    recipe = recipe_for(framework)
+    recipe, labels = recipes[0], " or in ".join(recipe.label for recipe in recipes)
     code, arguments, notes = recipe.code, ["--template", recipe.template], []
-    if any(optimizer.param_order == "unknown" for optimizer in checkpoint.optimizers):
-        code = (*_DESCRIBED, *code)
+    if any(optimizer.param_order == "unknown" and optimizer.slots for optimizer in checkpoint.optimizers):
+        adapter = "pytorch" if checkpoint.optimizers[0].framework == "torch" else "keras"
+        code = (*(line.format(adapter=adapter) for line in _DESCRIBED), *code)
         arguments += ["--source-spec", "described.json"]
-        notes.append("which state belongs to which weight, the program that wrote the file has to describe")
+        notes.append("Which state belongs to which weight, the program that wrote the file has to describe.")
     if classes := _classes(checkpoint):
         arguments += ["--set", "optimizer=CLASS"]
-        notes.append(f"CLASS is the optimizer, which the file does not tell: {' or '.join(classes)}")
+        notes.append(f"CLASS is the optimizer, which the file does not tell: {' or '.join(classes)}.")
     if unknown:
         arguments += ["--set", "step=N"]
-        notes.append("N is the number of updates that were done")
+        notes.append("N is the number of updates that were done.")
     if checkpoint.schedules:
         arguments += ["--allow", "schedule-unsupported"]
-        notes.append("leave --allow schedule-unsupported out if the new optimizer follows the same schedule")
+        notes.append("Leave --allow schedule-unsupported out if the new optimizer follows the same schedule.")
     if not checkpoint.optimizers:
         arguments += ["--allow", "slots-missing"]
-        notes.append("the optimizer begins anew")
+        notes.append("The optimizer begins anew.")
     what = "To go on" if checkpoint.optimizers else "To use the weights"
-    said = "".join(f"; {note}" for note in notes)
-    command = f"ckptconv convert {shlex.quote(str(path))} {recipe.target} {shlex.join(arguments)}"
+    said = " ".join(("save a fresh model and its optimizer there once, then convert.", *notes))
+    command = named.command("convert", recipe.target, more=arguments)
     return Mend(
-        text=f"{what} in {recipe.label}, save a fresh model and optimizer once, then convert{said}:",
+        text=f"{what} in {labels}, {said}",
         code=code,
         command=f"mkdir -p {recipe.directory} && {command}",
     )
@@ -248,9 +309,11 @@ def to_json(diagnosis: Diagnosis) -> dict[str, Json]:
                 "state": restore.state,
                 "signal": restore.signal,
                 "why": restore.why,
+                "source": restore.source,
             }
             for restore in diagnosis.restores
         ],
+        "unmeasured": diagnosis.unmeasured,
         "findings": list(diagnosis.findings),
         "mends": [
             {"text": mend.text, "code": list(mend.code), "command": mend.command} for mend in diagnosis.mends

@@ -2,8 +2,9 @@
 
 `data/restores/` says for a kind of file which calls bring back step, weights and optimizer state, which
 leave them as they were or put them in the wrong place, and what the caller is told. Every row is measured
-again by a test that runs the real framework. `data/templates.json` has the lines that make the template of a
-conversion.
+again by a test that runs the real framework, but for those that name the source they were read in.
+`data/unmeasured.json` says of the dialects without a row why they have none, `data/templates.json` has the
+lines that make the template of a conversion.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class Restore:
     """Of the optimizer: moments and other slots."""
     signal: str
     why: str
+    source: str = ""
+    """Where it was read what the call does; empty where that was measured."""
 
     @property
     def whole(self) -> bool:
@@ -54,8 +57,9 @@ class KindOfFile:
     dialects: tuple[str, ...]
     variant: str | None
     """What tells files of one dialect apart, as `doctor` finds it: of a TensorFlow checkpoint what it begins
-    with (`checkpoint`, `model`, or the folder of a `saved-model`), of a `dcp` folder whether optimizer state
-    goes `by-name` or `by-number`, of weights whether they are in `shards`."""
+    with (`checkpoint`, `model`, or the folder of a `saved-model`), of a plain `dcp` folder whether optimizer
+    state goes `by-name` or `by-number`, of a PyTorch file whether a tool made `texts` of such numbers, of
+    weights whether they are in `shards`."""
     optimizer: bool
     """Whether it holds an optimizer's state."""
     step: bool | None
@@ -90,6 +94,20 @@ def kinds_of_file() -> tuple[KindOfFile, ...]:
 
 
 @cache
+def unmeasured() -> Mapping[tuple[str, str], str]:
+    """(format, dialect) -> why no call on its files was measured."""
+    record = load("unmeasured.json")
+    record.text("source")
+    reasons: dict[tuple[str, str], str] = {}
+    for _, entry in record.records("reasons"):
+        format_, why = entry.text("format"), entry.text("why")
+        reasons |= {(format_, dialect): why for dialect in entry.texts("dialects")}
+        entry.close()
+    record.close()
+    return reasons
+
+
+@cache
 def _recipes() -> Mapping[str, TemplateRecipe]:
     record = load("templates.json")
     record.text("source")
@@ -121,7 +139,12 @@ def _restore(name: str, row: Record) -> Restore:
         if outcome not in _OUTCOMES[what]:
             raise ValueError(f"{row.where}.{what}: '{outcome}' is none of {_OUTCOMES[what]}")
     restore = Restore(
-        name=name, framework=row.text("in"), call=row.text("call"), why=row.text("why"), **outcomes
+        name=name,
+        framework=row.text("in"),
+        call=row.text("call"),
+        why=row.text("why"),
+        source=row.optional_text("source") or "",
+        **outcomes,
     )
     row.close()
     return restore

@@ -4,9 +4,10 @@
      "param_groups": [{"lr": .., .., "params": [index, ..], "param_names": [name, ..]?}]}
 
 Indices run over the groups in their order; a parameter that never got a gradient has an index and no state.
-FSDP and `torch.distributed.checkpoint` write names where others write indices. The class is not stored: the
-catalog tells it from the keys. `step` is a float32 tensor per parameter (an int before torch 1.12 and in
-SparseAdam); SGD and Muon store none. Source: torch 2.13 `torch/optim/optimizer.py`, `adam.py`, `sgd.py`.
+FSDP and `torch.distributed.checkpoint` write names where others write indices; its `dcp_to_torch_save` makes
+texts of the indices in `state` alone ("0" for 0). The class is not stored: the catalog tells it from the
+keys. `step` is a float32 tensor per parameter (an int before torch 1.12 and in SparseAdam); SGD and Muon
+store none. Source: torch 2.13 `torch/optim/optimizer.py`, `adam.py`, `sgd.py`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ def lift_optimizer(
     """
     groups = _groups(node)
     states = _states(node)
+    texts = _are_texts_for_numbers(states, groups)
+    if texts:
+        states = {int(key): state for key, state in states.items()}
     order = order_of(groups, states, models, raw_names, path, rule)
     keys = frozenset(k for state in states.values() for k in state.keys if isinstance(k, str))
     candidates = _algorithms(keys, groups)
@@ -73,9 +77,16 @@ def lift_optimizer(
     known = rows[0] if rows and len({r.family for r in rows}) == 1 else None
     params = {n: p for model in reversed(models) for n, p in model.items()}
     found = _Found(oddities=list(order.oddities))
+    if texts:
+        found.oddities.append(
+            f"The numbers of the parameters are texts in {dotted((*path, 'state'))}, as torch's "
+            "dcp_to_torch_save leaves them: they are read as the numbers that they were, but torch itself "
+            "restores none of that state, and says nothing"
+        )
     for index, state in states.items():
         if index in order.names:
-            _lift_state(state, index, order.names[index], name, path, known, params, found, lifter)
+            key = str(index) if texts else index
+            _lift_state(state, key, order.names[index], name, path, known, params, found, lifter)
         else:
             found.oddities.append(f"{dotted(path)} has state for {index!r}, which is in none of its groups")
     if known is not None and known.step_in_group:
@@ -130,6 +141,15 @@ def _states(node: DictNode) -> dict[str | int, DictNode]:
         for key, value in (state.items if isinstance(state, DictNode) else ())
         if isinstance(key, (str, int)) and not isinstance(key, bool) and isinstance(value, DictNode)
     }
+
+
+def _are_texts_for_numbers(states: Mapping[str | int, DictNode], groups: list[DictNode]) -> bool:
+    """Whether a tool made texts of the numbers in the state, while the groups have kept theirs."""
+    listed = [item for g in groups if isinstance(ps := g.get("params"), ListNode) for item in ps.items]
+    if not all(isinstance(item, int) for item in listed):
+        return False
+    texts = {str(item) for item in listed}
+    return bool(states) and all(key in texts for key in states)
 
 
 def _algorithms(keys: frozenset[str], groups: list[DictNode]) -> tuple[str, ...]:

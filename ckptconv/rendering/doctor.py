@@ -40,12 +40,7 @@ def doctor_view(diagnosis: Diagnosis) -> list[View]:
             for name, step in diagnosis.steps
         ),
     ]
-    whole = [restore for restore in diagnosis.restores if restore.whole]
-    rest = [restore for restore in diagnosis.restores if not restore.whole]
-    if whole:
-        views += [Text(), heading("What brings all of it back"), _rows(whole)]
-    if rest:
-        views += [Text(), heading("What loses some of it"), _rows(rest), Text(f"  {_STATE_IS}", style="dim")]
+    views += _calls(diagnosis)
     if diagnosis.findings:
         views += [Text(), heading("Worth knowing")]
         views.append(_list(("-", Text(clean(finding))) for finding in diagnosis.findings))
@@ -56,29 +51,51 @@ def doctor_view(diagnosis: Diagnosis) -> list[View]:
     return views
 
 
-def _rows(restores: Iterable[Restore]) -> Rows:
+def _calls(diagnosis: Diagnosis) -> list[View]:
+    if diagnosis.unmeasured:
+        return [Text(), heading("What brings it back"), Text(f"  {clean(diagnosis.unmeasured)}")]
+    whole = [restore for restore in diagnosis.restores if diagnosis.has_optimizer and restore.whole]
+    rest = [restore for restore in diagnosis.restores if restore not in whole]
+    views: list[View] = []
+    if whole:
+        views += [Text(), heading("What brings all of it back"), _rows(whole, optimizer=True)]
+    if rest and diagnosis.has_optimizer:
+        views += [Text(), heading("What loses some of it"), _rows(rest, optimizer=True)]
+        views.append(Text(f"  {_STATE_IS}", style="dim"))
+    elif rest:
+        views += [Text(), heading("What comes of loading it"), _rows(rest, optimizer=False)]
+    return views
+
+
+def _rows(restores: Iterable[Restore], *, optimizer: bool) -> Rows:
     """Where, the call, what comes of it, and why, each on a line."""
-    return _list(row for restore in restores for row in _restore(restore))
+    return _list(row for restore in restores for row in _restore(restore, optimizer=optimizer))
 
 
-def _restore(restore: Restore) -> list[tuple[str, Text]]:
-    call = Text.assemble((clean(restore.framework), "cyan"), f":  {clean(restore.call)}")
-    return [
-        ("-", call),
-        ("", Text(f"{_outcome(restore)} {clean(restore.why)}".strip(), style=_style(restore))),
-    ]
+def _restore(restore: Restore, *, optimizer: bool) -> list[tuple[str, Text]]:
+    lines = clean(restore.call).split("; ")
+    where = Text.assemble((clean(restore.framework), "cyan"), ":")
+    if len(lines) == 1:
+        rows = [("-", where.append(f"  {lines[0]}"))]
+    else:
+        rows = [("-", where), *(("", Text(f"    {line}")) for line in lines)]
+    told = f"{_outcome(restore, optimizer=optimizer)} {clean(restore.why)}".strip()
+    rows.append(("", Text(told, style=_style(restore))))
+    if restore.source:
+        rows.append(("", Text(f"(As its source says, not measured: {clean(restore.source)})", style="dim")))
+    return rows
 
 
-def _outcome(restore: Restore) -> str:
+def _outcome(restore: Restore, *, optimizer: bool) -> str:
     if restore.signal == "error":
         touched = (
             " Before that, part of the optimizer's state is overwritten." if restore.state == "wrong" else ""
         )
         return f"It fails with an error.{touched}"
-    if restore.whole:
+    if optimizer and restore.whole:
         return "" if restore.signal != "later" else "The log warns all the same."
-    parts = (_STEP[restore.step], _WEIGHTS[restore.weights], _STATE[restore.state])
-    told = "; ".join(parts)
+    parts = [_STEP[restore.step], _WEIGHTS[restore.weights]]
+    told = "; ".join([*parts, _STATE[restore.state]] if optimizer else parts)
     return f"{told[0].upper()}{told[1:]}. {_SIGNAL[restore.signal]}"
 
 
@@ -94,7 +111,7 @@ def _list(rows: Iterable[tuple[str, Text]]) -> Rows:
 
 def _mend(mend: Mend) -> list[View]:
     views: list[View] = [Text(f"  {clean(mend.text)}")]
-    views += [Text(f"      {line}", style="dim") for line in mend.code]
+    views += [Text(f"      {clean(line)}", style="" if mend.command else "bold") for line in mend.code]
     if mend.command:
         views.append(Text(f"      {clean(mend.command)}", style="bold"))
     return views

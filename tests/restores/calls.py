@@ -209,6 +209,17 @@ def _listening() -> Iterator[_Log]:
             logger.removeHandler(log)
 
 
+def listened(call: Callable[[Path], tuple[Any, Any]], path: Path) -> tuple[Any, str]:
+    """What a call gives, and what one is told when its status is deleted."""
+    with _listening() as log:
+        found, status = call(path)
+        at_once = list(log.lines)
+        log.lines.clear()
+        del status
+        gc.collect()
+        return found, _signal(at_once, list(log.lines))
+
+
 _LOSSES = ("Skipping variable loading", "could not be found", "unrestored")
 
 

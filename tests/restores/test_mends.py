@@ -23,12 +23,18 @@ import ckptconv  # noqa: E402
 from ckptconv.catalog.restores import KindOfFile, kinds_of_file, recipe_for  # noqa: E402
 from tests.restores import files, torch_calls  # noqa: E402
 from tests.restores.outcome import STEPS, Held  # noqa: E402
+from tests.restores.program_calls import BY_FIXTURE  # noqa: E402
 from tests.restores.test_restores import FILES  # noqa: E402
 from tests.support.command import invoke  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = {kind.name: kind for kind in kinds_of_file()}
-CASES = [(kind.name, framework) for kind in kinds_of_file() for framework in kind.goes_on_in]
+CASES = [
+    (kind.name, framework)
+    for kind in kinds_of_file()
+    if kind.name not in BY_FIXTURE
+    for framework in kind.goes_on_in
+]
 QUICK = [("checkpoint-legacy", "keras3"), ("checkpoint-tf-keras", "keras3"), ("torch-adam", "keras3")]
 RATE = 0.01
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ckptconv.catalog.restores import kinds_of_file
-from tests.restores import calls, files, tf1_calls, torch_calls, trainer_calls
+from ckptconv.catalog.restores import _OUTCOMES, kinds_of_file, unmeasured
+from ckptconv.dialects.table import DIALECTS
+from ckptconv.rendering import doctor as words
+from tests.restores import calls, files, program_calls, tf1_calls, torch_calls, trainer_calls
 from tests.restores.outcome import Outcome, judged
 
 ROWS = {row.name: (kind.name, row) for kind in kinds_of_file() for row in kind.restores}
-FILES = {**files.FILES, **tf1_calls.FILES, **torch_calls.FILES, **trainer_calls.FILES}
-CALLS = {**calls.CALLS, **tf1_calls.CALLS, **torch_calls.CALLS, **trainer_calls.CALLS}
+OTHERS = (tf1_calls, torch_calls, trainer_calls, program_calls)
+FILES = {**files.FILES, **{name: make for one in OTHERS for name, make in one.FILES.items()}}
+CALLS = {**calls.CALLS, **{name: call for one in OTHERS for name, call in one.CALLS.items()}}
 
 Made = Callable[[str], tuple[Path, Any]]
 
@@ -29,8 +33,30 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return make
 
 
-def test_every_row_is_measured() -> None:
-    assert CALLS.keys() == ROWS.keys()
+def test_every_row_is_measured_or_names_its_source() -> None:
+    measured = {*CALLS, *program_calls.OF_DEEPSPEED, *program_calls.OF_MODULES}
+    assert measured == {name for name, (_, row) in ROWS.items() if not row.source}
+    assert all(row.source.startswith("https://") for _, row in ROWS.values() if row.source)
+    for _, row in ROWS.values():  # what can be installed here is not taken from a source
+        told = {"TensorFlow", "Keras", "tf_keras", "PyTorch", "Lightning", "transformers", "accelerate"}
+        assert not row.source or not any(row.framework.startswith(name) for name in told)
+
+
+def test_every_readable_dialect_has_rows_or_says_why_not() -> None:
+    listing = {(dialect.format, dialect.name) for dialect in DIALECTS.values()}
+    rows = {(kind.format, dialect) for kind in kinds_of_file() for dialect in kind.dialects}
+    assert rows <= listing
+    assert not rows & unmeasured().keys()
+    assert rows | unmeasured().keys() == listing
+
+
+def test_every_outcome_has_its_words_and_is_used() -> None:
+    shown = {"step": words._STEP, "weights": words._WEIGHTS, "state": words._STATE, "signal": words._SIGNAL}
+    for what, sentences in shown.items():
+        used = {getattr(row, what) for _, row in ROWS.values()}
+        assert used == set(_OUTCOMES[what])
+        assert used - sentences.keys() <= {"refused", "error"}  # a refusal has a sentence of its own
+        assert sentences.keys() <= used
 
 
 QUICK = ("legacy-into-keras3", "tf-keras-into-keras3-unbuilt", "weights-h5-unbuilt", "weights-h5-built")
@@ -71,6 +97,33 @@ def test_a_call_of_a_trainer_does_what_the_table_says(name: str, made: Made) -> 
     for module in ("lightning", "transformers", "accelerate"):
         pytest.importorskip(module)
     assert trainer_calls.observed(name, *made(CALLS[name][0])) == said(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", program_calls.CALLS)
+def test_a_call_on_a_program_s_file_does_what_the_table_says(name: str, made: Made) -> None:
+    pytest.importorskip("lightning")
+    assert program_calls.observed(name, *made(CALLS[name][0])) == said(name)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_calls_of_deepspeed_do_what_the_table_says(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed to make its calls")
+    path, saved = program_calls.deepspeed_folder(tmp_path)
+    for name, call in program_calls.OF_DEEPSPEED.items():
+        assert judged(call, path, saved) == said(name)
+
+
+@pytest.mark.slow
+def test_the_calls_on_modules_of_tensorflow_do_what_the_table_says(tmp_path: Path) -> None:
+    pytest.importorskip("tensorflow")
+    path, saved = program_calls.module_checkpoint(tmp_path)
+    for name, call in program_calls.OF_MODULES.items():
+        found, signal = calls.listened(call, path)
+        assert judged(lambda _, found=found: found, path, saved) == replace(said(name), signal="none")
+        assert signal == said(name).signal
 
 
 @pytest.mark.slow

@@ -117,9 +117,22 @@ def folder(state: Callable[[Program], dict[str, Any]]) -> Callable[[Program, Pat
     return save
 
 
+def one_file_of(folder: Path, path: Path) -> None:
+    """torch's tool makes one file of a folder."""
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(folder, path)
+
+
+def numbers_made_texts(program: Program, path: Path) -> None:
+    folder(by_number)(program, path.with_name("folder"))
+    one_file_of(path.with_name("folder"), path)
+
+
 FILES: Mapping[str, Make] = {
     "torch-adam": saved("run.pt", dictionary),
     "torch-stateless": saved("run.pt", dictionary, "SGD"),
+    "torch-texts": saved("one.pt", numbers_made_texts),
     "torch-weights": saved("weights.pt", state_dict),
     "torch-module": saved("model.pt", module),
     "safetensors": saved("model.safetensors", safetensors_file),
@@ -222,11 +235,39 @@ def load_folder(*, steps: int = 0, state: bool = True) -> Call:
 
 
 def one_file(path: Path) -> Held:
-    """torch's tool makes one file of the folder."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    dcp_to_torch_save(path, path.with_name("one.pt"))
+    one_file_of(path, path.with_name("one.pt"))
     return load_state_dict()(path.with_name("one.pt"))
+
+
+def texts_to_numbers(path: Path) -> Held:
+    import torch
+
+    run, program = torch.load(path), fresh()
+    program.model.load_state_dict(run["model"])
+    run["optimizer"]["state"] = {int(key): state for key, state in run["optimizer"]["state"].items()}
+    program.optimizer.load_state_dict(run["optimizer"])
+    return program.held()
+
+
+def partly(path: Path) -> Held:
+    """`dcp.load` of names that the folder does not have."""
+    import torch.distributed.checkpoint as dcp
+
+    program = fresh()
+    wanted = {"net": program.model.state_dict(), "optim": program.optimizer.state_dict()}
+    dcp.load(wanted, checkpoint_id=path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    program.model.load_state_dict(wanted["net"])
+    program.optimizer.load_state_dict(wanted["optim"])
+    return program.held()
+
+
+def one_more(path: Path) -> Held:
+    import torch.distributed.checkpoint as dcp
+
+    program = fresh()
+    wanted = {"model": program.model.state_dict(), "scheduler": {"last_epoch": 0}}
+    dcp.load(wanted, checkpoint_id=path)
+    return program.held()
 
 
 def load_folder_of_weights(path: Path) -> Held:
@@ -245,6 +286,8 @@ CALLS: Mapping[str, tuple[str, Call]] = {
     "torch-other-order": ("torch-adam", load_state_dict(backwards=True)),
     "torch-sgd-load": ("torch-stateless", load_state_dict("SGD")),
     "torch-sgd-other-order": ("torch-stateless", load_state_dict("SGD", backwards=True)),
+    "torch-texts-to-numbers": ("torch-texts", texts_to_numbers),
+    "torch-texts-load": ("torch-texts", load_state_dict()),
     "torch-weights-load": ("torch-weights", load_weights(torch_file)),
     "torch-module-load": ("torch-module", load_module(weights_only=False)),
     "torch-module-safe-load": ("torch-module", load_module()),
@@ -253,6 +296,10 @@ CALLS: Mapping[str, tuple[str, Call]] = {
     "dcp-named-set-state": ("dcp-named", set_state_dict()),
     "dcp-named-plain": ("dcp-named", load_folder()),
     "dcp-named-model-only": ("dcp-named", load_folder(state=False)),
+    "dcp-named-one-more": ("dcp-named", one_more),
+    "dcp-named-stepped": ("dcp-named", load_folder(steps=1)),
+    "dcp-named-partial": ("dcp-named", partly),
+    "dcp-numbered-set-state": ("dcp-numbered", set_state_dict()),
     "dcp-numbered-fresh": ("dcp-numbered", load_folder()),
     "dcp-numbered-stepped": ("dcp-numbered", load_folder(steps=1)),
     "dcp-numbered-one-file": ("dcp-numbered", one_file),
