@@ -36,6 +36,7 @@ BUDGET_NBYTES = 96 << 20
 _WINDOW_NBYTES = (256 << 10, 2 << 20)
 """Least and most of a window."""
 _JOB_NBYTES = 64 << 20
+_FLUSH_NBYTES = 64 << 20
 _JOB_STEPS = 1024
 """What a worker takes at once: handing out tensors of a few bytes one by one costs more than reading them."""
 
@@ -52,7 +53,8 @@ class WriteResult:
     """(name as in the layout, bytes) in the order of publication."""
     bytes_written: int
     contents: Mapping[str, Checksum]
-    """Placement key -> checksum of the tensor's C-order little-endian bytes, for `verify_written`."""
+    """Placement key -> checksum of the tensor's C-order little-endian bytes, for `verify_written`; of those
+    alone that the target records, where nothing verifies."""
     digests: Mapping[str, str]
     """Placement key -> sha256 of the same bytes, hexadecimal; empty unless asked for."""
 
@@ -91,7 +93,10 @@ def write(
             for file in layout.files:
                 publication.path(file.name).touch()
             done = _run(
-                _jobs(layout, publication, _workers(jobs, executor), digests), jobs, executor, progress
+                _jobs(layout, publication, _workers(jobs, executor), verify is not None, digests),
+                jobs,
+                executor,
+                progress,
             )
             result = _finish(layout, publication, done)
             if verify is not None:
@@ -244,7 +249,7 @@ def _portions(items: Iterable[T], nbytes: Callable[[T], int]) -> Iterator[list[T
         yield portion
 
 
-def _jobs(layout: Layout, publication: Publication, workers: int, digests: bool) -> list[Job]:
+def _jobs(layout: Layout, publication: Publication, workers: int, contents: bool, digests: bool) -> list[Job]:
     window_nbytes, panel_nbytes = _sizes(workers)
     steps = plan_steps([placement for file in layout.files for placement in file.placements])
     return [
@@ -253,6 +258,7 @@ def _jobs(layout: Layout, publication: Publication, workers: int, digests: bool)
             steps=tuple(steps[placement.key] for placement in portion),
             window_nbytes=window_nbytes,
             panel_nbytes=panel_nbytes,
+            contents=contents,
             digests=digests,
         )
         for file in layout.files
@@ -318,18 +324,33 @@ def _run(
 def _collect(futures: Mapping[Future[JobResult], Job], meter: _Meter | None) -> list[JobResult]:
     results: list[JobResult] = []
     failures: list[CkptError] = []
+    unflushed = 0
     for future in as_completed(futures):
         try:
             results.append(future.result())
         except CkptError as error:
             failures.append(error)
             continue
+        job = futures[future]
         if meter is not None:
-            meter.advance(futures[future].nbytes)
+            meter.advance(job.nbytes)
+        unflushed += job.nbytes
+        if unflushed >= _FLUSH_NBYTES:
+            # The disk begins while the workers go on: what is left to be waited for at the end is little.
+            _flush(job.path)
+            unflushed = 0
     if failures:
         problems = [problem for failure in failures for problem in failure.problems]
         raise type(failures[0])(*sorted(problems, key=lambda problem: tuple(map(str, problem.loc))))
     return results
+
+
+def _flush(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        getattr(os, "fdatasync", os.fsync)(fd)
+    finally:
+        os.close(fd)
 
 
 def _finish(layout: Layout, publication: Publication, done: list[JobResult]) -> WriteResult:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import google_crc32c
+import numpy as np
+from isal import isal_zlib
 
 from ckptconv.errors import CkptError, Code, FormatError, Problem
 from ckptconv.formats.base import ChecksumKind, Placement
-from ckptconv.source import Watched
-from ckptconv.tensor import Bytes, Checksum, Extent, StoredTensor, TensorRef
+from ckptconv.formats.crc import JOINED
+from ckptconv.source import FileSource, Watched
+from ckptconv.tensor import Bytes, Checksum, Extent, Index, StoredTensor, TensorRef, as_bytes
 
 _CRC32C_NBYTES = 64 << 10
 """crc32c takes only `bytes`: windows are handed over in copies small enough to stay in the cache."""
@@ -45,6 +48,8 @@ class Job:
     steps: tuple[Step, ...]
     window_nbytes: int
     panel_nbytes: int
+    contents: bool = True
+    """Whether a checksum of every tensor is asked for, also where the file records none."""
     digests: bool = False
 
     @property
@@ -82,19 +87,26 @@ def plan_steps(placements: Sequence[Placement]) -> dict[str, Step]:
     return steps
 
 
+def is_as_stored(tensor: TensorRef) -> TypeGuard[StoredTensor]:
+    """Whether the tensor's windows are bytes of its extent, in their order."""
+    return (
+        isinstance(tensor, StoredTensor)
+        and tensor.is_dense
+        and not (tensor.extent.big_endian and tensor.dtype.swap > 1)
+    )
+
+
 def recorded_whole(tensor: TensorRef) -> Checksum | None:
-    """The recorded checksum of a tensor whose windows are its extent's bytes, all of them in order."""
-    if not isinstance(tensor, StoredTensor) or not tensor.is_dense or tensor.offset:
+    """The recorded checksum of a tensor whose windows are its extent's bytes, all of them."""
+    if not is_as_stored(tensor) or tensor.offset or tensor.extent.nbytes != tensor.spec.nbytes:
         return None
-    extent = tensor.extent
-    swapped = extent.big_endian and tensor.dtype.swap > 1
-    return None if swapped or extent.nbytes != tensor.spec.nbytes else extent.checksum
+    return tensor.extent.checksum
 
 
 def checksum(kind: ChecksumKind, window: Bytes, value: int = 0) -> int:
     """Continue a running checksum."""
     if kind == "crc32":
-        return zlib.crc32(window.data, value)
+        return int(isal_zlib.crc32(window.data, value))
     for low in range(0, len(window), _CRC32C_NBYTES):
         value = google_crc32c.extend(value, window[low : low + _CRC32C_NBYTES].tobytes())
     return value
@@ -150,12 +162,40 @@ def _located(error: CkptError, key: str) -> CkptError:
 
 
 def _write(step: Step, fd: int, job: Job, result: JobResult, advance: Advance | None) -> None:
+    placement = step.placement
+    kind = placement.checksum or ("crc32c" if job.contents else None)
+    if kind is None and step.inline is None and not job.digests and _copied(placement, fd):
+        if advance is not None:
+            advance(placement.tensor.spec.nbytes)
+        return
+    tiles = None if step.inline or job.digests else placement.tensor.tiles(job.panel_nbytes)
+    if tiles is not None:
+        content = _write_tiles(placement, tiles, fd, kind, advance)
+    else:
+        content = _write_windows(step, fd, job, result, kind, advance)
+    if kind is not None:
+        result.contents[placement.key] = Checksum(kind=kind, value=content)
+
+
+def _copied(placement: Placement, fd: int) -> bool:
+    """Whether the system copied the tensor, whose bytes are in the source as they are in the target."""
+    tensor = placement.tensor
+    if not is_as_stored(tensor) or not isinstance(tensor.extent.source, FileSource):
+        return False
+    start = tensor.extent.offset + tensor.offset * max(tensor.dtype.itemsize, 1)
+    return tensor.extent.source.copy_into(start, tensor.spec.nbytes, fd, placement.offset)
+
+
+def _write_windows(
+    step: Step, fd: int, job: Job, result: JobResult, kind: ChecksumKind | None, advance: Advance | None
+) -> int:
+    """Write the bytes in order, and return their checksum (0 where none is asked for)."""
     placement, inline = step.placement, step.inline
-    kind: ChecksumKind = placement.checksum or "crc32c"
     sha = hashlib.sha256() if job.digests else None
     offset, content, recorded = placement.offset, 0, 0
     for window in placement.tensor.windows(job.window_nbytes, job.panel_nbytes):
-        content = checksum(kind, window, content)
+        if kind is not None:
+            content = checksum(kind, window, content)
         if inline is not None and inline.kind != kind:
             recorded = checksum(inline.kind, window, recorded)
         if sha is not None:
@@ -173,9 +213,35 @@ def _write(step: Step, fd: int, job: Job, result: JobResult, advance: Advance | 
         _compare(
             inline, content if inline.kind == kind else recorded, placement.tensor.extents[0], placement.key
         )
-    result.contents[placement.key] = Checksum(kind=kind, value=content)
     if sha is not None:
         result.digests[placement.key] = sha.hexdigest()
+    return content
+
+
+def _write_tiles(
+    placement: Placement,
+    tiles: Sequence[tuple[Index, Index]],
+    fd: int,
+    kind: ChecksumKind | None,
+    advance: Advance | None,
+) -> int:
+    """Write a matrix box by box, each row of a box in its place; the checksum is joined from theirs."""
+    (rows, columns), item = placement.tensor.shape, placement.tensor.dtype.itemsize
+    lefts = sorted({start[1] for start, _ in tiles})
+    sums = np.zeros((rows, len(lefts)), np.uint32)
+    for (top, left), stop in tiles:
+        block = placement.tensor.block((top, left), stop)
+        place = lefts.index(left)
+        for row, data in enumerate(as_bytes(block).reshape(len(block), -1), top):
+            pwrite(fd, data.data, placement.offset + (row * columns + left) * item)
+            if kind is not None:
+                sums[row, place] = checksum(kind, data)
+        if advance is not None:
+            advance(block.nbytes)
+    if kind is None:
+        return 0
+    widths = np.diff([*lefts, columns]) * item
+    return JOINED[kind](sums.reshape(-1), np.tile(widths, rows))
 
 
 def pwrite(fd: int, data: memoryview, offset: int) -> None:

@@ -107,6 +107,26 @@ class FileSource:
                 raise ends_early(self.name, offset, len(out), offset + done)
             done += got
 
+    def copy_into(self, offset: int, nbytes: int, fd: int, at: int) -> bool:
+        """Have the system copy bytes into another file, without a look at them.
+
+        False where it cannot (another system, file systems that do not know each other, a disk that is full
+        or broken): who reads and writes them instead learns why.
+        Raises: truncated-tensor.
+        """
+        if not hasattr(os, "copy_file_range"):
+            return False
+        done = 0
+        while done < nbytes:
+            try:
+                got = os.copy_file_range(self._fd, fd, nbytes - done, offset + done, at + done)
+            except OSError:
+                return False
+            if got == 0:
+                raise ends_early(self.name, offset, nbytes, offset + done)
+            done += got
+        return True
+
     def prefetch(self, offset: int, nbytes: int) -> None:
         """Tell the system that these bytes will be read soon, in an order that it cannot foresee."""
         if hasattr(os, "posix_fadvise"):

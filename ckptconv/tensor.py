@@ -6,7 +6,9 @@ order and strides, what comes out is C-order and little-endian.
 
 A tensor whose axes lie in another order than in the file is streamed in panels: as much of it as
 `panel_nbytes` holds is read in the file's order, in runs as long as the panel allows, and is turned in
-memory. Runs of bytes too short to be worth a read each are read together with the gaps between them.
+memory. Runs of bytes too short to be worth a read each are read together with the gaps between them. A long
+matrix leaves runs of a few elements whichever panel is taken: `tiles` cuts it into boxes about as wide as
+high, for a writer that can put down their rows one by one.
 """
 
 from __future__ import annotations
@@ -65,6 +67,8 @@ PANEL_NBYTES = 32 << 20
 """Default size of what is read at once of a tensor whose axes do not lie in the file's order."""
 
 _SCRATCH_NBYTES = 1 << 20
+_SHORT_NBYTES = 4 << 10
+"""Runs shorter than this cost more to read than a box's rows cost to write."""
 _GAP_NBYTES = 8 << 10
 """What a read of its own costs about as much as: gaps up to this are read along, into scratch memory."""
 
@@ -234,6 +238,12 @@ class TensorRef:
         for start, stop in blocks(self.shape, self.dtype.itemsize, nbytes):
             yield as_bytes(self.block(start, stop))
 
+    def tiles(self, panel_nbytes: int = PANEL_NBYTES) -> list[tuple[Index, Index]] | None:
+        """Boxes of about `panel_nbytes` with what they are made of, where these are read in far longer runs
+        than windows are; together they are the tensor, in no order. None where windows are as good.
+        """
+        return None
+
     def apply(self, op: Op, *others: TensorRef) -> TensorRef:
         """The op's result on this tensor (and `others`), not computed yet."""
         if not others and isinstance(self, StoredTensor):
@@ -321,6 +331,22 @@ class StoredTensor(TensorRef):
             for low, high in blocks(panel.shape, item, nbytes):
                 yield as_bytes(dense(panel[box_slices(low, high)]))
             del panel  # before the next one is read, not after
+
+    def tiles(self, panel_nbytes: int = PANEL_NBYTES) -> list[tuple[Index, Index]] | None:
+        item = self.dtype.itemsize
+        if len(self.shape) != 2 or self.strides[0] != 1 or self.spec.nbytes <= panel_nbytes:
+            return None
+        rows, columns = self.shape
+        if panel_nbytes // columns >= _SHORT_NBYTES:
+            return None
+        room = panel_nbytes // 2 // item  # the elements as they lie, and turned
+        width = min(columns, max(math.isqrt(room), room // rows))
+        height = min(rows, max(room // width, 1))
+        return [
+            ((top, left), (min(top + height, rows), min(left + width, columns)))
+            for left in range(0, columns, width)
+            for top in range(0, rows, height)
+        ]
 
     def block(self, start: Index, stop: Index) -> Array:
         return dense(self._view(start, stop))
@@ -428,6 +454,10 @@ class DerivedTensor(TensorRef):
 
     def block(self, start: Index, stop: Index) -> Array:
         return self.op.block(self.parts, start, stop)
+
+    def tiles(self, panel_nbytes: int = PANEL_NBYTES) -> list[tuple[Index, Index]] | None:
+        # A quarter, as below.
+        return self.parts[0].tiles(panel_nbytes // 4) if self.op.elementwise else None
 
     def windows(self, nbytes: int = WINDOW_NBYTES, panel_nbytes: int = PANEL_NBYTES) -> Iterator[Bytes]:
         in_order = self.op.windows(self.parts, nbytes, panel_nbytes)

@@ -13,6 +13,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -82,6 +83,64 @@ def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return reads
 
 
+@pytest.mark.parametrize("kind", [None, "crc32", "crc32c"])
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_long_matrix_is_turned_box_by_box(
+    tmp_path: Path, kind: str | None, verified: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_sizes", lambda workers: (1 << 12, 1 << 16))
+    values = array(3, (3000, 70))
+    tensor = file_tensor(tmp_path / "source", values, "crc32").apply(Permute((1, 0)))
+    assert tensor.tiles(1 << 16) is not None
+    reads, seen = spy_on_reads(monkeypatch), []
+    result = write(
+        layout("file", {"": [Placement(key="w", offset=64, tensor=tensor, checksum=kind)]}),
+        tmp_path / "out",
+        verify=(lambda *_: None) if verified else None,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    turned = values.T.tobytes()
+    data = (tmp_path / "out").read_bytes()
+    assert data[64 : 64 + len(turned)] == turned
+    assert seen[-1] == (len(turned), len(turned))
+    assert len(reads) < 600  # a panel of windows would be read in 10 runs of each of the 3000 rows
+    sums = {"crc32": zlib.crc32(turned), "crc32c": google_crc32c.value(turned)}
+    if kind is not None:
+        assert data[64 + len(turned) :] == sums[kind].to_bytes(4, "little")
+    expected = {"w": Checksum(kind=kind or "crc32c", value=sums[kind or "crc32c"])}
+    assert result.contents == (expected if kind or verified else {})
+
+
+@pytest.mark.skipif(not hasattr(os, "copy_file_range"), reason="the system has no such call")
+@pytest.mark.parametrize("able", [True, False])
+def test_bytes_that_nobody_looks_at_are_copied_by_the_system(
+    tmp_path: Path, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not able:
+
+        def refuses(*_: object) -> int:
+            raise OSError(errno.EXDEV, "another file system")
+
+        monkeypatch.setattr(os, "copy_file_range", refuses)
+    values = array(1, (40, 30))
+    spec = TensorSpec(dtype=dtypes.BY_NAME["float32"], shape=(10, 30))
+    part = replace(file_tensor(tmp_path / "source", values), spec=spec, offset=60)
+    reads = spy_on_reads(monkeypatch)
+    write(layout("file", {"": [Placement(key="w", offset=8, tensor=part)]}), tmp_path / "out")
+    assert (tmp_path / "out").read_bytes()[8:] == values[2:12].tobytes()
+    assert bool(reads) is not able
+
+
+def test_a_source_cut_short_is_noticed_by_who_has_it_copied(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(1000))
+    extent = Extent(source=FileSource(tmp_path / "source"), offset=0, nbytes=4800)
+    tensor = StoredTensor.dense(TensorSpec(dtype=dtypes.BY_NAME["float32"], shape=(1200,)), extent)
+    with pytest.raises(CkptError) as caught:
+        write(single(tensor), tmp_path / "out")
+    assert codes(caught) == [("truncated-tensor", ("source", "w"))]
+    assert not (tmp_path / "out").exists()
+
+
 SETS = {
     "file": {"": b"new"},
     "prefix": {"ck.data-00000-of-00002": b"new", "ck.data-00001-of-00002": b"new", "ck.index": b"new"},
@@ -124,6 +183,7 @@ def test_tensors_stand_where_the_layout_says(tmp_path: Path, workers: int, monke
         tmp_path / "out",
         jobs=workers,
         digests=True,
+        verify=lambda *_: None,
         progress=lambda *numbers: seen.append(numbers),
     )
     data = (tmp_path / "out").read_bytes()
@@ -245,7 +305,7 @@ def test_source_checksums_are_checked_whatever_the_way(
         )
         if wrong:
             with pytest.raises(CkptError) as caught:
-                write(pair, target)
+                write(pair, target, verify=lambda *_: None)
             assert codes(caught) == [("checksum-mismatch", ("s1", "a"))]
             assert not target.exists()
         else:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from ckptconv import dtypes, strided, tensor
 from ckptconv.errors import CkptError
-from ckptconv.ops import Permute
+from ckptconv.ops import Cast, Permute
+from ckptconv.strided import box_slices
 from ckptconv.tensor import (
     BufferSource,
     Extent,
@@ -102,7 +103,7 @@ def test_every_dtype_keeps_every_bit(row: dtypes.DType) -> None:
     assert streamed(lazy, 16, 32) == turned.tobytes()
 
 
-@given(st.lists(st.integers(0, 40), max_size=5), st.data())
+@given(st.lists(st.integers(0, 9), max_size=5), st.data())
 @settings(max_examples=60, deadline=None)
 def test_tiles_copy_what_an_assignment_copies(shape, data) -> None:
     order = data.draw(st.permutations(range(len(shape))))
@@ -217,6 +218,38 @@ def test_memory_does_not_depend_on_the_size(tmp_path: Path, shape: tuple[int, in
     tracemalloc.stop()
     assert total == path.stat().st_size
     assert peak < 4 << 20
+
+
+@given(st.integers(0, 90), st.integers(0, 90), st.sampled_from([64, 256, 1024]), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_boxes_cover_a_matrix_once_and_none_is_larger_than_asked(rows, columns, panel, cast, gaps) -> None:
+    pitch = rows + 3 * gaps
+    raw = np.arange(columns * pitch, dtype="<f4").tobytes()
+    lazy = stored(raw, "float32", (rows, columns), (1, pitch))
+    if cast:
+        lazy = lazy.apply(Cast("float64"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor, "_SHORT_NBYTES", 32)
+        boxes = lazy.tiles(panel)
+    if boxes is None:
+        return
+    whole, out = lazy.read(), np.full((rows, columns), -1.0, lazy.dtype.numpy)
+    for start, stop in boxes:
+        block = lazy.block(start, stop)
+        assert (out[box_slices(start, stop)] == -1).all()
+        assert block.nbytes <= max(panel // 2, 8)
+        out[box_slices(start, stop)] = block
+    np.testing.assert_array_equal(out, whole)
+
+
+def test_only_a_matrix_that_would_be_read_in_short_runs_is_cut_into_boxes() -> None:
+    raw = bytes(4 << 20)
+    tall = stored(raw, "float32", (64, 1 << 14), (1, 64))
+    wide = stored(raw, "float32", (1 << 14, 64), (1, 1 << 14))
+    as_it_lies = stored(raw, "float32", (64, 1 << 14), (1 << 14, 1))
+    assert tall.tiles(1 << 18) is not None
+    assert [t.tiles(1 << 18) for t in (wide, as_it_lies)] == [None, None]
+    assert tall.tiles(4 << 20) is None
 
 
 def test_a_tensor_as_it_lies_has_the_same_elements_and_is_dense_again() -> None:

@@ -11,7 +11,7 @@ Source: leveldb `util/crc32c.h`, tensorflow `tsl/lib/hash/crc32c.h`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cache
 
 import google_crc32c
@@ -60,19 +60,27 @@ def crc32c_combine(crc1: int, crc2: int, len2: int) -> int:
     return crc32c_joined((crc1, crc2), (0, len2))
 
 
-def crc32c_joined(crcs: Sequence[int], nbytes: Sequence[int]) -> int:
+def crc32c_joined(crcs: npt.ArrayLike, nbytes: npt.ArrayLike) -> int:
     """The checksum of pieces one after the other, from the checksum and the number of bytes of each."""
     return _joined(crcs, nbytes, _GENERATOR)
 
 
-def crc32_joined(crcs: Sequence[int], nbytes: Sequence[int]) -> int:
+def crc32_joined(crcs: npt.ArrayLike, nbytes: npt.ArrayLike) -> int:
     """The same of the checksum of zip archives."""
     return _joined(crcs, nbytes, _ZIP_GENERATOR)
 
 
-def _joined(crcs: Sequence[int], nbytes: Sequence[int], generator: int) -> int:
-    behind = np.zeros(len(nbytes), np.uint64)
-    behind[:-1] = np.cumsum(np.array(nbytes[:0:-1], np.uint64))[::-1]
+JOINED: dict[str, Callable[[npt.ArrayLike, npt.ArrayLike], int]] = {
+    "crc32c": crc32c_joined,
+    "crc32": crc32_joined,
+}
+"""By the kinds of `tensor.Checksum`."""
+
+
+def _joined(crcs: npt.ArrayLike, nbytes: npt.ArrayLike, generator: int) -> int:
+    sizes = np.asarray(nbytes, np.uint64)
+    behind = np.zeros(len(sizes), np.uint64)
+    behind[:-1] = np.cumsum(sizes[:0:-1])[::-1]
     terms = np.array(crcs, np.uint32)
     for k in range(int(behind.max(initial=0)).bit_length()):
         moved = (behind >> np.uint64(k) & np.uint64(1)).astype(bool)
