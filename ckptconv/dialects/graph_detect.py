@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptconv.dialects.graph_bundle import graph_of
+from ckptconv.dialects.graph_export import has_copies, lists_of_export
 from ckptconv.dialects.keras_optimizers import Generation, generation_of, optimizer_nodes
+from ckptconv.dialects.object_paths import Graph
 from ckptconv.rawtree import RawTree
 
 _KERAS3 = frozenset({"_functional", "_operations", "_kernel", "_embeddings"})
@@ -22,6 +24,8 @@ class Survey:
     """Generation of each optimizer -> its path."""
     keras3_edge: str | None
     tf_keras_edge: str | None
+    export: Generation | None
+    """Whose `model.export()` it is."""
 
 
 def survey(raw: RawTree) -> Survey | None:
@@ -44,4 +48,11 @@ def _survey(raw: RawTree) -> Survey | None:
         generations=generations,
         keras3_edge=next(iter(sorted(edges & _KERAS3)), None),
         tf_keras_edge=next((edge for edge in sorted(edges) if _TF_KERAS.fullmatch(edge)), None),
+        export=_export(graph),
     )
+
+
+def _export(graph: Graph) -> Generation | None:
+    if not lists_of_export(graph):
+        return None
+    return "keras3" if has_copies(graph) else "tf_keras"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptconv.dialects.graph_bundle import Bundle, open_bundle
+from ckptconv.dialects.graph_export import export_of, lists_of_export, with_names
 from ckptconv.dialects.graph_model import (
     ModelVariables,
     Place,
@@ -23,7 +24,7 @@ from ckptconv.dialects.graph_note import with_note
 from ckptconv.dialects.graph_optimizer import STATISTICS, lift_optimizer
 from ckptconv.dialects.graph_progress import progress_of, scaling_of, user_counters
 from ckptconv.dialects.keras_layers import Reading
-from ckptconv.dialects.keras_optimizers import OptimizerNode, optimizer_nodes, optimizers
+from ckptconv.dialects.keras_optimizers import optimizer_nodes, optimizers
 from ckptconv.dialects.object_paths import Reach, reach
 from ckptconv.dialects.saved_model_classes import with_classes
 from ckptconv.document import Block, Checkpoint, Param, Provenance, Residue
@@ -43,21 +44,32 @@ def lift(raw: RawTree, dialect: str, evidence: str, layers: str | None = None) -
     """
     bundle, data = open_bundle(raw)
     graph = bundle.graph
-    shapes = {node: bundle.tensor(node).shape for node in graph.variables}
-    found = reach(graph, frozenset(optimizer_nodes(graph)))
-    sorted_out = model_variables(graph, found)
+    tensors = {node: bundle.tensor(node) for node in graph.variables}
+    shapes = {node: tensor.shape for node, tensor in tensors.items()}
+    export = export_of(graph, tensors, layers) if layers is not None else None
+    lists = frozenset[int]() if export is None else lists_of_export(graph)
+    found = reach(graph, frozenset(optimizer_nodes(graph)) | lists)
+    sorted_out = model_variables(graph, found) if export is None else export.model
     nodes = optimizers(graph, sorted_out.params, shapes)
     trained = {variable for node in nodes for variable in node.variables}
     sorted_out = _claimed(sorted_out, trained)
     params = with_untracked(sorted_out.params, nodes)
     others = aliases(graph, found, params)
     named = param_names(graph, found, params, others, nodes)
+    if export is not None:
+        trained |= export.trained
+        named.update(export.names)
     column = layers or (_LAYERS_OF[nodes[0].generation] if nodes else None)
     read = dict.fromkeys(params, Reading())
     if column is not None:
         read = readings(graph, found, params, named, shapes, column)
         read = with_classes(raw, graph, found, shapes, read, column)
-    documents = _params(bundle, params, others, named, read, trained, nodes)
+    if export is not None and column is not None:
+        read = with_names(read, export.names, column)
+    documents = _params(bundle, params, others, named, read, trained)
+    for copy, node in export.copies.items() if export is not None else ():
+        if node in named:
+            bundle.take(copy, ("param", named[node]))
     lifted = [lift_optimizer(bundle, node, nodes, named, params, read) for node in nodes]
     progress = progress_of(bundle, nodes, [one.optimizer for one in lifted])
     user = user_counters(bundle, [one.optimizer for one in lifted], sorted_out.user)
@@ -93,7 +105,7 @@ def lift(raw: RawTree, dialect: str, evidence: str, layers: str | None = None) -
         oddities=(
             *(said for one in lifted for said in one.oddities),
             *user.oddities,
-            *_oddities(bundle, found, params, named, read),
+            *(_oddities(found, params, named, read) if export is None else export.said),
         ),
     )
     return with_note(checkpoint, raw.note)
@@ -113,9 +125,7 @@ def _params(
     named: Mapping[Place, str],
     read: Mapping[int, Reading],
     trained: set[int],
-    nodes: Sequence[OptimizerNode],
 ) -> dict[str, Param]:
-    complete = any(node.variables for node in nodes)
     more: dict[int, list[str]] = {}
     for place, node in others.items():
         more.setdefault(node, []).append(named[place])
@@ -125,7 +135,7 @@ def _params(
         trainable: bool | None = None
         if node in trained:
             trainable = True
-        elif complete or reading.role in STATISTICS:
+        elif trained or reading.role in STATISTICS:
             trainable = False
         param = Param(
             name=name,
@@ -155,7 +165,6 @@ def _extras(bundle: Bundle) -> dict[str, TensorRef]:
 
 
 def _oddities(
-    bundle: Bundle,
     found: Reach,
     params: Sequence[int],
     named: Mapping[Place, str],

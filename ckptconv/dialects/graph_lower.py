@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from ckptconv.dialects.graph_bundle import graph_of_bytes
+from ckptconv.dialects.graph_export import lists_of_export
 from ckptconv.dialects.graph_note import ATTRIBUTE, note_of
 from ckptconv.dialects.keras_optimizers import Generation, OptimizerNode, optimizer_nodes, optimizers
 from ckptconv.dialects.object_paths import Graph
@@ -29,6 +30,10 @@ _BUILD_OPTIMIZER: dict[Generation, str] = {
     "tf_keras_legacy": "optimizer._create_all_weights(model.trainable_variables)",
 }
 """What makes the optimizer's variables; of a legacy one without a training step nothing public does."""
+_SERVED = """import tensorflow as tf
+
+model = tf.saved_model.load(folder)  # the exported SavedModel
+tf.train.Checkpoint(model).read({target!r}).assert_consumed()"""
 
 
 def lower(checkpoint: Checkpoint, dialect: str) -> RawTree:
@@ -233,6 +238,8 @@ def restore_lines(checkpoint: Checkpoint, target: str, generation: Generation | 
     if not isinstance(data, bytes):
         return ""
     graph = graph_of_bytes(data)
+    if lists_of_export(graph):
+        return _SERVED.format(target=target)
     found = optimizer_nodes(graph)
     arguments, build = [], []
     if graph.root_is_model:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ckptconv.dialects.keras_layers import Reading, read_layer
 from ckptconv.dialects.keras_optimizers import OptimizerNode
 from ckptconv.dialects.object_paths import Graph, Reach, Steps, is_counted, names
+from ckptconv.document import Layout
 
 _METRIC = frozenset(
     {
@@ -32,8 +33,16 @@ _METRIC = frozenset(
         "num_samples",
     }
 )
-_GENERATOR = frozenset({"_state_var", "seed_generator_state", "_alg_var"})
+GENERATOR_EDGES = frozenset({"_state_var", "seed_generator_state", "_alg_var"})
+"""What the states of random generators are called."""
 _SAVE_COUNTER = "save_counter"
+EDGE_OF = {
+    "kernel": "_kernel",
+    "embeddings": "_embeddings",
+    "mean": "adapt_mean",
+    "variance": "adapt_variance",
+}
+"""Name of a variable of Keras 3 -> its edge, where that is another, at least in some layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +67,7 @@ def model_variables(graph: Graph, found: Reach) -> ModelVariables:
         parent, edge = found.parents[node]
         if parent == 0 and (edge == _SAVE_COUNTER or not graph.root_is_model):
             user[edge] = node
-        elif edge in _GENERATOR:
+        elif edge in GENERATOR_EDGES:
             generators.append(node)
         elif _is_metric(graph, found, parent, edge):
             metrics.append(node)
@@ -183,9 +192,7 @@ def readings(
         read = _read(framework, nodes, shapes)
         if isinstance(owner, str):
             # Without edges `_kernel` and `kernel` cannot be told apart: both are tried.
-            other = {
-                f"_{leaf}" if leaf in ("kernel", "embeddings") else leaf: node for leaf, node in nodes.items()
-            }
+            other = {EDGE_OF.get(leaf, leaf): node for leaf, node in nodes.items()}
             read = _agreeing(read, _read(framework, other, shapes))
         result.update(read)
     return result
@@ -199,12 +206,22 @@ def _read(
 
 
 def _agreeing(first: Mapping[int, Reading], second: Mapping[int, Reading]) -> dict[int, Reading]:
-    """Of two attempts the one that knows the axes; nothing where both do, differently."""
+    """What two attempts leave open: the one that knows anything, or all that either takes it for."""
     result = {}
     for node, one in first.items():
-        two = second[node]
-        if one.axes is None or one == two:
-            result[node] = two
+        told = [reading for reading in (one, second[node]) if reading.axes is not None or reading.candidates]
+        open_to = dict.fromkeys(layout for reading in told for layout in _layouts(reading))
+        if len(told) < 2 or len(open_to) == 1:
+            result[node] = (told or [one])[0]
         else:
-            result[node] = one if two.axes is None else Reading()
+            roles = {layout.role for layout in open_to}
+            result[node] = Reading(
+                role=roles.pop() if len(roles) == 1 else "unknown", candidates=tuple(open_to)
+            )
     return result
+
+
+def _layouts(reading: Reading) -> tuple[Layout, ...]:
+    if reading.axes is None:
+        return reading.candidates
+    return (Layout(layer=reading.layer, role=reading.role, axes=reading.axes),)

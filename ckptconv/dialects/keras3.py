@@ -34,6 +34,8 @@ class Keras3(GraphDialect):
             return Detection(score=90, evidence=f"a Keras 3 optimizer at '{found.generations['keras3']}'")
         if found.keras3_edge and not found.generations:
             return Detection(score=70, evidence=f"Keras 3 edges in the object graph ({found.keras3_edge})")
+        if found.export == "keras3":
+            return Detection(score=70, evidence="the lists of variables of Keras 3's model.export()")
         return None
 
 

@@ -106,6 +106,23 @@ AUTOMATIC = frozenset(
 """What Keras calls a layer of its own that was given no name."""
 
 
+def renumbered(layers: Iterable[str]) -> dict[str, str]:
+    """Name of each layer of a model -> the same, numbered within the model where Keras numbers it."""
+    bases = {name: _SUFFIX.sub("", name) for name in layers}
+    automatic = {base for name, base in bases.items() if _is_automatic(base) or name != base}
+    counts: Counter[str] = Counter()
+    called = {}
+    for name, base in bases.items():
+        called[name] = f"{base}-{counts[base]}" if base in automatic else name
+        counts[base] += 1
+    return called
+
+
+def _is_automatic(base: str) -> bool:
+    """Whether Keras calls a layer without a name so; the halves of a Bidirectional have its layer's name."""
+    return base.removeprefix("forward_").removeprefix("backward_") in AUTOMATIC
+
+
 def is_counted(edge: str) -> bool:
     """Whether Keras adds the edge beside those that name the same objects."""
     return bool(_COUNTED.fullmatch(edge) or _OWN.fullmatch(edge))
@@ -322,18 +339,11 @@ class _Layers:
         own = {child: self._own_name(child) for child in numbers}
         uses = Counter(own.values())
         known = {child: name for child, name in own.items() if name is not None and uses[name] == 1}
-        bases = {child: _SUFFIX.sub("", name) for child, name in known.items()}
-        automatic = {base for child, base in bases.items() if base in AUTOMATIC or known[child] != base}
-        counts: Counter[str] = Counter()
-        called: dict[int, str] = {}
-        for child, number in numbers.items():
-            if child not in known:
-                called[child] = f"layer-{number}"
-            elif bases[child] in automatic:
-                called[child] = f"{bases[child]}-{counts[bases[child]]}"
-                counts[bases[child]] += 1
-            else:
-                called[child] = known[child]
+        new = renumbered(known.values())
+        called = {
+            child: new[known[child]] if child in known else f"layer-{number}"
+            for child, number in numbers.items()
+        }
         return {edge: called[child] for edge, child in places.items()}
 
     def _own_name(self, layer: int) -> str | None:

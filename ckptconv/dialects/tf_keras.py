@@ -34,6 +34,8 @@ class TfKeras(GraphDialect):
             return Detection(score=90, evidence=f"a tf_keras optimizer at '{found.generations['tf_keras']}'")
         if found.tf_keras_edge and not found.generations:
             return Detection(score=75, evidence=f"tf_keras edges in the object graph ({found.tf_keras_edge})")
+        if found.export == "tf_keras":
+            return Detection(score=75, evidence="the lists of variables of tf_keras' model.export()")
         return None
 
 

@@ -164,3 +164,24 @@ def test_what_layers_the_edges_tell(generation: str, tmp_path: Path) -> None:
     assert told["gru"] == [*["gru"] * 3, *["gru_reset_before"] * 3]
     assert told["normalization"] == [*["normalization"] * 3, "dense", "dense"]
     assert told["bidirectional"] == [*["lstm"] * 6, *["gru"] * 6]
+
+
+def test_a_convolution_in_a_list_may_be_a_transposed_one(tmp_path: Path) -> None:
+    """Only the optimizer refers to it, and no edge tells `_kernel` from `kernel`: both readings stay."""
+
+    class Net(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = [keras.layers.Conv1D(3, 2), keras.layers.Dense(2)]
+
+        def call(self, x: Any) -> Any:
+            return self.blocks[1](self.blocks[0](x))
+
+    model = Net()
+    model(np.zeros((1, 4, 3)))
+    model = compiled(keras, model, keras.optimizers.Adam(0.01))
+    run = ckptconv.open(checkpoint(model).save(str(tmp_path / "run")))
+    kernel = run.params["untracked-0/kernel"]
+    assert (kernel.role, kernel.axes) == ("kernel", None)
+    assert {"conv1d", "conv_transpose1d"} <= {layout.layer for layout in kernel.candidates}
+    assert run.params["untracked-1/kernel"].layer == "dense"

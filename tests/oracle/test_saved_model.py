@@ -17,6 +17,9 @@ import ckptconv  # noqa: E402
 from ckptconv.detect import read_raw  # noqa: E402
 from ckptconv.document import Checkpoint, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
+from ckptconv.rawtree import DictNode  # noqa: E402
+from ckptconv.tensor import TensorRef  # noqa: E402
+from tests.support.keras_zoo import ZOO, check, compiled, stored, subclassed  # noqa: E402
 
 RUN = Path(__file__).resolve().parents[2] / "fixtures/tf1/adam-global-step/artifact"
 
@@ -52,13 +55,103 @@ def test_tf_keras_saves_weights_slots_and_step(tmp_path: Path, legacy: bool) -> 
     assert read_raw(tmp_path / "saved").attributes["prefix"] == "variables"
 
 
-def test_keras_3_exports_weights(tmp_path: Path) -> None:
+SLOW = ("embedding_lstm", "attention", "bidirectional")
+EXPORTED = (
+    *("cnn", "convolutions", "normalization", "shared"),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+)
+
+
+def exported(k: Any, model: Any, folder: Path) -> Path:
+    model.export(str(folder), **({"verbose": False} if k.__name__ == "keras" else {}))
+    return folder
+
+
+def every_key(path: Path) -> dict[object, bytes]:
+    root = read_raw(path).root
+    assert isinstance(root, DictNode)
+    return {key: node.read().tobytes() for key, node in root.items if isinstance(node, TensorRef)}
+
+
+@pytest.mark.parametrize("package", ["keras", "tf_keras"])
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_model_has_its_names_and_kinds(package: str, name: str, tmp_path: Path) -> None:
+    """Those of a checkpoint with the model's own objects, and more where names tell what edges do not."""
+    k = pytest.importorskip(package)
+    model = compiled(k, ZOO[name](k), k.optimizers.Adam(0.01))
+    run = ckptconv.open(exported(k, model, tmp_path / "out"))
+    assert (run.kind, run.provenance.dialect) == ("weights", {"keras": "keras3"}.get(package, "tf-keras"))
+    assert value_of(run.progress.step) is None
+    check(run, model)
+    known = ckptconv.open(tf.train.Checkpoint(model=ZOO[name](k)).save(str(tmp_path / "objects")))
+    assert [one.role for one in run.params.values()] == [one.role for one in known.params.values()]
+    for (mine, one), (theirs, other) in zip(run.params.items(), known.params.items(), strict=True):
+        assert mine.split("/")[0] == theirs.split("/")[0]
+        assert (one.layer, one.axes) == (other.layer, other.axes) or other.candidates
+    ckptconv.convert(tmp_path / "out", tmp_path / "archive", to="neutral")
+    ckptconv.convert(tmp_path / "archive", tmp_path / "back", to="tensorflow")
+    assert every_key(tmp_path / "back") == every_key(tmp_path / "out")
+
+
+@pytest.mark.parametrize("package", ["keras", "tf_keras"])
+def test_an_exported_model_serves_the_weights_that_are_written_into_it(package: str, tmp_path: Path) -> None:
+    """Both copies that Keras 3 has of a variable; the seeds stay."""
+    k = pytest.importorskip(package)
+    layers = k.layers
+
+    def make(seed: int) -> Any:
+        k.utils.set_random_seed(seed)
+        stack = [layers.Input((4,)), layers.Dense(3), layers.BatchNormalization(), layers.Dropout(0.5)]
+        model = k.Sequential([*stack, layers.Dense(3), layers.Dense(2)])
+        for variable in stored(model.variables):
+            variable.assign(np.random.default_rng(seed).uniform(0.1, 1.0, variable.shape))
+        return model
+
+    old, new, x = make(1), make(2), np.ones((2, 4), "float32")
+    folder = exported(k, old, tmp_path / "served")
+    run = tf.train.Checkpoint(model=new).save(str(tmp_path / "run"))
+    report = ckptconv.convert(run, tmp_path / "variables", template=folder)
+    scope: dict[str, Any] = {"folder": str(folder)}
+    exec(report.restore, scope)
+    assert np.allclose(scope["model"].serve(x), new(x), atol=1e-6)
+    for path in tmp_path.glob("variables.*"):
+        shutil.move(path, folder / "variables" / path.name)
+    served = tf.saved_model.load(str(folder))
+    assert np.allclose(served.serve(x), new(x), atol=1e-6)
+    assert not np.allclose(served.serve(x), old(x), atol=1e-2)
+    for variable in served._all_variables:
+        if "seed" not in variable.name:
+            held = [np.asarray(w) for w in new.variables if tuple(w.shape) == tuple(variable.shape)]
+            assert any(np.array_equal(variable, w) for w in held)
+
+
+def test_a_subclassed_export_is_parted_into_layers(tmp_path: Path) -> None:
+    """All of its kernels are `net/kernel`; its lists are there, which no checkpoint of its objects holds."""
     keras = pytest.importorskip("keras")
-    model = keras.Sequential([keras.layers.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2)])
-    model.export(str(tmp_path / "exported"), verbose=False)
-    document = ckptconv.open(tmp_path / "exported")
-    assert all(held(document, weight) for weight in model.get_weights())
-    assert value_of(document.progress.step) is None
+    model = compiled(keras, subclassed(keras), keras.optimizers.Adam(0.01))
+    run = ckptconv.open(exported(keras, model, tmp_path / "out"))
+    check(run, model)
+    layers = [param.layer for param in run.params.values()]
+    assert layers[:10] == ["embedding", *["lstm"] * 3, *["batch_norm"] * 4, "dense", "dense"]
+    assert run.params["layer-0/embeddings"].axes == ("vocabulary", "features")
+    owners = [name.rpartition("/")[0] for name in run.params]
+    assert len(set(owners)) == 11
+    assert not run.oddities
+    ckptconv.convert(tmp_path / "out", tmp_path / "back", to="tensorflow")
+    assert every_key(tmp_path / "back") == every_key(tmp_path / "out")
+
+
+def test_copies_that_nothing_tells_apart_stay(tmp_path: Path) -> None:
+    """Biases of one name that are all zero: whose copy is whose is not in the file, and that is said."""
+    keras = pytest.importorskip("keras")
+    model = subclassed(keras)
+    run = ckptconv.open(exported(keras, model, tmp_path / "out"))
+    assert len(run.params) == len(stored(model.variables))
+    copies = [key for key in run.extras if key.startswith("_all_variables/")]
+    assert copies
+    assert any(said.startswith(f"{len(copies)} copies") for said in run.oddities)
+    ckptconv.convert(tmp_path / "out", tmp_path / "back", to="tensorflow")
+    assert every_key(tmp_path / "back") == every_key(tmp_path / "out")
 
 
 def test_a_tf1_export_is_read_by_name(tmp_path: Path) -> None:
