@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ckptconv.catalog.axes import bind, expand, layout_ops
+from ckptconv.catalog.einsum import contraction
 from ckptconv.catalog.loading import Record, load
 
 __all__ = [
@@ -81,11 +82,15 @@ class _Kind:
     """Attributes of the live layer that are equal and above 1 where a class stands for two kinds."""
     attributes: Mapping[str, Scalar]
     """Attributes of the layer with these values where a class stands for two kinds."""
+    equation: tuple[str, ...]
+    """Axes of an einsum layer's kernel (`catalog.einsum`) where the class stands for several kinds."""
     lacking: Mapping[str, str]
     """Family of frameworks that has no such layer -> what its nearest does."""
 
     def means(self, read: Callable[[str], object]) -> bool:
         """Whether a layer of the kind's class is of this kind and not of another; `read`: its attributes."""
+        if self.equation:
+            return contraction(read("equation")) == self.equation
         equal = {read(name) for name in self.equal_attributes}
         if len(self.equal_attributes) > 1:
             return len(equal) == 1 and all(isinstance(value, int) and value > 1 for value in equal)
@@ -94,7 +99,7 @@ class _Kind:
     @property
     def is_special(self) -> bool:
         """Whether it is one of two kinds of a class, the one that its attributes must tell."""
-        return bool(self.equal_attributes or self.attributes)
+        return bool(self.equal_attributes or self.attributes or self.equation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +172,7 @@ def _kind(name: str, record: Record, names: Collection[str]) -> _Kind:
         sizes=record.number_map("sizes"),
         equal_attributes=record.texts("equal_attributes"),
         attributes=record.scalar_map("attributes"),
+        equation=record.texts("equation"),
         lacking=record.text_map("lacking"),
     )
     record.close()

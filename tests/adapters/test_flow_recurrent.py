@@ -50,7 +50,7 @@ def test_the_layers_of_a_stacked_module() -> None:
     assert {site.module: set(site.after) for site in described.flow} == {
         "a": set(),
         **{name: {"a"} for name in below},
-        **{name: below for name in above},
+        **dict.fromkeys(above, below),
         "c": above,
     }
 
