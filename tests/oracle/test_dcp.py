@@ -230,6 +230,29 @@ def test_torch_loads_a_folder_of_ours_into_model_and_optimizer(sharded: bool, tm
     assert len(fresh.state) == len(list(net.parameters()))
 
 
+def go_on(net: nn.Module, optimizer: torch.optim.Optimizer, updates: int) -> None:
+    torch.manual_seed(99)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        net(torch.randn(3, 2, 4, 4)).pow(2).mean().backward()
+        optimizer.step()
+
+
+def test_a_run_goes_on_from_a_folder_of_ours_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    """On one rank; two are in `test_fsdp`. A fresh run that loads nothing goes elsewhere."""
+    net, optimizer = build(4)
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.pt")
+    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "run", to="dcp")
+    (resumed, its), (cold, other) = build(1), build(4)
+    exec(report.restore, {"model": resumed, "optimizer": its})
+    other.state.clear()
+    for run in ((net, optimizer), (resumed, its), (cold, other)):
+        go_on(*run, updates=5)
+    assert_same(state_of(resumed, its), state_of(net, optimizer))
+    weights = net.state_dict()["fc.weight"]
+    assert not torch.allclose(cold.state_dict()["fc.weight"], weights, rtol=0, atol=1e-4)
+
+
 def test_torch_loads_a_flat_folder_of_ours(tmp_path: Path) -> None:
     """Settings of every parameter by itself, as it was saved."""
     net, optimizer = build(4)

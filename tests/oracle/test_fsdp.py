@@ -5,13 +5,13 @@ One group of processes makes every run, another resumes every one of ours.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("lightning", reason="needs Lightning to go on from its folders")
 pytest.importorskip("accelerate", reason="needs accelerate to go on from its folders")
 pytest.importorskip("transformers", reason="needs transformers to go on from its folders")
 
@@ -30,7 +30,11 @@ LOOPS = {
     "loop-1-sharded": (1, "SHARDED_STATE_DICT"),
 }
 TRAINERS = {"trainer-sharded": "SHARDED_STATE_DICT", "trainer-full": "FULL_STATE_DICT"}
-CASES = (*LOOPS, *TRAINERS, "dcp", "dcp-from-file")
+LIGHTNING = {"lightning-parallel": "parallel", "lightning-file": "parallel-file", "lightning-fsdp": "fsdp"}
+EPOCHS, UPDATES = 2, 6
+"""Of Lightning's run where it is saved, and of one epoch."""
+CASES = (*LOOPS, *TRAINERS, *LIGHTNING, "dcp", "dcp-from-file")
+DIALECTS = {"loop": "accelerate", "trainer": "hf-trainer", "lightning": "lightning", "dcp": "plain"}
 OPAQUE = ("opaque-globals",)
 
 
@@ -40,6 +44,9 @@ def make_all(root: Path) -> None:
         fsdp.save_loop(root / name, version, kind, AT, LAST)
     for name, kind in TRAINERS.items():
         fsdp.run_trainer(root / name, kind)
+    for name, strategy in LIGHTNING.items():
+        fsdp.run_lightning(root / name, strategy, epochs=EPOCHS)
+        fsdp.run_lightning(root / f"{name}-whole", strategy)
 
 
 def resume_all(root: Path) -> None:
@@ -49,7 +56,8 @@ def resume_all(root: Path) -> None:
         fsdp.resume_loop(root / name, version, kind, AT, LAST)
     for name, kind in TRAINERS.items():
         fsdp.run_trainer(root / f"{name}-out", kind, resume=root / name)
-    fsdp.resume_loop(root / "own", *LOOPS["loop-1-sharded"], AT, LAST)
+    for name, strategy in LIGHTNING.items():
+        fsdp.run_lightning(root / f"{name}-out", strategy, resume=root / name)
 
 
 def saved(root: Path, case: str) -> Path:
@@ -67,16 +75,14 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ours(theirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every folder through neutral and back, and resumed."""
     root = tmp_path_factory.mktemp("ours")
-    for case in (*LOOPS, *TRAINERS, "dcp"):
+    for case in CASES[:-1]:
         source = saved(theirs, case)
         neutral = root / f"{case}-neutral"
         ckptconv.convert(source, neutral, to="neutral")
-        dialect = ckptconv.open(source).provenance.dialect
-        to = "dcp" if case == "dcp" else f"pytorch:{dialect}"
+        to = "dcp" if (source / ".metadata").exists() else f"pytorch:{DIALECTS[case.partition('-')[0]]}"
         ckptconv.convert(neutral, root / case, to=to, allow=OPAQUE)
     ckptconv.convert(saved(theirs, "dcp"), root / "run.pt")
     ckptconv.convert(root / "run.pt", root / "dcp-from-file", to="dcp")
-    shutil.copytree(saved(theirs, "loop-1-sharded"), root / "own")
     fsdp.on_ranks(resume_all, root)
     return root
 
@@ -87,12 +93,10 @@ def end(root: Path, case: str) -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_go_on_from_what_is_written(theirs: Path, ours: Path, case: str) -> None:
-    """As the run that never stopped; FSDP 1 loads inexactly on CPUs: as it goes on from its own folder."""
-    expected = end(theirs, "dcp" if case.startswith("dcp") else case)
-    if case == "loop-1-sharded":
-        expected = end(ours, "own")
-    resumed = end(ours, f"{case}-out" if case in TRAINERS else case)
-    assert_same(by_name(resumed), by_name(expected))
+    """As the run that never stopped."""
+    kept = "dcp" if case.startswith("dcp") else f"{case}-whole" if case in LIGHTNING else case
+    resumed = end(ours, f"{case}-out" if case in TRAINERS or case in LIGHTNING else case)
+    assert_same(by_name(resumed), by_name(end(theirs, kept)))
 
 
 def by_name(state: dict[str, Any]) -> dict[str, Any]:
@@ -108,10 +112,12 @@ def test_the_run_is_what_the_ranks_hold(theirs: Path, case: str) -> None:
     """Against what torch itself makes of the folder's parts."""
     source = saved(theirs, case)
     checkpoint = ckptconv.open(source)
-    step = SAVED if case in TRAINERS else AT
-    assert value_of(checkpoint.progress.step) == step
+    assert checkpoint.provenance.dialect == DIALECTS[case.partition("-")[0]]
+    steps = dict.fromkeys(TRAINERS, SAVED) | dict.fromkeys(LIGHTNING, EPOCHS * UPDATES)
+    assert value_of(checkpoint.progress.step) == steps.get(case, AT)
     (optimizer,) = checkpoint.optimizers
-    assert (optimizer.algorithm, optimizer.param_order) == ("adamw", "named")
+    assert optimizer.algorithm == "adamw"
+    assert optimizer.param_order == ("declaration-order" if case == "lightning-file" else "named")
     truth = loaded(source)
     held = {name: param.tensor.read().tobytes() for name, param in checkpoint.params.items()}
     assert held == {name: bits(tensor) for name, tensor in truth["model"].items()}
@@ -122,12 +128,24 @@ def test_the_run_is_what_the_ranks_hold(theirs: Path, case: str) -> None:
     assert names == [group["params"] for group in truth["optimizer"]["param_groups"]]
     if case in TRAINERS:
         assert value_of(checkpoint.progress.epochs) == pytest.approx(SAVED / (TRAINED / 3), abs=1e-12)
+    if case in LIGHTNING:
+        progress = checkpoint.progress
+        assert (value_of(progress.epochs), value_of(progress.batch_in_epoch)) == (EPOCHS, 0)
 
 
 def loaded(folder: Path) -> dict[str, Any]:
-    """The model and the optimizer of a folder, by torch."""
+    """The model and the optimizer of a folder or Lightning's file, by torch."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+    if folder.is_file():
+        state = torch.load(folder, weights_only=False)
+        names = list(state["state_dict"])
+        (optimizer,) = state["optimizer_states"]
+        entries = {names[number]: entry for number, entry in optimizer["state"].items()}
+        groups = [
+            {**group, "params": [names[n] for n in group["params"]]} for group in optimizer["param_groups"]
+        ]
+        return {"model": state["state_dict"], "optimizer": {"state": entries, "param_groups": groups}}
     if not (folder / ".metadata").exists() and (folder / "optimizer.bin").exists():
         files = {"model": "pytorch_model_fsdp.bin", "optimizer": "optimizer.bin"}
         return {key: torch.load(folder / file, weights_only=True) for key, file in files.items()}
@@ -137,7 +155,8 @@ def loaded(folder: Path) -> dict[str, Any]:
         scratch = folder.parent / f"{folder.name}-{part.name}-whole.pt"
         dcp_to_torch_save(part, scratch)
         found |= torch.load(scratch, weights_only=False)
-    return found
+    called = {"state_dict": "model", "optimizer_0": "optimizer"}
+    return {called.get(key, key): part for key, part in found.items()}
 
 
 @pytest.mark.parametrize("case", [*LOOPS, *TRAINERS])

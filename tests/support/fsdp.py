@@ -189,8 +189,13 @@ def save_loop(folder: Path, version: int, kind: str, at: int, last: int) -> None
 
 
 def resume_loop(folder: Path, version: int, kind: str, at: int, last: int) -> None:
-    """Go on from a folder."""
+    """Go on from a folder, with a run of other weights that has made an update.
+
+    accelerate asks the optimizer for its state to know what to load: of one that was never stepped FSDP 1
+    has none, and so loads none.
+    """
     loop = Loop(1, version, kind)
+    loop.train(100, 101)
     loop.accelerator.load_state(str(folder))
     loop.train(at, last)
     loop.keep(folder.with_suffix(".pt"))
@@ -245,3 +250,73 @@ def run_trainer(output: Path, kind: str, resume: Path | None = None, stop: int =
     os.chdir(before)
     told = {"step": trainer.state.global_step, "epoch": trainer.state.epoch}
     keep(trainer.model, trainer.optimizer.optimizer, output.with_suffix(".pt"), **told)
+
+
+# In Lightning
+
+
+def run_lightning(output: Path, strategy: str, resume: Path | None = None, epochs: int = 3) -> None:
+    """Epochs of six updates; saved in `output`, `output.pt` is where the run stands."""
+    import lightning
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+    from torch.utils.data import DataLoader
+
+    class OnCPU(FSDPStrategy):  # type: ignore[misc]  # untyped
+        """Lightning refuses FSDPStrategy itself without a GPU."""
+
+    class Regression(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net: nn.Module | None = None
+
+        def configure_model(self) -> None:
+            if self.net is not None:
+                return
+            self.net = net(0 if resume is None else 1)
+            if strategy.startswith("fsdp"):  # by hand: Lightning names no device, and FSDP 1 then wants a GPU
+                device = torch.device("cpu")
+                self.net = FullyShardedDataParallel(self.net, use_orig_params=True, device_id=device)
+            else:
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+        def training_step(self, number: torch.Tensor, index: int) -> torch.Tensor:
+            loss: torch.Tensor = self.net(*batch(int(number)))["loss"]
+            return loss
+
+        def configure_optimizers(self) -> dict[str, Any]:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.7),
+            }
+
+    strategies: dict[str, Callable[[], Any]] = {
+        "fsdp": lambda: OnCPU(state_dict_type="sharded"),
+        "fsdp-file": lambda: OnCPU(state_dict_type="full"),
+        "parallel": lambda: ModelParallelStrategy(data_parallel_size=RANKS, tensor_parallel_size=1),
+        "parallel-file": lambda: ModelParallelStrategy(
+            data_parallel_size=RANKS, tensor_parallel_size=1, save_distributed_checkpoint=False
+        ),
+    }
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=RANKS,
+        strategy=strategies[strategy](),
+        max_epochs=epochs,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    module = Regression()
+    loader = DataLoader(torch.arange(6), batch_size=None)  # type: ignore[arg-type,var-annotated]
+    trainer.fit(module, loader, ckpt_path=None if resume is None else str(resume))
+    trainer.save_checkpoint(output)
+    optimizer = trainer.optimizers[0]
+    told = {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "rate": optimizer.param_groups[0]["lr"],
+    }
+    keep(module, optimizer, output.with_suffix(".pt"), **told)
