@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ckptconv.adapters.compare import compare_outputs
     from ckptconv.adapters.compare_rows import LayerOutput, OutputComparison
     from ckptconv.conversion import convert, save, validate
+    from ckptconv.correspondence import Coverage, check_mapping, draft_mapping
     from ckptconv.detect import open
     from ckptconv.document import (
         Absent,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         TargetError,
         UnsafeContentError,
     )
+    from ckptconv.mapping_file import MappingFile, mapping_of, write_mapping
     from ckptconv.report import Entry, OptimizerVerdict, Report
     from ckptconv.skeleton import read_skeleton, skeleton_of, write_skeleton
     from ckptconv.tensor import TensorRef, TensorSpec
@@ -57,6 +59,7 @@ __all__ = [
     "Candidate",
     "Checkpoint",
     "CkptError",
+    "Coverage",
     "Entry",
     "FormatError",
     "Group",
@@ -65,6 +68,7 @@ __all__ = [
     "Layout",
     "LossError",
     "MappingError",
+    "MappingFile",
     "MissingDependencyError",
     "Optimizer",
     "OptimizerVerdict",
@@ -83,15 +87,19 @@ __all__ = [
     "Unknown",
     "UnsafeContentError",
     "__version__",
+    "check_mapping",
     "compare_outputs",
     "convert",
+    "draft_mapping",
     "keras",
+    "mapping_of",
     "open",
     "pytorch",
     "read_skeleton",
     "save",
     "skeleton_of",
     "validate",
+    "write_mapping",
     "write_skeleton",
 ]
 
@@ -101,6 +109,7 @@ _HOMES = {
     "adapters.compare": ("compare_outputs",),
     "adapters.compare_rows": ("LayerOutput", "OutputComparison"),
     "conversion": ("convert", "save", "validate"),
+    "correspondence": ("Coverage", "check_mapping", "draft_mapping"),
     "detect": ("open",),
     "document": (
         "Absent",
@@ -129,6 +138,7 @@ _HOMES = {
         "TargetError",
         "UnsafeContentError",
     ),
+    "mapping_file": ("MappingFile", "mapping_of", "write_mapping"),
     "report": ("Entry", "OptimizerVerdict", "Report"),
     "skeleton": ("read_skeleton", "skeleton_of", "write_skeleton"),
     "tensor": ("TensorRef", "TensorSpec"),

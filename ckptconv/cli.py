@@ -10,7 +10,7 @@ import gc
 
 import typer
 
-from ckptconv.commands import check, compare, convert, formats, inspect
+from ckptconv.commands import check, compare, convert, formats, inspect, mapping
 from ckptconv.console import DONE, end_cleanly_on_signals, prepare_streams, write
 from ckptconv.options import Version
 
@@ -55,4 +55,5 @@ app.command(short_help="Show what convert would do; write nothing.")(convert.pla
 app.command(short_help="Check a checkpoint, or require fields of it.")(check.validate)
 app.command(short_help="Say in what two checkpoints differ, across formats.")(compare.diff)
 app.command(short_help="Say where the step is, and which restore would lose it.")(check.doctor)
+app.command("map", short_help="Write a mapping file to start from, or check one.")(mapping.map_names)
 app.command(short_help="List what is read and written, and whose state converts.")(formats.formats)

@@ -6,6 +6,7 @@ where two of them need different operations, the layout is ambiguous.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -232,3 +233,20 @@ def layout_ambiguous(source: Param, target: Param, side: str, texts: Sequence[st
         hint=f"Pass {option} with a skeleton of the {side} model (describe()), say its axes in a mapping "
         f"file (--mapping), or --allow {ASSUMED_LAYOUT} to take the first reading.",
     )
+
+
+_NEAREST = 3
+_COMPARED = 200
+"""Of how many parameters the names are compared, at most."""
+
+
+def nearest(param: Param, others: Mapping[str, Param]) -> tuple[str, ...]:
+    """Names of the others that come nearest: of its sizes in any order, of its size, alike in name."""
+    sizes, numel = sorted(param.tensor.shape), param.tensor.spec.numel
+
+    def distance(name: str) -> tuple[bool, bool]:
+        return sorted(others[name].tensor.shape) != sizes, others[name].tensor.spec.numel != numel
+
+    some = sorted(others, key=distance)[:_COMPARED]
+    alike = {name: difflib.SequenceMatcher(None, param.name, name).ratio() for name in some}
+    return tuple(sorted(some, key=lambda name: (*distance(name), -alike[name]))[:_NEAREST])

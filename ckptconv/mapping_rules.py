@@ -40,7 +40,8 @@ class Told:
     overrides: bool
     rule: str
     """The rule in words."""
-    loc: Loc
+    position: int
+    """Which of the file's rules it is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +131,7 @@ class _Reading:
         self.partial: list[tuple[tuple[Names, Names], ...]] = []
         """For each rule what of it is there, and what is not."""
         for rule in mapping.rules:
-            found = _instances(rule, left, right)
+            found = instances(rule, left, right)
             complete = [
                 (ours, theirs)
                 for ours, theirs in found
@@ -158,9 +159,7 @@ class _Reading:
         ]
 
 
-def _instances(
-    rule: Rule, left: Mapping[str, Param], right: Mapping[str, Param]
-) -> list[tuple[Names, Names]]:
+def instances(rule: Rule, left: Mapping[str, Param], right: Mapping[str, Param]) -> list[tuple[Names, Names]]:
     """What the rule's names are for each number with which one of them is there, in their order."""
     variables = sorted(rule.left[0].variables)
     numbers: set[tuple[int, ...]] = set()
@@ -365,7 +364,7 @@ class _Compiler:
                 axes=(axes[1], axes[0]) if axes is not None and backward else axes,
                 overrides=rule.overrides,
                 rule=str(rule),
-                loc=("rules", k),
+                position=k,
             )
         )
 

@@ -140,6 +140,36 @@ MappingFile = Annotated[
         "that 'ckptconv map' begins, e.g. --mapping names.json.",
     ),
 ]
+MapTemplate = Annotated[
+    Path,
+    typer.Argument(
+        parser=place,
+        metavar="TEMPLATE",
+        help="A checkpoint or manifest of the target model, e.g. fresh/ckpt-1.",
+    ),
+]
+MapOutput = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write the mapping file there, e.g. -o names.json."),
+]
+MapCheck = Annotated[
+    Path | None,
+    typer.Option(
+        "--check",
+        parser=place,
+        metavar="FILE",
+        help="Say what this mapping file covers instead of making one, e.g. --check names.json.",
+    ),
+]
+MapBegun = Annotated[
+    Path | None,
+    typer.Option(
+        "--mapping",
+        parser=place,
+        metavar="FILE",
+        help="Go on with a mapping file: its rules stay, the rest is added, e.g. --mapping names.json.",
+    ),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

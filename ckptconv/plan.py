@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from ckptconv import dtypes, mapping, note
+from ckptconv import dtypes, note
 from ckptconv.account import Transfer
-from ckptconv.compounds import compounds, lacking
+from ckptconv.compounds import lacking
 from ckptconv.dialects.base import fills
 from ckptconv.dialects.residue import scalar_tensor, untold
-from ckptconv.dialects.table import DIALECTS
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.extras import kept_from_template, left_described, undescribable
@@ -25,11 +24,10 @@ from ckptconv.goal import Goal
 from ckptconv.joining import together
 from ckptconv.mapping_file import MappingFile
 from ckptconv.mapping_rules import Ruled, ruled
+from ckptconv.matching import framework_of, matched
 from ckptconv.ops import Cast
-from ckptconv.pieces import apart
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
 from ckptconv.report import ALLOWABLE, Entry, place
-from ckptconv.telling import Side
 from ckptconv.transfer import progress_entries, transfer
 
 _PLAIN = (bool, int, float, str)
@@ -135,22 +133,21 @@ def _left_in_residue(source: Checkpoint, target: Checkpoint) -> Iterator[Entry]:
 
 
 def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
-    frameworks = (_framework(kept), goal.dialect.framework or "torch")
+    frameworks = (framework_of(kept), goal.dialect.framework or "torch")
     lack = (*lacking(kept, frameworks[1]), *lacking(template, frameworks[0]))
     if refused := tuple(p for p in lack if _code_to_allow(p) not in wishes.allowed):
         return Transfer(checkpoint=kept, ledger=(), problems=refused)
     rules = ruled(wishes.mapping, kept, template, frameworks) if wishes.mapping is not None else Ruled()
     if refused := tuple(p for p in rules.problems if _code_to_allow(p) not in wishes.allowed):
         return Transfer(checkpoint=kept, ledger=(), problems=refused)
-    ours, theirs = compounds(kept, template, frameworks, rules)
-    mine, its = apart(kept, ours), apart(template, theirs)
-    cover = mapping.match(mine, its, frameworks=frameworks, ruled=rules)
-    unsolved = tuple(p for p in cover.problems if _code_to_allow(p) not in wishes.allowed)
-    cover = replace(cover, problems=unsolved)
-    result = transfer(mine, its, cover, allow=wishes.allowed, conventions=wishes.conventions)
+    found = matched(kept, template, frameworks, rules)
+    unsolved = tuple(p for p in found.cover.problems if _code_to_allow(p) not in wishes.allowed)
+    cover = replace(found.cover, problems=unsolved)
+    result = transfer(
+        found.source_pieces, found.target_pieces, cover, allow=wishes.allowed, conventions=wishes.conventions
+    )
     result = replace(result, problems=(*unsolved, *result.problems))
-    sides = (Side(whole=kept, rewrites=ours), Side(whole=template, rewrites=theirs))
-    result = together(result, *sides, wishes.allowed)
+    result = together(result, found.source, found.target, wishes.allowed)
     if result.problems:
         return result
     result = _numbered(result, goal)
@@ -177,13 +174,6 @@ def _numbered(result: Transfer, goal: Goal) -> Transfer:
 
 def _code_to_allow(problem: Problem) -> str:
     return ASSUMED_LAYOUT if problem.code == "layout-ambiguous" else problem.code
-
-
-def _framework(checkpoint: Checkpoint) -> str:
-    """The catalog column that explains the document's names and axes."""
-    provenance = checkpoint.provenance
-    dialect = DIALECTS.get((provenance.format, provenance.dialect))
-    return (dialect.framework if dialect else None) or "torch"
 
 
 def _with_note(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:

@@ -29,7 +29,7 @@ def told_pair(
     """
     (made_from, _), (made, _) = source, target
     before, after = made_from.tensor.shape, made.tensor.shape
-    known = _known(source, target)
+    known = known_ways(source, target)
     orders = {element_order(way.ops, before) for way in known}
     if told.axes is None:
         if known:
@@ -60,7 +60,7 @@ def told_pair(
     return _pair(told, Way(ops, reading, "", told.axes), "declared"), None
 
 
-def _known(source: tuple[Param, Module], target: tuple[Param, Module]) -> list[Way]:
+def known_ways(source: tuple[Param, Module], target: tuple[Param, Module]) -> list[Way]:
     """Each way that the catalog has for the two."""
     frameworks = (source[1].framework, target[1].framework)
     sides = (readings(*source), readings(*target))
@@ -127,7 +127,7 @@ def _contradiction(told: Told, known: Way) -> Problem:
     kind = known.reading.kind if known.reading is not None else "unknown"
     return Problem(
         code="mapping-invalid",
-        loc=told.loc,
+        loc=("rules", told.position),
         message=f"the rule {told.rule} says '{axes_text(told.axes)}' of '{told.source}' and '{told.target}', "
         f"which are of a layer of kind {kind}: '{axes_text(known.axes)}'",
         hint="Correct 'axes' or leave it out; with 'overrides': true the rule's stand.",

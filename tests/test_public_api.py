@@ -20,6 +20,8 @@ PUBLIC = {
     "OutputComparison",
     "compare_outputs",
     "convert", "open", "save", "validate", "read_skeleton", "skeleton_of", "write_skeleton",
+    # mapping files
+    "Coverage", "MappingFile", "check_mapping", "draft_mapping", "mapping_of", "write_mapping",
     # live objects
     "keras", "pytorch",
     # the document

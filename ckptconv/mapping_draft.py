@@ -1,0 +1,254 @@
+"""A mapping file to start from: what is matched by itself as rules, what is not as a list of work.
+
+Every rule has its evidence in its note. A layout that nothing decides has its `choices` and no `axes`; a
+parameter without a partner has the other side's that come nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptconv.catalog.axes import element_order
+from ckptconv.document import Param
+from ckptconv.fitting import modules, nearest, parts
+from ckptconv.mapping_counters import Item, Names, Patterns, generalized
+from ckptconv.mapping_file import Lonely, MappingFile, Rule, axes_text, parse_axes
+from ckptconv.mapping_rules import instances
+from ckptconv.matching import Matching
+from ckptconv.name_pattern import NamePattern, parse_pattern
+from ckptconv.pieces import Cut, Sum
+from ckptconv.telling import Side
+from ckptconv.ties import Pair
+from ckptconv.told_layout import known_ways
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A rule without counters."""
+
+    left: Names
+    right: Names
+    axes: str
+    choices: tuple[str, ...]
+    cut: int | None
+    is_sum: bool
+    note: str
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What rules have in common that may become one."""
+        return len(self.left), len(self.right), self.axes, self.choices, self.cut, self.is_sum
+
+
+def draft(found: Matching, begun: MappingFile | None = None) -> MappingFile:
+    """The mapping file of a matching, the source on its left; `begun` is one whose rules it was made with.
+
+    I/O: none.
+    """
+    drafts = list(_drafts(found))
+    left, right = found.source.whole.params, found.target.whole.params
+    named = (
+        {name for one in drafts for name in one.left} | found.rules.source_names,
+        {name for one in drafts for name in one.right} | found.rules.target_names,
+    )
+
+    def is_exact(patterns: Patterns, members: Sequence[int]) -> bool:
+        count = len(drafts[members[0]].left)
+        rule = Rule(left=patterns[:count], right=patterns[count:])
+        wanted = {(drafts[n].left, drafts[n].right) for n in members}
+        for ours, theirs in instances(rule, left, right):
+            if (ours, theirs) in wanted:
+                continue
+            here = [({*ours} & left.keys(), named[0]), ({*theirs} & right.keys(), named[1])]
+            if {*ours} <= left.keys() and {*theirs} <= right.keys():
+                return False
+            if any(names - known for names, known in here):
+                return False
+        return all(map(_is_readable, patterns))
+
+    rules = []
+    for patterns, members in generalized([Item((*d.left, *d.right), d.kind) for d in drafts], is_exact):
+        some = [drafts[n] for n in members]
+        rules.append(_rule(some, patterns))
+    unmatched = _unmatched(found)
+    begun = begun or MappingFile(rules=())
+    if found.rules.is_reversed:
+        # The file's own left side is the template's.
+        rules = [replace(r, left=r.right, right=r.left, axes=r.axes and r.axes[::-1]) for r in rules]
+        rules = [replace(r, choices=tuple(map(_turned, r.choices))) for r in rules]
+        unmatched = (unmatched[1], unmatched[0])
+    sides = found.frameworks[::-1] if found.rules.is_reversed else found.frameworks
+    return replace(
+        begun,
+        rules=(*begun.rules, *rules),
+        left=begun.left or sides[0],
+        right=begun.right or sides[1],
+        left_unmatched=unmatched[0],
+        right_unmatched=unmatched[1],
+    )
+
+
+def _is_readable(pattern: NamePattern) -> bool:
+    return parse_pattern(str(pattern)) == pattern
+
+
+def _turned(axes: str) -> str:
+    ours, _, theirs = axes.partition(" -> ")
+    return f"{theirs} -> {ours}"
+
+
+def _rule(drafts: Sequence[_Draft], patterns: Patterns) -> Rule:
+    one = drafts[0]
+    axes = parse_axes(one.axes) if one.axes else None
+    assert not isinstance(axes, str)
+    return Rule(
+        left=patterns[: len(one.left)],
+        right=patterns[len(one.left) :],
+        axes=axes,
+        cut=one.cut,
+        is_sum=one.is_sum,
+        choices=one.choices,
+        note="; ".join(dict.fromkeys(d.note for d in drafts)),
+    )
+
+
+def _drafts(found: Matching) -> Iterator[_Draft]:
+    """A rule for each parameter that is matched by itself, in the target's order."""
+    told = {one.target for one in found.rules.told}
+    cuts: dict[tuple[int, str], dict[int, tuple[str, Pair]]] = {}
+    for pair in found.cover.pairs:
+        if pair.matched_by == "alias" or pair.target in told:
+            continue
+        ours, theirs = _origin(found.source, pair.source), _origin(found.target, pair.target)
+        if ours.is_plain and theirs.is_plain:
+            yield _one(found, pair, ours.names, theirs.names)
+        elif ours.cut is not None and theirs.is_plain:
+            pieces = cuts.setdefault((0, ours.cut.whole), {})
+            pieces[ours.position] = (theirs.names[0], pair)
+            if len(pieces) == len(ours.cut.pieces):
+                several = tuple(pieces[n][0] for n in range(len(pieces)))
+                yield from _cut(
+                    found, [pieces[n][1] for n in range(len(pieces))], ours.names, several, ours.cut
+                )
+        elif theirs.cut is not None and ours.is_plain:
+            pieces = cuts.setdefault((1, theirs.cut.whole), {})
+            pieces[theirs.position] = (ours.names[0], pair)
+            if len(pieces) == len(theirs.cut.pieces):
+                several = tuple(pieces[n][0] for n in range(len(pieces)))
+                yield from _cut(
+                    found, [pieces[n][1] for n in range(len(pieces))], several, theirs.names, theirs.cut
+                )
+        elif (ours.is_sum and theirs.is_plain) or (theirs.is_sum and ours.is_plain):
+            yield _one(found, pair, ours.names, theirs.names, is_sum=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What of its file a piece is."""
+
+    names: Names
+    cut: Cut | None = None
+    position: int = 0
+    is_sum: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return self.cut is None and not self.is_sum
+
+
+def _origin(side: Side, name: str) -> _Origin:
+    if name not in side.made:
+        return _Origin((name,))
+    one, position = side.made[name]
+    if isinstance(one, Sum):
+        return _Origin(tuple(side.file_name(term) for term in one.terms), is_sum=True)
+    if len(one.pieces) == 1:
+        return _Origin((one.whole,)) if one.whole == name else _origin(side, one.whole)
+    return _Origin((one.whole,), cut=one, position=position)
+
+
+def _one(found: Matching, pair: Pair, left: Names, right: Names, *, is_sum: bool = False) -> _Draft:
+    axes, choices = _axes(found, [pair])
+    return _Draft(left, right, axes, choices, None, is_sum, _note(found, pair))
+
+
+def _cut(found: Matching, pairs: Sequence[Pair], left: Names, right: Names, cut: Cut) -> Iterator[_Draft]:
+    axes, choices = _axes(found, pairs)
+    if axes or choices:
+        yield _Draft(left, right, axes, choices, cut.axis, False, _note(found, pairs[0]))
+
+
+def _note(found: Matching, pair: Pair) -> str:
+    """Why the two belong together, and what else is to be known of them."""
+    flat = ("flatten-layout", ("params", pair.target))
+    doubts = [problem.message for problem in found.cover.problems if (problem.code, problem.loc) == flat]
+    return "; ".join((f"matched by {pair.matched_by}, axes {pair.layout}", *doubts))
+
+
+def _axes(found: Matching, pairs: Sequence[Pair]) -> tuple[str, tuple[str, ...]]:
+    """What a rule says of the axes, or what there is to choose from."""
+    said = {pair.axes for pair in pairs}
+    axes = said.pop() if len(said) == 1 else None
+    if any(pair.layout == "assumed" for pair in pairs):
+        return "", tuple(_choices(found, pairs[0]))
+    if axes is None or (axes[0] == axes[1] and len(axes[0]) < 2 and "(" not in "".join(axes[0])):
+        return "", ()
+    return axes_text(axes), ()
+
+
+def _choices(found: Matching, pair: Pair) -> Iterator[str]:
+    """The axes of every way in which the one may become the other."""
+    sides = []
+    for name, checkpoint, framework in (
+        (pair.source, found.source_pieces, found.frameworks[0]),
+        (pair.target, found.target_pieces, found.frameworks[1]),
+    ):
+        beside = {n: p for n, p in checkpoint.params.items() if parts(n)[:-1] == parts(name)[:-1]}
+        sides.append((checkpoint.params[name], modules(beside, framework)[0]))
+    seen = set()
+    for way in known_ways(sides[0], sides[1]):
+        order = element_order(way.ops, sides[0][0].tensor.shape)
+        if way.axes is not None and order not in seen:
+            seen.add(order)
+            yield axes_text(way.axes)
+
+
+def _unmatched(found: Matching) -> tuple[tuple[Lonely, ...], tuple[Lonely, ...]]:
+    """The parameters of both sides without a partner, each with those that come nearest."""
+    cover, rules = found.cover, found.rules
+    merged = {merge.source for merge in cover.merged}
+    taken = ({pair.source for pair in cover.pairs} | merged, {pair.target for pair in cover.pairs})
+    out = (rules.source_only.union(cover.source_only), rules.target_only.union(cover.target_only))
+    ours, theirs = (
+        _lonely(side, {name for piece in (*used, *left_out) for name in _origin(side, piece).names})
+        for side, used, left_out in zip((found.source, found.target), taken, out, strict=True)
+    )
+    return _with_nearest(ours, theirs), _with_nearest(theirs, ours)
+
+
+def _lonely(side: Side, gone: Collection[str]) -> dict[str, tuple[Lonely, Param]]:
+    """Pattern of each parameter that is not gone, or of several that differ by numbers -> the first."""
+    whole = side.whole.params
+    names = [name for name, param in whole.items() if name not in gone and param.tied_to is None]
+
+    def is_exact(patterns: Patterns, members: Sequence[int]) -> bool:
+        (pattern,) = patterns
+        found = {name for name in whole if pattern.match(name) is not None}
+        return found == {names[n] for n in members} and _is_readable(pattern)
+
+    result = {}
+    for (pattern,), members in generalized([Item((n,), whole[n].tensor.shape) for n in names], is_exact):
+        first = whole[names[members[0]]]
+        result[str(pattern)] = (Lonely(name=pattern, shape=first.tensor.shape), first)
+    return result
+
+
+def _with_nearest(
+    some: Mapping[str, tuple[Lonely, Param]], others: Mapping[str, tuple[Lonely, Param]]
+) -> tuple[Lonely, ...]:
+    candidates = {pattern: replace(param, name=pattern) for pattern, (_, param) in others.items()}
+    return tuple(
+        replace(one, nearest=nearest(replace(param, name=pattern), candidates))
+        for pattern, (one, param) in some.items()
+    )
