@@ -170,6 +170,43 @@ MapBegun = Annotated[
         help="Go on with a mapping file: its rules stay, the rest is added, e.g. --mapping names.json.",
     ),
 ]
+DiffTemplate = Annotated[
+    Path | None,
+    typer.Option(
+        "--template",
+        parser=place,
+        metavar="PATH",
+        help="A checkpoint or manifest in whose names and layouts both are compared, where B's own do not "
+        "tell them, e.g. --template described.json.",
+    ),
+]
+DiffMapping = Annotated[
+    Path | None,
+    typer.Option(
+        "--mapping",
+        parser=place,
+        metavar="FILE",
+        help="Which names and axes of A and B belong together: a file that 'ckptconv map' begins, e.g. "
+        "--mapping names.json.",
+    ),
+]
+SelectBoth = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--select",
+        metavar="NAME",
+        help="Compare this one of several checkpoints in a folder, or this part, of both sides, e.g. "
+        "--select optimizer:0. May be repeated.",
+    ),
+]
+SelectFirst = Annotated[
+    list[str] | None,
+    typer.Option("--select-a", metavar="NAME", help="The same of A alone, e.g. --select-a best."),
+]
+SelectSecond = Annotated[
+    list[str] | None,
+    typer.Option("--select-b", metavar="NAME", help="The same of B alone, e.g. --select-b ema."),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(

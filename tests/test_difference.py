@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from ckptconv import convert, difference
+from ckptconv import convert, differing_values
 from ckptconv.detect import open
-from ckptconv.difference import Tolerance, compare
+from ckptconv.difference import compare
+from ckptconv.differing_values import Tolerance
 from ckptconv.document import Checkpoint, Known, Param, Progress, Unknown
 from ckptconv.errors import CkptError
 from ckptconv.schema import schema_problems
@@ -106,7 +107,7 @@ def test_a_step_that_was_lost_is_a_difference() -> None:
 
 
 def test_windows_of_both_sides_meet_whatever_their_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(difference, "WINDOW_ELEMENTS", 7)
+    monkeypatch.setattr(differing_values, "WINDOW_ELEMENTS", 7)
     ours = np.arange(60, dtype=np.float64).reshape(5, 12)
     turned = StoredTensor.of_array(np.ascontiguousarray(ours.T))
     from ckptconv.ops import Permute
@@ -159,3 +160,119 @@ def test_the_command_line_tells_same_different_and_trouble_apart(converted: Path
     stopped = run("diff", FIXTURES / "plain" / "conv-bn-embedding" / "run.pt", converted)
     assert stopped.returncode == 2
     assert "Traceback" not in stopped.stderr
+
+
+def with_optimizer(checkpoint: Checkpoint, **changes: object) -> Checkpoint:
+    (optimizer,) = checkpoint.optimizers
+    return replace(checkpoint, optimizers=(replace(optimizer, **changes),), residue=None)
+
+
+def fields_of(one: Checkpoint | Path, other: Checkpoint | Path) -> dict[str, tuple[object, object]]:
+    return {field.field: (field.first, field.second) for field in compare(one, other).fields}
+
+
+def test_what_an_optimizer_does_otherwise_is_told() -> None:
+    run, (optimizer,) = open(RUN), open(RUN).optimizers
+    (group,) = optimizer.groups
+    halves = tuple(replace(group, params=names) for names in (group.params[:2], group.params[2:]))
+    other = replace(group, hyperparameters={**group.hyperparameters, "beta_1": Known(value=0.5)})
+    steps = dict.fromkeys(group.params, 9)
+    for changes, expected in (
+        ({"groups": (other,)}, {"optimizer.group 0.beta_1": (0.9, 0.5)}),
+        ({"groups": halves}, {"optimizer.group 0.parameters": (", ".join(sorted(group.params[2:])), "")}),
+        ({"algorithm": "adam"}, {"optimizer.algorithm": ("adamw", "adam")}),
+        (
+            {"step": Known(value=7), "param_steps": {**steps, "fc1.bias": 7}},
+            {"optimizer.step": (9, 7), "optimizer.step of fc1.bias": (9, 7)},
+        ),
+    ):
+        ours = with_optimizer(run, param_steps=steps)
+        assert fields_of(ours, with_optimizer(ours, **changes)) == expected
+
+
+def test_an_optimizer_without_slots_that_one_side_lacks_is_a_difference() -> None:
+    sgd = open(FIXTURES / "plain" / "linear-sgd-9-steps" / "run.pt")
+    (optimizer,) = sgd.optimizers
+    bare = replace(sgd, optimizers=(replace(optimizer, slots={}),), residue=None)
+    without = replace(bare, optimizers=())
+    assert fields_of(bare, without)["optimizer.algorithm"] == ("sgd", None)
+    assert not compare(bare, without).same
+
+
+def test_where_a_schedule_stands_is_told() -> None:
+    scheduled = next(
+        path
+        for path in sorted((FIXTURES / "plain").glob("*/run.pt"))
+        if any(isinstance(schedule.position, Known) for schedule in open(path).schedules)
+    )
+    ours = open(scheduled)
+    moved = tuple(replace(schedule, position=Known(value=1234)) for schedule in ours.schedules)
+    found = fields_of(ours, replace(ours, schedules=moved))
+    assert found["schedule 0.position"][1] == 1234
+
+
+def test_names_that_nothing_brings_together_are_paired_by_a_mapping_file(tmp_path: Path) -> None:
+    """Two layers of one size in another order: by order alone each would be taken for the other."""
+    rng = np.random.default_rng(0)
+    arrays_ = {f"{layer}.weight": rng.standard_normal((4, 4)).astype(np.float32) for layer in ("a", "b")}
+    one = document(**arrays_)
+    other = document(**{"second/kernel": arrays_["a.weight"], "first/kernel": arrays_["b.weight"]})
+    other = replace(
+        other,
+        params={name: other.params[name] for name in ("first/kernel", "second/kernel")},
+    )
+    with pytest.raises(CkptError):
+        compare(one, other)
+    rules = {
+        "schema": "ckptconv/mapping",
+        "schema_version": "1.0.0",
+        "rules": [
+            {"left": "a.weight", "right": "second/kernel", "axes": "x y -> x y"},
+            {"left": "b.weight", "right": "first/kernel", "axes": "x y -> x y"},
+        ],
+    }
+    found = compare(one, other, mapping=rules)
+    assert found.same, found
+    assert (found.carried, found.equal) == (True, 2)
+    rules["rules"][0]["axes"] = "x y -> y x"
+    assert [t.kind for t in compare(one, other, mapping=rules).tensors] == ["values"]
+
+
+def test_both_are_carried_onto_a_template(converted: Path, tmp_path: Path) -> None:
+    """A skeleton of the Keras model says what neither a torch file nor another torch file does."""
+    skeleton = skeleton_of(open(TEMPLATE))
+    found = compare(RUN, converted, template=skeleton)
+    assert found.same, found
+    assert (found.carried, found.compared) == (True, 12)
+    different = compare(RUN, TEMPLATE, template=skeleton).tensors
+    assert {t.address[-1] for t in different} == set(open(TEMPLATE).params)
+    twice = compare(RUN, RUN, template=skeleton)
+    assert twice.same
+    assert twice.equal == 12
+    with pytest.raises(CkptError) as caught:
+        compare(RUN, RUN, template=skeleton, mapping={})
+    assert caught.value.problems[0].code in ("usage", "schema-invalid")
+
+
+def test_what_is_allowed_to_be_left_behind_is_still_a_difference() -> None:
+    ours, theirs = open(RUN), open(TEMPLATE)
+    one = Param(name="extra.weight", tensor=StoredTensor.of_array(np.ones((5, 7), np.float32)))
+    bigger = replace(ours, params={**ours.params, "extra.weight": one}, residue=None)
+    with pytest.raises(CkptError) as caught:
+        compare(bigger, theirs)
+    assert caught.value.problems[0].code == "param-unmatched"
+    found = compare(bigger, theirs, allow=["param-unmatched"])
+    assert [t.address for t in found.tensors if t.kind == "only-first"] == [("param", "extra.weight")]
+
+
+def test_parts_of_both_sides_are_selected(tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "checkpoint-1.pt").write_bytes(RUN.read_bytes())
+    convert(RUN, folder / "checkpoint-2.pt", set_={"step": "12"})
+    assert compare(folder, RUN, selects=(["checkpoint-1"], [])).same
+    moved = compare(folder, folder, selects=(["checkpoint-1"], ["checkpoint-2"])).fields
+    assert ("step", 9, 12) in [(field.field, field.first, field.second) for field in moved]
+    assert invoke("diff", folder, folder, "--select", "checkpoint-1")[0] == 0
+    assert invoke("diff", folder, RUN, "--select-a", "checkpoint-1")[0] == 0
+    assert run("diff", folder, RUN, "--select-a", "checkpoint-7").returncode == 2

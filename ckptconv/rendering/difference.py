@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from rich.text import Text
 
-from ckptconv.difference import Difference, TensorDifference
+from ckptconv.difference import Difference
+from ckptconv.differing_values import TensorDifference
 from ckptconv.rendering.text import Rows, View, clean, count, heading, value_text
 
 TABLE_ROWS = 40
@@ -28,7 +29,8 @@ def difference_view(difference: Difference, *, verbose: bool = False) -> list[Vi
     state = Text.assemble(head, ": ", ("the same", "green") if difference.same else ("different", "bold red"))
     views: list[View] = [state]
     if difference.carried:
-        views.append(Text("  A was carried onto B's names, layouts and optimizer before it was compared."))
+        how = "Names, layouts and optimizers are those of the template, or of B: A was carried onto them."
+        views.append(Text(f"  {how}"))
     equal = f"{difference.equal:,} of {count(difference.compared, 'array')} on both sides are bit-equal"
     views.append(Text(f"  {equal}."))
     if difference.fields:
