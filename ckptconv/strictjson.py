@@ -59,7 +59,7 @@ def parse(text: str | bytes, name: str, *, constants: bool = False) -> Json:
     return value
 
 
-_TOKEN = re.compile(r'"(?:[^"\\\\]|\\\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+')
 
 
 def lines(text: str) -> dict[tuple[str | int, ...], int]:

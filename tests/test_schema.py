@@ -15,7 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptconv import document, dtypes, errors, facts, note, ops, packing, report, schema, validation
+from ckptconv import (
+    document,
+    dtypes,
+    errors,
+    facts,
+    mapping_file,
+    note,
+    ops,
+    packing,
+    report,
+    schema,
+    validation,
+)
 from ckptconv.bitcast import AsBytes, FromBytes
 from ckptconv.document import PROGRESS_FIELDS, Known, Unknown
 from ckptconv.errors import CkptError, FormatError, Problem
@@ -26,6 +38,7 @@ from tests.support.documents import VALUES, array_tensor, documents, full_docume
 
 CHECKPOINT = schema.load_schema("checkpoint")
 REPORT = schema.load_schema("report")
+MAPPING = schema.load_schema("mapping")
 
 
 def code_and_loc(error: CkptError) -> list[tuple[str, tuple[str | int, ...]]]:
@@ -165,6 +178,23 @@ def test_facts_have_the_fields_of_the_schema():
     assert properties("position") == properties("fact") | {"unit"}
 
 
+RENAMED = {
+    "is_sum": {"sum"},
+    "line": set(),
+    **{f"{side}_unmatched": {"unmatched", "schema", "schema_version"} for side in ("left", "right")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "type_"),
+    [("", mapping_file.MappingFile), ("rule", mapping_file.Rule)],
+    ids=["file", "rule"],
+)
+def test_mapping_and_schema_have_the_same_fields(name, type_):
+    fields = [RENAMED.get(field.name, {field.name}) for field in dataclasses.fields(type_)]
+    assert properties(name, MAPPING) == set().union(*fields)
+
+
 REPORT_FIELDS = [
     ("", report.Report, {"verified": {"verified", "schema", "schema_version", "extensions"}}),
     ("entry", report.Entry, {}),
@@ -212,7 +242,7 @@ def test_types_and_schema_have_the_same_words(in_schema, in_code):
     assert in_schema == in_code
 
 
-@pytest.mark.parametrize("which", [CHECKPOINT, REPORT], ids=["checkpoint", "report"])
+@pytest.mark.parametrize("which", [CHECKPOINT, REPORT, MAPPING], ids=["checkpoint", "report", "mapping"])
 def test_every_field_is_described_and_no_other_is_allowed(which):
     assert which["$id"].endswith("-1.0.0")
     assert which["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -224,9 +254,10 @@ def test_every_field_is_described_and_no_other_is_allowed(which):
             assert value["description"], (name, field)
 
 
-def test_both_versions_are_those_of_the_code():
+def test_all_versions_are_those_of_the_code():
     assert CHECKPOINT["properties"]["schema_version"]["const"] == document.SCHEMA_VERSION
     assert REPORT["properties"]["schema_version"]["const"] == report.REPORT_VERSION
+    assert MAPPING["properties"]["schema_version"]["const"] == mapping_file.MAPPING_VERSION
 
 
 # -- versions ------------------------------------------------------------------------------------------
