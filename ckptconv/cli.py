@@ -34,7 +34,10 @@ def main() -> None:
     gc.disable()
     prepare_streams()
     end_cleanly_on_signals()
-    app()
+    try:
+        app()
+    finally:
+        gc.freeze()  # nor would the walk that Python makes at the end
 
 
 @app.callback(invoke_without_command=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar, cast
 
 from ckptconv.tensor import TensorRef
@@ -132,12 +132,20 @@ def is_tensor(node: Node) -> bool:
 
 def containers(root: Node) -> Iterator[Container]:
     """The node and every container below it, an outer one before those in it."""
-    todo = [root]
+    todo = [root] if isinstance(root, CONTAINERS) else []
     while todo:
         node = todo.pop()
-        if isinstance(node, CONTAINERS):
-            yield node
-            todo += [part for _, part in children(node) if isinstance(part, CONTAINERS)]
+        yield node
+        todo += [part for part in _parts(node) if isinstance(part, CONTAINERS)]
+
+
+def _parts(node: Container) -> Iterator[Node]:
+    """Everything right below a container, keys too."""
+    if isinstance(node, ListNode):
+        return iter(node.items)
+    if isinstance(node, DictNode):
+        return chain(chain.from_iterable(node.items), node.args, (node.state,))
+    return chain(node.args, (node.state,), node.items, chain.from_iterable(node.pairs))
 
 
 def children(node: Node) -> Iterator[tuple[str | int, Node]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -95,8 +95,7 @@ class TensorSpec:
         return self.numel * self.dtype.itemsize
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checksum:
+class Checksum(NamedTuple):
     """A checksum that the source records of one extent."""
 
     kind: Literal["crc32", "crc32c"]
@@ -104,8 +103,7 @@ class Checksum:
     value: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extent:
+class Extent(NamedTuple):
     """A run of raw bytes that belongs together: a storage, a record, a tensor."""
 
     source: ByteSource
@@ -354,6 +352,11 @@ class StoredTensor(TensorRef):
     def _view(self, start: Index, stop: Index) -> Array:
         """The elements `start` to `stop` as a view of memory in which they lie as they do in the file."""
         shape = box_shape(start, stop)
+        if shape == self.shape and self.strides == dense_strides(shape):
+            whole = np.empty(self.spec.nbytes, np.uint8)
+            self.extent.read_into(self.offset * self.dtype.itemsize, whole.data)
+            self._to_little(whole)
+            return np.ndarray(shape, self.dtype.numpy, whole.data)
         if 0 in shape:
             return np.empty(shape, self.dtype.numpy)
         item = self.dtype.itemsize

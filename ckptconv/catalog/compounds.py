@@ -76,6 +76,7 @@ def family(framework: str) -> str:
     return _table().families.get(framework, framework)
 
 
+@cache
 def cut_rows(framework: str) -> tuple[CutRow, ...]:
     return tuple(row for row in _table().cuts if row.family == family(framework))
 
@@ -86,8 +87,8 @@ def sum_rows(framework: str) -> tuple[SumRow, ...]:
 
 def home(framework: str, name: str) -> str:
     """The name under which a variable stands beside its layer's: `rnn.l0.weight_ih` of `rnn.weight_ih_l0`."""
-    for row in cut_rows(framework):
-        if not row.roles and (found := row.names(name, "unknown", ())):
+    for row in _moves(framework):
+        if found := row.names(name, "unknown", ()):
             return found[0]
     return name
 
@@ -97,6 +98,12 @@ def direction(framework: str, name: tuple[str, ...]) -> str | None:
     """Whether a recurrent layer runs `forward` or `backward`; None where its name tells nothing."""
     own = [(pattern, told) for of, pattern, told in _table().directions if of == family(framework)]
     return next((told for part in reversed(name) for pattern, told in own if pattern.fullmatch(part)), None)
+
+
+@cache
+def _moves(framework: str) -> tuple[CutRow, ...]:
+    """The rows that only give a variable another name."""
+    return tuple(row for row in cut_rows(framework) if not row.roles)
 
 
 def _filled(template: str, found: re.Match[str]) -> str:

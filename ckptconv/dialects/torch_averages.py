@@ -54,8 +54,7 @@ def averages(checkpoint: Checkpoint) -> tuple[Average, ...]:
     found = []
     for key, tensors in own.items():
         params = {n: p for n, p in checkpoint.params.items() if not n.startswith(f"{key}.")}
-        stripped = bare_names(list(tensors))
-        fit = _fit({stripped[name]: tensor for name, tensor in tensors.items()}, params)
+        fit = _fit(dict(zip(bare_names(list(tensors)), tensors.values(), strict=True)), params)
         if fit is not None:
             found.append(Average(key=key, tensors=fit[0], params=fit[1]))
     return tuple(found)

@@ -14,7 +14,7 @@ Source: torch 2.13 `torch/nn/modules/module.py` `Module.state_dict`, `__setstate
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -54,16 +54,14 @@ class Module:
     """The arrays of these."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
+class _Entry(NamedTuple):
     raw: str
     path: Path
     tensor: TensorRef
     trainable: bool | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Described:
+class _Described(NamedTuple):
     raw: str
     path: Path
     node: Node
@@ -135,22 +133,18 @@ def lift_module(
     Raises: duplicate-key; unsupported-feature for one rank's shares of the parameters.
     """
     found = list(_module_entries(node, path) if is_module(node) else _entries(node, path))
-    names = _names([entry.raw for entry in found], path)
-    entries = [entry for entry in found if isinstance(entry, _Entry)]
-    _refuse_shares(names, entries, path)
-    others = [entry for entry in found if isinstance(entry, _Described)]
+    named = list(zip(_names([entry.raw for entry in found], path), found, strict=True))
+    entries = [(bare, entry) for bare, entry in named if isinstance(entry, _Entry)]
+    _refuse_shares(entries, path)
     seen = {} if seen is None else seen
-    told = _told_of((names[entry.raw], entry.tensor.shape) for entry in entries)
+    told = _told_of([(bare, entry.tensor.shape) for bare, entry in entries])
     params: dict[str, Param] = {}
     raw_names: dict[str, str] = {}
-    for entry in entries:
-        bare = names[entry.raw]
+    for (bare, entry), (layer, role, axes, evidence) in zip(entries, told, strict=True):
         name = prefix + bare
         raw_names[entry.raw] = name
         shared = view_id(entry.tensor)
         first = None if shared is None else seen.setdefault(shared, name)
-        owner, suffix = _place(bare)
-        layer, role, axes, evidence = told[owner][suffix]
         params[name] = Param(
             name=name,
             tensor=entry.tensor,
@@ -163,7 +157,8 @@ def lift_module(
         )
         lifter.take(entry.path, ("param", name), **layout_of(entry.tensor))
     described, parts = describe(
-        ((prefix + names[other.raw], other.path, other.node) for other in others), lifter
+        ((prefix + bare, other.path, other.node) for bare, other in named if isinstance(other, _Described)),
+        lifter,
     )
     return Module(key=path, params=params, raw_names=raw_names, described=described, parts=parts)
 
@@ -210,38 +205,44 @@ def _entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry | _Desc
             yield from _entries(value, where, f"{raw}.")
 
 
-def _names(raws: list[str], path: Path) -> dict[str, str]:
+def _names(raws: Sequence[str], path: Path) -> Sequence[str]:
     """Each name without the marks of wrappers, unless two would then be one."""
-    repeated = [raw for raw, times in Counter(raws).items() if times > 1]
-    if repeated:
+    if len(set(raws)) < len(raws):
+        repeated = next(raw for raw, times in Counter(raws).items() if times > 1)
         raise FormatError.of(
             "duplicate-key",
-            f"'{repeated[0]}' stands twice in the state_dict at '{dotted(path)}'",
+            f"'{repeated}' stands twice in the state_dict at '{dotted(path)}'",
             "Save the model again: a state_dict has each name once.",
             loc=path,
         )
     stripped = bare_names(raws)
-    if len(set(stripped.values())) < len(raws):
-        return {raw: raw for raw in raws}
-    return stripped
+    return raws if len(set(stripped)) < len(raws) else stripped
 
 
-def bare_names(raws: list[str]) -> dict[str, str]:
+def bare_names(raws: Sequence[str]) -> Sequence[str]:
     """Each name of a state_dict without the marks of wrappers."""
-    unmarked = {raw: _without_marks(raw) for raw in raws}
-    before = _wrapper([bare for raw, bare in unmarked.items() if raw != _AVERAGED])
-    return {raw: bare.removeprefix(before) or raw for raw, bare in unmarked.items()}
+    text = "\n".join(raws)
+    marked = any(mark in text for mark in torch_keys.MARKS)
+    unmarked = [_without_marks(raw) for raw in raws] if marked else raws
+    before = _wrapper([name for raw, name in zip(raws, unmarked, strict=True) if raw != _AVERAGED])
+    if not (before or marked):
+        return raws
+    return [name.removeprefix(before) or raw for raw, name in zip(raws, unmarked, strict=True)]
 
 
-def _refuse_shares(names: Mapping[str, str], entries: Iterable[_Entry], path: Path) -> None:
+def _refuse_shares(entries: Sequence[tuple[str, _Entry]], path: Path) -> None:
     """Raises: unsupported-feature for what FSDP leaves on each rank: pieces of flattened parameters.
 
     They are called `_flat_param`, or as the parameters are, behind FSDP's mark and each a piece of one axis
     (`use_orig_params`); a whole model under that mark has weights of more axes.
     """
-    flat = [raw for raw, name in names.items() if name.rpartition(".")[2] in torch_keys.FLAT]
+    flat = [entry.raw for bare, entry in entries if bare.rpartition(".")[2] in torch_keys.FLAT]
     marked = [
-        e for e in entries if torch_keys.FSDP in e.raw.split(".") and _trainable(names[e.raw], e) is not False
+        entry
+        for bare, entry in entries
+        if torch_keys.FSDP in entry.raw
+        and torch_keys.FSDP in entry.raw.split(".")
+        and _trainable(bare, entry) is not False
     ]
     if not flat and marked and all(len(entry.tensor.shape) == 1 for entry in marked):
         flat = [entry.raw for entry in marked]
@@ -265,8 +266,6 @@ def _wrapper(names: list[str]) -> str:
 
 
 def _without_marks(raw: str) -> str:
-    if not any(mark in raw for mark in torch_keys.MARKS):
-        return raw
     return ".".join(part for part in raw.split(".") if part not in torch_keys.MARKS)
 
 
@@ -278,11 +277,18 @@ def _trainable(name: str, entry: _Entry) -> bool | None:
     return entry.trainable
 
 
-@lru_cache(maxsize=4096)
 def _place(name: str) -> tuple[str, str]:
     """The layer that a parameter belongs to, and its name there: the cell, of a module of several."""
-    owner, _, suffix = home("torch", name).rpartition(".")
-    return owner, suffix
+    owner, _, last = name.rpartition(".")
+    cell, suffix = _cell(last)
+    return (f"{owner}.{cell}" if cell else owner), suffix
+
+
+@lru_cache(maxsize=1024)
+def _cell(last: str) -> tuple[str, str]:
+    """The cell of `weight_ih_l0` and its name there; no other names than such stand for others in torch."""
+    cell, _, suffix = home("torch", last).rpartition(".")
+    return cell, suffix
 
 
 class _Told(NamedTuple):
@@ -294,13 +300,16 @@ class _Told(NamedTuple):
     evidence: Evidence
 
 
-def _told_of(shapes: Iterable[tuple[str, Shape]]) -> dict[str, Mapping[str, _Told]]:
-    """What is told of each parameter from its layer: by owner, then by the last part of its name."""
+def _told_of(shapes: Sequence[tuple[str, Shape]]) -> list[_Told]:
+    """What is told of each parameter, one after the other, from the layer that it belongs to."""
     groups: dict[str, dict[str, Shape]] = {}
+    places = []
     for name, shape in shapes:
         owner, suffix = _place(name)
-        groups.setdefault(owner, {})[suffix] = shape
-    return {owner: _layer(tuple(group.items())) for owner, group in groups.items()}
+        group = groups.setdefault(owner, {})
+        group[suffix] = shape
+        places.append((group, suffix))
+    return [_layer(tuple(group.items()))[suffix] for group, suffix in places]
 
 
 @lru_cache(maxsize=1024)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptconv.catalog.optimizer_rows import Row, infer, row, shape_of_slot
+from ckptconv.catalog.optimizer_rows import Row, infer, row
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_groups import GroupRule
@@ -202,15 +202,16 @@ def _lift_state(
         if tensor is None:
             continue
         slot = "master" if key in torch_keys.MASTER else known.slot_of(key) if known is not None else None
-        shape = params[param].tensor.shape if param in params else None
-        kind = known.slot_shapes.get(slot or "", "param") if known is not None else "param"
-        shape = () if kind == "scalar" else shape_of_slot(kind, shape) if shape is not None else None
-        fits = tensor[0].shape == shape if shape is not None else len(tensor[0].shape) > 0
-        if slot is None and not fits:
-            continue  # not in the parameter's layout: an extra
+        if slot is None and not _in_layout(tensor[0].shape, params.get(param)):
+            continue  # an extra
         found.slots.setdefault(slot or key, {})[param] = tensor[0]
         address: Path = ("slot", name, slot or key, param)
         lifter.take((*where, *tensor[1]), address, **layout_of(tensor[0]))
+
+
+def _in_layout(shape: tuple[int, ...], param: Param | None) -> bool:
+    """Whether state that no catalog row names has the parameter's shape, as far as that is known."""
+    return shape == param.tensor.shape if param is not None else len(shape) > 0
 
 
 def _hyperparameters(

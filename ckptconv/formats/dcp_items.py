@@ -276,7 +276,7 @@ def _moved(node: Node, section: Section) -> Node:
     """A tensor that was read from a section, as one of the file."""
     if isinstance(node, StoredTensor) and node.extent.source is section:
         offset = node.extent.offset + section.start
-        return replace(node, extent=replace(node.extent, source=section.file, offset=offset))
+        return replace(node, extent=node.extent._replace(source=section.file, offset=offset))
     if isinstance(node, DerivedTensor):
         parts = (_moved(part, section) for part in node.parts)
         return replace(node, parts=tuple(part for part in parts if isinstance(part, TensorRef)))

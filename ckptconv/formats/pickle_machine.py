@@ -64,9 +64,6 @@ class Made:
 
 Value = Node | Made
 
-SKIPPED: Final = Opaque(kind="skipped")
-"""In the memo: what an idiom did not make, since nobody gets it; who does raises `SkippedError`."""
-
 Idiom = Callable[["Machine", int], int]
 """Runs the opcodes at a position as one, where it knows them, and answers where they end; else changes
 nothing and answers the position. What it leaves, or raises, is what they would have one by one."""
@@ -133,7 +130,7 @@ def error(code: Code, name: str, message: str) -> FormatError:
 
 
 class SkippedError(Exception):
-    """An idiom left out what the pickle does get: it is to be run again without idioms."""
+    """The pickle uses what an idiom may have left out of the memo: it is to be run again without idioms."""
 
 
 class Machine:
@@ -149,6 +146,7 @@ class Machine:
         "name",
         "op_at",
         "protocol",
+        "skipped",
         "stack",
     )
 
@@ -156,6 +154,7 @@ class Machine:
         self.data, self.at, self.name, self.at_once = data, start, name, at_once
         self.op_at = start
         self.protocol = 0
+        self.skipped = False  # whether an idiom left out of the memo what nobody is expected to get
         self.stack: list[Value] = []
         self.marks: list[int] = []
         self.memo: dict[int, Value] = {}

@@ -11,7 +11,6 @@ from typing import Final, Literal
 
 from ckptconv.formats.pickle_machine import (
     MAX_INT_NBYTES,
-    SKIPPED,
     Machine,
     Made,
     SkippedError,
@@ -324,9 +323,9 @@ _op("Q")(lambda m: m.stack.append(m.persistent(m.pop())))
 
 def _get(m: Machine, key: int) -> None:
     if key not in m.memo:
+        if m.skipped:
+            raise SkippedError
         raise m.error("malformed-pickle", f"the memo has no entry {key}, it has {len(m.memo)} entries")
-    if m.memo[key] is SKIPPED:
-        raise SkippedError
     m.stack.append(m.memo[key])
 
 
@@ -340,7 +339,13 @@ _op("j")(lambda m: _get(m, m.number(4)))
 _op("p")(lambda m: _put(m, m.decimal(m.line())))
 _op("q")(lambda m: _put(m, m.byte()))
 _op("r")(lambda m: _put(m, m.number(4)))
-_op(0x94)(lambda m: _put(m, len(m.memo)))
+
+
+@_op(0x94)
+def _memoize(m: Machine) -> None:
+    if m.skipped:
+        raise SkippedError
+    _put(m, len(m.memo))
 
 
 @_op(0x82, 0x83, 0x84, 0x97, 0x98)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from ckptconv.formats.pickle_machine import SKIPPED, Machine, Made, Value, tuple_of
+from ckptconv.formats.pickle_machine import Machine, Made, Value, tuple_of
 from ckptconv.formats.pickle_opcodes import NO_ARGUMENTS, OPERATIONS
+from ckptconv.rawtree import Opaque
 
 _STOP: Final = ord(".")
+_NONE: Final = Opaque(kind="none")  # stands in no memo
 _UINT32: Final = struct.Struct("<I")
 
 
@@ -37,7 +39,7 @@ def run(machine: Machine) -> Value:
             memo[uint32(data, at + 1)[0]] = stack[-1]
             at += 5
             continue
-        if opcode == 0x94 and len(stack) > floor:  # MEMOIZE
+        if opcode == 0x94 and idiom is None and len(stack) > floor:  # MEMOIZE
             memo[len(memo)] = stack[-1]
             at += 1
             continue
@@ -45,13 +47,13 @@ def run(machine: Machine) -> Value:
             push(data[at + 1])
             at += 2
             continue
-        if opcode == 0x68 and at + 1 < end and (value := got(data[at + 1], SKIPPED)) is not SKIPPED:  # BINGET
+        if opcode == 0x68 and at + 1 < end and (value := got(data[at + 1], _NONE)) is not _NONE:  # BINGET
             push(value)
             at += 2
             continue
         if opcode == 0x6A and at + 5 <= end:  # LONG_BINGET
-            value = got(uint32(data, at + 1)[0], SKIPPED)
-            if value is not SKIPPED:
+            value = got(uint32(data, at + 1)[0], _NONE)
+            if value is not _NONE:
                 push(value)
                 at += 5
                 continue

@@ -10,8 +10,8 @@ A number is BININT1, BININT2 or BININT; size and strides are EMPTY_TUPLE, number
 numbers, TUPLE; the key of a storage that was met before is a GET. Any other tensor is left to the machine.
 
 Two things make it fast. How a tensor lies in its storage is worked out once for all whose sequences are equal
-but for the key, which are most: a model repeats its shapes. And of what the sequence puts into the memo on
-its way no pickler ever gets the tuples and the OrderedDict; they are not made (see `pickle_machine.SKIPPED`).
+but for the key, which are most: a model repeats its shapes. And of what the sequence puts into the memo only
+the key and the tensor are: no pickler ever gets the tuples and the OrderedDict (see `Machine.skipped`).
 
 Source: torch 2.13 `torch/_tensor.py` (`_reduce_ex_internal`), CPython 3.11 `Lib/pickle.py`.
 """
@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
-from itertools import compress
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
-from ckptconv.formats.pickle_machine import SKIPPED, Machine, Value
+from ckptconv.formats.pickle_machine import Machine, Value
 from ckptconv.formats.torch_decode import Decoder
 from ckptconv.formats.torch_names import TENSOR_V2
 from ckptconv.rawtree import ListNode, Opaque
@@ -49,13 +49,13 @@ _OPERAND = re.compile(_GET + rb"|" + _NUMBER, re.DOTALL)
 class _Alike(NamedTuple):
     """What tensors have in common whose sequences differ in the key alone."""
 
-    fetched: tuple[tuple[int, Value], ...]
-    """What the memo had under which number."""
+    fetch: Callable[[Mapping[int, Value]], tuple[Value, ...]]
+    """What is fetched from the memo,"""
+    fetched: tuple[Value, ...]
+    """and what that was."""
     class_: str
     numel: int
     """Of the storage."""
-    size: ListNode
-    strides: ListNode
     laid: StoredTensor
     """One of them."""
 
@@ -83,8 +83,8 @@ class TensorIdiom:
         ) = found.groups()  # fmt: skip
         puts = key_put or b"", id_put, size_put, strides_put, mapping_put, args_put, put
         numbers = struct.unpack(_PUT_LAYOUTS[sum(map(bool, puts))], b"".join(puts))
-        if not memo.keys().isdisjoint(numbers):
-            return at  # a GET among them may mean what one of them put
+        if not memo.keys().isdisjoint(numbers) or (key_put and numbers.count(numbers[0]) > 1):
+            return at  # a GET may mean what one of them put
         if key_get is not None:
             key = memo.get(_operand(key_get))
         else:
@@ -99,17 +99,19 @@ class TensorIdiom:
                 return at
             if len(self._alike) < _MOST_KINDS:
                 self._alike[parts] = alike
-        for number, value in alike.fetched:
-            if memo.get(number) is not value:
-                return at
+        if alike.fetch(memo) != alike.fetched:
+            return at
         tensor = StoredTensor(
             spec=alike.laid.spec,
             extent=self._decoder.claim(alike.class_, key, alike.numel).extent,
             offset=alike.laid.offset,
             strides=alike.laid.strides,
         )
-        values = key, SKIPPED, alike.size, alike.strides, SKIPPED, SKIPPED, tensor
-        memo.update(zip(numbers, compress(values, puts), strict=True))
+        if key_put:
+            memo[numbers[0]] = key
+        if put:
+            memo[numbers[-1]] = tensor
+        machine.skipped = True
         machine.stack[-1] = tensor
         return found.end()
 
@@ -133,11 +135,10 @@ class TensorIdiom:
         self._decoder.locations.setdefault(location)
         storage = self._decoder.claim(class_, key, numel)
         return _Alike(
-            fetched=tuple(zip(numbers, fetched, strict=True)),
+            fetch=itemgetter(*numbers),
+            fetched=tuple(fetched),
             class_=class_,
             numel=numel,
-            size=shape,
-            strides=steps,
             laid=self._decoder.strided(storage.flat, size[0], shape, steps),
         )
 

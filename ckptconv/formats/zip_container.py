@@ -136,25 +136,20 @@ def read_archive(source: ByteSource) -> Archive:
         raise problem(
             "corrupt-file", source, "", f"the directory has {nbytes} bytes, its {count} entries {at}"
         )
+    _check_names(source, entries)
     headers = _Headers(source, start, entries)
     records: dict[str, Record] = {}
     spans: list[tuple[int, int, str]] = []
     inflated = 0
     for entry in entries:
-        offset, name = headers.check(entry), entry.name
+        name, _, method, crc, packed, nbytes, header = entry
         if name in records:
             raise problem("duplicate-key", source, name, f"'{name}' stands twice in the directory")
-        records[name] = Record(
-            name=name,
-            method=entry.method,
-            crc=entry.crc,
-            packed_nbytes=entry.packed_nbytes,
-            nbytes=entry.nbytes,
-            offset=offset,
-        )
-        spans.append((entry.header, offset + entry.packed_nbytes, name))
-        if entry.method == DEFLATED:
-            inflated += entry.nbytes
+        offset = headers.check(entry)
+        records[name] = Record(name, method, crc, packed, nbytes, offset)
+        spans.append((header, offset + packed, name))
+        if method == DEFLATED:
+            inflated += nbytes
     if inflated > max(_MAX_INFLATED_FLOOR, _MAX_RATIO * source.nbytes):
         raise FormatError.of(
             "limit-exceeded",
@@ -245,7 +240,12 @@ def _entry(source: ByteSource, directory: bytes, at: int) -> tuple[_Entry, int]:
     if signature != CENTRAL_SIGNATURE or after > len(directory):
         raise problem("corrupt-file", source, "", f"there is no directory entry at {at} of the directory")
     raw_name = directory[names:extras]
-    name = _name(source, raw_name)
+    try:
+        name = raw_name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise problem(
+            "corrupt-file", source, "", f"a record's name is not UTF-8: {raw_name[:80]!r}"
+        ) from None
     if flags & FLAG_ENCRYPTED:
         raise problem("unsupported-feature", source, name, f"'{name}' is encrypted")
     if method not in (STORED, DEFLATED):
@@ -280,15 +280,18 @@ def _zip64(source: ByteSource, name: str, extra: bytes) -> Iterator[int]:
         at += 4 + nbytes
 
 
-def _name(source: ByteSource, raw: bytes) -> str:
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise problem("corrupt-file", source, "", f"a record's name is not UTF-8: {raw[:80]!r}") from None
-    closed = f"/{name.removesuffix('/')}/"
-    if "\\" in name or "\0" in name or "//" in closed or "/./" in closed or "/../" in closed:
-        raise problem("unsafe-path", source, name, f"the record name {name!r} is no plain relative path")
-    return name
+def _check_names(source: ByteSource, entries: Sequence[_Entry]) -> None:
+    """Raises: unsafe-path for a name that is no plain relative path."""
+    if _is_plain("/\n/".join([entry.name for entry in entries])):  # all at once: most archives are harmless
+        return
+    for name in [entry.name for entry in entries]:
+        if not _is_plain(name.removesuffix("/")):
+            raise problem("unsafe-path", source, name, f"the record name {name!r} is no plain relative path")
+
+
+def _is_plain(name: str) -> bool:
+    closed = f"/{name}/"
+    return not any(part in closed for part in ("\\", "\0", "//", "/./", "/../"))
 
 
 class _Headers:

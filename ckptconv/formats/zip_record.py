@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckptconv.errors import Code, FormatError
 from ckptconv.source import ByteSource
 from ckptconv.tensor import Checksum
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(NamedTuple):
     """One entry of the central directory, checked against its local header."""
 
     name: str
