@@ -22,7 +22,7 @@ from ckptconv.catalog.restores import (
 from ckptconv.complaints import complaints
 from ckptconv.detect import PathLike, choose, open_chosen
 from ckptconv.dialects.graph_bundle import graph_of_bytes
-from ckptconv.document import Absent, Checkpoint, Fact, Known, Unknown
+from ckptconv.document import Absent, Checkpoint, Fact, Known, Optimizer, Unknown, value_of
 from ckptconv.facts import fact_to_json
 from ckptconv.formats.bundle_path import is_saved_model, locate
 from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
@@ -38,6 +38,8 @@ _DESCRIBED = (
     'ckptconv.write_skeleton(ckptconv.{adapter}.describe(model, optimizer), "described.json")',
     "# in the program that goes on:",
 )
+_OF_TORCH = ("pytorch", "dcp", "safetensors")
+"""Formats whose weights are laid out as PyTorch has them."""
 _LAYERS = ("layer-", "layer_with_weights-", "_layers", "_operations", "_functional")
 """Edges that only a model has."""
 
@@ -194,7 +196,8 @@ def _mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: _Named) -> It
         )
     if checkpoint.is_skeleton:
         return
-    unknown = isinstance(checkpoint.progress.step, Unknown)
+    steps = (checkpoint.progress.step, *(o.step for o in checkpoint.optimizers if not o.param_steps))
+    unknown = any(isinstance(step, Unknown) for step in steps)
     if len(checkpoint.optimizers) > 1:
         for position, optimizer in enumerate(checkpoint.optimizers):
             yield Mend(
@@ -205,11 +208,12 @@ def _mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: _Named) -> It
     for recipes in _recipes(checkpoint, kind):
         yield _conversion(recipes, checkpoint, named, unknown=unknown)
     if unknown and checkpoint.optimizers:
+        setting, meaning = _told_step(checkpoint)
         yield Mend(
-            text="If you know the step (from a log, a file name, or updates per epoch times epochs), say it "
-            "once in place of N and keep the result:",
+            text="To say it once and keep the result. "
+            f"{meaning} A log, a file name, or updates per epoch times epochs may tell it:",
             command=named.command(
-                "convert", f"{named.path.name}.neutral", more=("--to", "neutral", "--set", "step=N")
+                "convert", f"{named.path.name}.neutral", more=("--to", "neutral", "--set", setting)
             ),
         )
 
@@ -242,17 +246,32 @@ def _conversion(
     """The lines and the command that carry the run, or its weights, into a framework."""
     recipe, labels = recipes[0], " or in ".join(recipe.label for recipe in recipes)
     code, arguments, notes = recipe.code, ["--template", recipe.template], []
-    if any(optimizer.param_order == "unknown" and optimizer.slots for optimizer in checkpoint.optimizers):
-        adapter = "pytorch" if checkpoint.optimizers[0].framework == "torch" else "keras"
+    if untold := tuple(_untold(checkpoint, recipe.framework)):
+        adapter = "pytorch" if checkpoint.provenance.format in _OF_TORCH else "keras"
         code = (*(line.format(adapter=adapter) for line in _DESCRIBED), *code)
         arguments += ["--source-spec", "described.json"]
-        notes.append("Which state belongs to which weight, the program that wrote the file has to describe.")
+        notes.append(f"The program that wrote the file has to describe {' and '.join(untold)}.")
+    if any(len(optimizer.groups) > 1 for optimizer in checkpoint.optimizers):
+        notes.append("Give its optimizer the same groups of parameters.")
+    if any(map(_lacks_rate, checkpoint.optimizers)):
+        arguments += ["--set", "learning_rate=RATE"]
+        notes.append("RATE is the learning rate, which the file does not tell.")
     if classes := _classes(checkpoint):
         arguments += ["--set", "optimizer=CLASS"]
         notes.append(f"CLASS is the optimizer, which the file does not tell: {' or '.join(classes)}.")
     if unknown:
-        arguments += ["--set", "step=N"]
-        notes.append("N is the number of updates that were done.")
+        setting, meaning = _told_step(checkpoint)
+        arguments += ["--set", setting]
+        notes.append(meaning)
+    if recipe.framework != "torch" and any(map(_decays_in_the_gradient, checkpoint.optimizers)):
+        arguments += ["--allow", "form-mismatch"]
+        notes.append("Weight decay becomes a regularizer of the layers, as the conversion prints it.")
+    if any("moving_average" in optimizer.slots for optimizer in checkpoint.optimizers):
+        arguments += ["--allow", "state-dropped"]
+        notes.append("Leave --allow state-dropped out if the new optimizer averages the weights, too.")
+    if recipe.framework != "torch" and any(map(_has_several_rates, checkpoint.optimizers)):
+        arguments += ["--allow", "groups-differ"]
+        notes.append("Keras has one learning rate for all parameters: that of the first group is taken.")
     if checkpoint.schedules:
         arguments += ["--allow", "schedule-unsupported"]
         notes.append("Leave --allow schedule-unsupported out if the new optimizer follows the same schedule.")
@@ -267,6 +286,44 @@ def _conversion(
         code=code,
         command=f"mkdir -p {recipe.directory} && {command}",
     )
+
+
+def _untold(checkpoint: Checkpoint, framework: str) -> Iterator[str]:
+    """What a conversion into a framework needs to know and the file does not tell."""
+    if any(optimizer.param_order == "unknown" and optimizer.slots for optimizer in checkpoint.optimizers):
+        yield "which state belongs to which weight"
+    kernels = [p for p in checkpoint.params.values() if p.role == "kernel" and not p.axes]
+    square = [p for p in kernels if len(p.tensor.shape) == 2 and p.tensor.shape[0] > 1]
+    if checkpoint.provenance.format in _OF_TORCH and framework != "torch" and square:
+        yield "which side of a square weight is its input"
+
+
+def _lacks_rate(optimizer: Optimizer) -> bool:
+    """Whether a momentum may have to be rescaled by a learning rate that is not there."""
+    return "momentum" in optimizer.slots and not any(
+        "learning_rate" in group.hyperparameters for group in optimizer.groups
+    )
+
+
+def _has_several_rates(optimizer: Optimizer) -> bool:
+    rates = (value_of(group.hyperparameters.get("learning_rate")) for group in optimizer.groups)
+    return len(set(rates)) > 1
+
+
+def _decays_in_the_gradient(optimizer: Optimizer) -> bool:
+    decays = (value_of(group.hyperparameters.get("weight_decay")) for group in optimizer.groups)
+    return optimizer.form.get("weight_decay") == "coupled" and any(decays)
+
+
+def _told_step(checkpoint: Checkpoint) -> tuple[str, str]:
+    """How the caller says a step that the file does not tell, and what that means."""
+    progress = checkpoint.progress
+    if isinstance(progress.micro_steps, Known) and isinstance(progress.accumulation, Unknown):
+        return "accumulation=B", "B is the number of batches per update (gradient_accumulation_steps)."
+    facts = (progress.step, *(optimizer.step for optimizer in checkpoint.optimizers))
+    hints = [hint for fact in facts if isinstance(fact, Unknown) for hint in fact.candidates]
+    maybe = " or ".join(dict.fromkeys(f"{hint.value} if {hint.condition}" for hint in hints))
+    return "step=N", f"N is the number of updates that were done{maybe and f', perhaps {maybe}'}."
 
 
 def _classes(checkpoint: Checkpoint) -> tuple[str, ...]:

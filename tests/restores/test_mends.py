@@ -71,6 +71,13 @@ class Program:
         self.optimizer = getattr(files.keras_of(framework).optimizers, optimizer)(RATE, **options)
         self.optimizer.build(self.model.trainable_variables)
 
+    @classmethod
+    def of(cls, framework: str, model: Any, optimizer: Any) -> Program:
+        """That has these."""
+        made = cls.__new__(cls)
+        made.framework, made.model, made.optimizer = framework, model, optimizer
+        return made
+
     def resume(self, path: str) -> Held:
         """What it holds after its framework loaded the file, kernels as Keras has them."""
         import tensorflow as tf
