@@ -7,6 +7,7 @@ of axes and compared in the order in which the PyTorch model runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,18 +19,20 @@ from ckptconv.adapters.compare_layers import matches
 from ckptconv.adapters.compare_rows import Comparison, OutputComparison
 from ckptconv.adapters.compare_runs import Inputs, run_keras, run_torch, running, takers
 from ckptconv.adapters.torch_rules import torch_module
-from ckptconv.compounds import compounds
-from ckptconv.detect import dialect_named
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
 from ckptconv.fitting import parts
-from ckptconv.mapping import match
-from ckptconv.pieces import apart
+from ckptconv.mapping_file import MappingFile, mapping_of
+from ckptconv.mapping_rules import Ruled, ruled
+from ckptconv.matching import framework_of, matched
 from ckptconv.report import Report
-from ckptconv.telling import Side
+from ckptconv.strictjson import Json
 
 if TYPE_CHECKING:
     import torch
+
+
+MappingLike = str | os.PathLike[str] | Mapping[str, Json] | MappingFile
 
 
 class KerasModel(keras.Model, keras.Layer, Protocol):
@@ -43,7 +46,7 @@ _HARMLESS = frozenset({"flatten-layout", "tie-mismatch", "layout-ambiguous"})
 def compare_outputs(
     torch_model: torch.nn.Module,
     keras_model: KerasModel,
-    plan_or_mapping: Report | None = None,
+    plan_or_mapping: Report | MappingLike | None = None,
     inputs: Inputs = None,
     *,
     axes: Axes | Sequence[Axes] | Mapping[str, Axes] | None = None,
@@ -51,7 +54,8 @@ def compare_outputs(
 ) -> OutputComparison:
     """Run both models on one batch, and compare what each layer gives out.
 
-    `plan_or_mapping`: the report of a conversion between the two; None matches them by `describe()`.
+    `plan_or_mapping`: the report of a conversion between the two, or a mapping file; None matches them by
+    `describe()`.
     `inputs`: as torch takes them: an array, a tuple of arguments, or a dictionary of those with names; Keras
     gets the array, a list, or the dictionary.
     `axes`: torch's and Keras' axes of the input, `("nchw", "nhwc")`; of each, where there are several. Where
@@ -122,19 +126,22 @@ def _several(inputs: Inputs) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
-def _pairs(told: Report | None, source: Checkpoint, template: Checkpoint) -> Iterable[tuple[str, str]]:
+def _pairs(
+    told: Report | MappingLike | None, source: Checkpoint, template: Checkpoint
+) -> Iterable[tuple[str, str]]:
     """Names of parameters of the torch and of the Keras model of which one makes the other."""
     if isinstance(told, Report):
         return tuple(_of_report(told, source, template))
-    provenance = template.provenance
-    column = dialect_named(provenance.format, provenance.dialect).framework or "keras3"
-    frameworks = ("torch", column)
-    ours, theirs = compounds(source, template, frameworks)
-    cover = match(apart(source, ours), apart(template, theirs), frameworks=frameworks)
-    if problems := [problem for problem in cover.problems if problem.code not in _HARMLESS]:
+    frameworks = (framework_of(source), framework_of(template))
+    rules = Ruled() if told is None else ruled(mapping_of(told), source, template, frameworks)
+    found = matched(source, template, frameworks, rules)
+    problems = [p for p in (*rules.problems, *found.cover.problems) if p.code not in _HARMLESS]
+    if problems:
         raise MappingError(*problems)
-    sides = (Side(whole=source, rewrites=ours), Side(whole=template, rewrites=theirs))
-    return [(sides[0].file_name(pair.source), sides[1].file_name(pair.target)) for pair in cover.pairs]
+    return [
+        (found.source.file_name(pair.source), found.target.file_name(pair.target))
+        for pair in found.cover.pairs
+    ]
 
 
 def _of_report(report: Report, source: Checkpoint, template: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -193,6 +194,45 @@ def test_time_before_the_batch_has_to_be_told() -> None:
     square = ckptconv.compare_outputs(ours, theirs, report, tokens[:3], axes=("lb", "bl"))
     assert not square.equal
     assert [bool(row.untold) for row in square.rows] == [True, False, True, True]
+
+
+def test_layers_may_be_paired_by_a_mapping_file(tmp_path: Any) -> None:
+    """Two layers of one size that nothing else tells apart, in another order on the other side."""
+    keras = framework("keras3")
+    first, second = keras.layers.Dense(4, name="first"), keras.layers.Dense(4, name="second")
+    inputs = keras.Input((4,))
+    theirs = keras.Model(inputs, second(keras.ops.tanh(first(inputs))))
+
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.after, self.before = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            return self.after(torch.tanh(self.before(x)))
+
+    ours = Backwards()
+    names = {"before": "first", "after": "second"}
+    rules = [
+        {"left": f"{mine}.{leaf}", "right": f"{its}/{variable}"}
+        for mine, its in names.items()
+        for leaf, variable in (("weight", "kernel"), ("bias", "bias"))
+    ]
+    mapping = {"schema": "ckptconv/mapping", "schema_version": "1.0.0", "rules": rules}
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps(mapping), encoding="utf-8")
+    for mine, its in names.items():
+        module, layer = ours.get_submodule(mine), theirs.get_layer(its)
+        layer.set_weights([module.weight.detach().numpy().T, module.bias.detach().numpy()])
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    for told in (mapping, file):
+        found = ckptconv.compare_outputs(ours, theirs, told, x)
+        assert found.equal, str(found)
+        assert [(row.torch, row.keras) for row in found.rows] == [
+            ("before", "first"),
+            ("after", "second"),
+            ("", ""),
+        ]
 
 
 def test_an_image_that_a_function_takes_first_has_to_be_told() -> None:
