@@ -1,4 +1,7 @@
-"""How the parameters of a document come apart for another library: the table applied."""
+"""How the parameters of a document come apart for another library: the table applied.
+
+A parameter that no layer of the catalog has, as a class token, is taken for a module of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from ckptconv.catalog import layers
 from ckptconv.catalog.compounds import CutRow, cut_rows, family, home, sum_rows
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Problem
-from ckptconv.fitting import parts
+from ckptconv.fitting import leaf_of, parts
 from ckptconv.mapping_rules import Ruled
 from ckptconv.pieces import Cut, Piece, Rewrite, Sum
 
@@ -24,8 +27,11 @@ def compounds(
     """
     if family(frameworks[0]) == family(frameworks[1]):
         return ruled.source_rewrites, ruled.target_rewrites
-    ours = _without(_rewrites(source, frameworks[0]), ruled.source_names | ruled.source_only)
-    theirs = _without(_rewrites(template, frameworks[1]), ruled.target_names | ruled.target_only)
+    sides = [_Apart(source, frameworks[0]), _Apart(template, frameworks[1])]
+    common = frozenset.intersection(*(frozenset(map(leaf_of, side.alone)) for side in sides))
+    ours, theirs = ((*side.rewrites, *_alone(side.alone, common)) for side in sides)
+    ours = tuple(_without(ours, ruled.source_names | ruled.source_only))
+    theirs = tuple(_without(theirs, ruled.target_names | ruled.target_only))
     return (*ours, *ruled.source_rewrites), (*theirs, *ruled.target_rewrites)
 
 
@@ -68,36 +74,51 @@ def lacking(checkpoint: Checkpoint, framework: str) -> Iterator[Problem]:
                 break
 
 
-def _rewrites(checkpoint: Checkpoint, framework: str) -> Iterator[Rewrite]:
-    rows = cut_rows(framework)
-    homes = {name: home(framework, name) for name in checkpoint.params}
-    shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
-    for name, at in homes.items():
-        *owner, key = parts(at)
-        shapes.setdefault(tuple(owner), {})[key] = checkpoint.params[name].tensor.shape
+class _Apart:
+    """One side: what its parameters come apart into, and which of them no layer has."""
 
-    def layer(param: Param) -> str:
-        """The kind of a parameter's layer, told or the only one that fits."""
+    def __init__(self, checkpoint: Checkpoint, framework: str) -> None:
+        self.rewrites: list[Rewrite] = []
+        self.alone: list[str] = []
+        """Parameters that no layer of the catalog has."""
+        self._framework = framework
+        self._homes = {name: home(framework, name) for name in checkpoint.params}
+        self._shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
+        for name, at in self._homes.items():
+            *owner, key = parts(at)
+            self._shapes.setdefault(tuple(owner), {})[key] = checkpoint.params[name].tensor.shape
+        rows = cut_rows(framework)
+        known = dict.fromkeys(checkpoint.params)
+        current = dict.fromkeys(checkpoint.params, "unknown")
+        for name, param in checkpoint.params.items():
+            kinds = self._kinds(param)
+            kind = current[name] = kinds.pop() if len(kinds) == 1 else "unknown"
+            cut = next(
+                (cut for row in rows if (cut := _cut(row, param, kind, framework, known)) is not None), None
+            )
+            if cut is None:
+                if not kinds and kind == "unknown" and param.role == "unknown":
+                    self.alone.append(name)
+                continue
+            known.update(dict.fromkeys(piece.name for piece in cut.pieces))
+            current.update(dict.fromkeys((piece.name for piece in cut.pieces), current.pop(name)))
+            self.rewrites.append(cut)
+        self.rewrites += _sums(current, framework)
+
+    def _kinds(self, param: Param) -> set[str]:
+        """The kinds of layers that a parameter may be of: the one that is told, or all that fit."""
         if param.layer != "unknown":
-            return param.layer
-        *owner, key = parts(homes[param.name])
-        found = layers.candidates(framework, key, param.tensor.shape, shapes[tuple(owner)])
-        kinds = {candidate.kind for candidate in found}
-        return kinds.pop() if len(kinds) == 1 else "unknown"
+            return {param.layer}
+        *owner, key = parts(self._homes[param.name])
+        shape, siblings = param.tensor.shape, self._shapes[tuple(owner)]
+        return {found.kind for found in layers.candidates(self._framework, key, shape, siblings)}
 
-    known = dict.fromkeys(checkpoint.params)
-    current = dict.fromkeys(checkpoint.params, "unknown")
-    for name, param in checkpoint.params.items():
-        kind = current[name] = layer(param)
-        cut = next(
-            (cut for row in rows if (cut := _cut(row, param, kind, framework, known)) is not None), None
-        )
-        if cut is None:
-            continue
-        known.update(dict.fromkeys(piece.name for piece in cut.pieces))
-        current.update(dict.fromkeys((piece.name for piece in cut.pieces), current.pop(name)))
-        yield cut
-    yield from _sums(current, framework)
+
+def _alone(names: Iterable[str], common: frozenset[str]) -> Iterator[Cut]:
+    """Each parameter as a module of its own; by the last part of its name only where both sides have it."""
+    for name in names:
+        key = leaf_of(name) if leaf_of(name) in common else "value"
+        yield Cut(whole=name, axis=0, pieces=(Piece(name=f"{name}/{key}", size=0),))
 
 
 def _cut(row: CutRow, param: Param, layer: str, framework: str, known: Mapping[str, None]) -> Cut | None:
@@ -110,14 +131,15 @@ def _cut(row: CutRow, param: Param, layer: str, framework: str, known: Mapping[s
         return None
     kind = row.kind_of(layer)
     pieces = []
-    for name in names:
+    for name, part in zip(names, row.parts_of(param.name), strict=True):
         role = row.roles.get(parts(name)[-1], "unknown")
         axes = layers.axes_of(framework, kind, role, len(shape)) if kind is not None else None
         size = shape[row.axis] // len(names) if len(names) > 1 else 0
         if axes is None or kind is None:
-            pieces.append(Piece(name=name, size=size))
+            pieces.append(Piece(name=name, size=size, part=part))
         else:
-            pieces.append(Piece(name=name, size=size, layer=kind, role=role, axes=axes, evidence="named"))
+            piece = Piece(name=name, size=size, layer=kind, role=role, axes=axes, evidence="named", part=part)
+            pieces.append(piece)
     return Cut(whole=param.name, axis=row.axis, pieces=tuple(pieces))
 
 

@@ -1,9 +1,9 @@
 """Which modules belong together by what they take and give: names and the order of declaration do not matter.
 
-Both skeletons say which module takes the output of which (`Checkpoint.flow`). Modules start with a colour for
-what may make what, then take those of their neighbours into their own until nothing changes (Weisfeiler and
-Leman's refinement, 1968). A colour that one module of each side has is a match. Modules that remain alike, as
-the query and the key of one attention, are left to others.
+Both skeletons say which parameters are applied to what others made (`Checkpoint.flow`), and so which module
+takes the output of which. Modules start with a colour for what may make what, then take those of their
+neighbours into their own until nothing changes (Weisfeiler and Leman's refinement, 1968). A colour that one
+module of each side has is a match. Modules that remain alike, as two branches may, are left to others.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
+from ckptconv.acyclic import Acyclic
 from ckptconv.alignment import Fits
-from ckptconv.catalog.compounds import home
 from ckptconv.document import Site
-from ckptconv.fitting import Module, leaf, parts
+from ckptconv.fitting import Module, leaf
 
 _Node = tuple[int, int]
 """Side (0 the source, 1 the target) and index of a module."""
@@ -31,12 +31,27 @@ def by_flow(
 
     `anchors`: those that are matched already. Nothing is found where the two flows differ.
     """
-    before = {**_before(0, sources, flows[0]), **_before(1, targets, flows[1])}
+    before: dict[_Node, tuple[_Node, ...]] = {}
+    part: dict[_Node, str] = {}
+    for side, (members, flow) in enumerate(zip((sources, targets), flows, strict=True)):
+        owners = {p.name: (side, i) for i, m in enumerate(members) for p in (*m.params, *m.beside)}
+        before |= _before(owners, flow)
+        part |= _parts(owners, flow)
     after: dict[_Node, list[_Node]] = {node: [] for node in before}
     for node, links in before.items():
         for link in links:
             after[link].append(node)
-    colours = _first(before, (sources, targets), anchors, fits)
+    for known in (part, {}) if part else ({},):  # one side alone may tell what is done with outputs
+        found = _found(_first(before, (sources, targets), anchors, fits, known), before, after)
+        if found:
+            return found
+    return {}
+
+
+def _found(
+    colours: dict[_Node, int], before: Mapping[_Node, Sequence[_Node]], after: Mapping[_Node, Sequence[_Node]]
+) -> dict[int, int]:
+    """The matches after the refinement; none where the flows differ."""
     count = 0
     while len(set(colours.values())) > count:
         count = len(set(colours.values()))
@@ -44,24 +59,30 @@ def by_flow(
             (node, (colour, *(tuple(sorted(colours[n] for n in links[node])) for links in (before, after))))
             for node, colour in colours.items()
         )
-    members: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    alike: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for (side, index), colour in colours.items():
-        members[colour][side].append(index)
-    if any(len(ours) != len(theirs) for ours, theirs in members.values()):
+        alike[colour][side].append(index)
+    if any(len(ours) != len(theirs) for ours, theirs in alike.values()):
         return {}
-    return {theirs[0]: ours[0] for ours, theirs in members.values() if len(ours) == 1}
+    return {theirs[0]: ours[0] for ours, theirs in alike.values() if len(ours) == 1}
 
 
-def _before(side: int, modules: Sequence[Module], flow: Sequence[Site]) -> dict[_Node, list[_Node]]:
+def _before(owners: Mapping[str, _Node], flow: Sequence[Site]) -> dict[_Node, tuple[_Node, ...]]:
     """The modules of a side that a run uses, and those before each."""
-    index = {parts(home(m.framework, p.name))[:-1]: i for i, m in enumerate(modules) for p in m.params}
-    before: dict[_Node, list[_Node]] = {}
+    order: Acyclic[_Node] = Acyclic()
     for site in flow:
-        if (own := index.get(parts(site.module))) is not None:
-            links = (index.get(parts(name)) for name in site.after)
-            # A module of several layers is one where it is not taken apart.
-            before.setdefault((side, own), []).extend((side, i) for i in links if i not in (None, own))
-    return before
+        if site.param in owners:
+            order.add(owners[site.param], (owners[name] for name in site.after if name in owners))
+    return order.reduced()
+
+
+def _parts(owners: Mapping[str, _Node], flow: Sequence[Site]) -> dict[_Node, str]:
+    """What is done with the outputs of modules, where it is one thing."""
+    told: dict[_Node, set[str]] = defaultdict(set)
+    for site in flow:
+        if site.part and site.param in owners:
+            told[owners[site.param]].add(site.part)
+    return {node: some.pop() for node, some in told.items() if len(some) == 1}
 
 
 def _first(
@@ -69,13 +90,16 @@ def _first(
     sides: tuple[Sequence[Module], Sequence[Module]],
     anchors: Mapping[int, int],
     fits: Fits,
+    part: Mapping[_Node, str],
 ) -> dict[_Node, int]:
     """One colour for the modules that one another's can make, and one for each two that are matched."""
     owners = {i: j for j, i in anchors.items()}
     groups: dict[tuple[int, Hashable], list[_Node]] = defaultdict(list)
-    for side, index in nodes:
+    for node in nodes:
+        side, index = node
         anchor = owners.get(index) if side == 0 else index if index in anchors else None
-        groups[side, _signature(sides[side][index]) if anchor is None else anchor].append((side, index))
+        key = (_signature(sides[side][index]), part.get(node)) if anchor is None else anchor
+        groups[side, key].append(node)
     colour = {group: number for number, group in enumerate(groups)}
     for ours, some in groups.items():
         for theirs, others in groups.items():
@@ -83,18 +107,20 @@ def _first(
                 ours[0] == 0
                 and theirs[0] == 1
                 and colour[ours] != colour[theirs]
-                and _meet(ours[1], theirs[1], some[0][1], others[0][1], fits)
+                and _meet(ours[1], theirs[1], some[0], others[0], fits, part)
             ):
                 old, new = colour[theirs], colour[ours]
                 colour.update((group, new) for group, its in colour.items() if its == old)
     return {node: colour[group] for group, members in groups.items() for node in members}
 
 
-def _meet(ours: Hashable, theirs: Hashable, source: int, target: int, fits: Fits) -> bool:
+def _meet(
+    ours: Hashable, theirs: Hashable, source: _Node, target: _Node, fits: Fits, part: Mapping[_Node, str]
+) -> bool:
     """Whether two groups have one colour: matched modules with their partner, others as they fit."""
     if isinstance(ours, int) or isinstance(theirs, int):
         return ours == theirs
-    return fits(source, target) is not None
+    return part.get(source) == part.get(target) and fits(source[1], target[1]) is not None
 
 
 def _signature(module: Module) -> Hashable:

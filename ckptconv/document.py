@@ -132,14 +132,15 @@ class Param:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """A module with parameters in a run of the model, and what its input is made of."""
+    """A parameter in a run of the model, and what the operation that uses it takes."""
 
-    module: str
-    """What the names of its parameters begin with: `layer1.0.conv1`; empty for those of the model itself. A
-    module that stacks layers is one for each, and for each direction: `rnn.l0_reverse`."""
+    param: str
     after: tuple[str, ...] = ()
-    """Modules whose output it takes, with nothing between that has parameters; those that reach it through
-    another one are left out."""
+    """Parameters that made what the operation takes, with none between; those that reach it through another
+    one are left out."""
+    part: str = ""
+    """What is done with the result, where it tells one of several alike from the others: `query`, `key` or
+    `value` of an attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +245,7 @@ class Checkpoint:
     params: Mapping[str, Param] = field(default_factory=dict)
     """In the source's order."""
     flow: tuple[Site, ...] = ()
-    """The modules in the order in which a run of the model uses them; empty where no run was seen."""
+    """The parameters in the order in which a run of the model uses them; empty where no run was seen."""
     optimizers: tuple[Optimizer, ...] = ()
     schedules: tuple[Schedule, ...] = ()
     loss_scaling: Mapping[str, Fact] = field(default_factory=dict)

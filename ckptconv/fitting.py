@@ -7,6 +7,7 @@ where two of them need different operations, the layout is ambiguous.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,11 +192,20 @@ def ways(
                 text = f"{told.kind} ({', '.join(told.axes)})"
                 reading = reading_t._replace(axes=axes_t)
                 yield Way(moving(ops, before, after), reading, text, (axes_s, axes_t))
-    if not readings_s and not readings_t and before == after and leaf(source) == leaf(target):
-        yield Way((), None, "the same axes")
+    if not readings_s and not readings_t and leaf(source) == leaf(target):
+        ops = layers.layout_ops(_numbered(before), before, _numbered(after), after)
+        if ops is None:
+            return
+        yield Way(ops, None, "the same axes")
         sizes = [size for size in before if size > 1]
         if not same_framework and len(set(sizes)) < len(sizes):
             yield Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order")
+
+
+def _numbered(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The axes of a parameter of which nothing is known; those with one element may be on one side alone."""
+    numbers = itertools.count()
+    return tuple("1" if size == 1 else f"axis{next(numbers)}" for size in shape)
 
 
 _UNKNOWN_ORDER = Permute(())
@@ -203,7 +213,12 @@ _UNKNOWN_ORDER = Permute(())
 
 
 def leaf(param: Param) -> str:
-    return parts(param.name)[-1].lstrip("_")
+    return leaf_of(param.name)
+
+
+def leaf_of(name: str) -> str:
+    """The last part of a name, private or not."""
+    return parts(name)[-1].lstrip("_")
 
 
 def moving(ops: tuple[Op, ...], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[Op, ...]:

@@ -233,11 +233,11 @@ def _param_from_json(item: Mapping[str, Json], find: Callable[[Path, TensorSpec]
 
 
 def _site_to_json(site: Site) -> dict[str, Json]:
-    return {"module": site.module, "after": list(site.after)}
+    return {"param": site.param, "after": list(site.after), **({"part": site.part} if site.part else {})}
 
 
 def _site_from_json(item: Mapping[str, Json]) -> Site:
-    return Site(module=item["module"], after=tuple(item["after"]))
+    return Site(param=item["param"], after=tuple(item["after"]), part=item.get("part", ""))
 
 
 def schedule_to_json(schedule: Schedule) -> dict[str, Json]:

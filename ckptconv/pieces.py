@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.catalog.wrappers import AVERAGE
-from ckptconv.document import Checkpoint, Evidence, Optimizer, Param
+from ckptconv.document import Checkpoint, Evidence, Optimizer, Param, Site
 from ckptconv.ops import Add, Slice
 from ckptconv.tensor import MissingTensor, TensorRef, TensorSpec
 
@@ -40,6 +40,8 @@ class Piece:
     role: str = "unknown"
     axes: tuple[str, ...] | None = None
     evidence: Evidence = "unknown"
+    part: str = ""
+    """What its module is of several alike, as `Site.part`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,32 @@ def _cut(checkpoint: Checkpoint, cuts: Sequence[Cut]) -> Checkpoint:
                 tied_to=_tied(param, by_whole, i),
             )
     optimizers = tuple(_optimizer_cut(one, by_whole, checkpoint.params) for one in checkpoint.optimizers)
-    return replace(checkpoint, params=params, optimizers=optimizers)
+    return replace(
+        checkpoint, params=params, optimizers=optimizers, flow=tuple(_flow_cut(checkpoint.flow, by_whole))
+    )
+
+
+def _flow_cut(flow: Sequence[Site], cuts: Mapping[str, Cut]) -> Iterator[Site]:
+    """The flow of the pieces: each stands where its parameter does, behind its own module's alone where the
+    parameter stands behind another that is cut alike, as a bias does behind its kernel."""
+
+    def pieces(name: str) -> tuple[Piece, ...]:
+        return cuts[name].pieces if name in cuts else (Piece(name=name, size=0),)
+
+    def before(piece: Piece, name: str) -> Iterator[str]:
+        names = [other.name for other in pieces(name)]
+        own = [other for other in names if _module(other) == _module(piece.name)]
+        yield from own or names
+
+    for site in flow:
+        for piece in pieces(site.param):
+            after = tuple(one for name in site.after for one in before(piece, name))
+            yield replace(site, param=piece.name, after=after, part=piece.part or site.part)
+
+
+def _module(name: str) -> str:
+    """What a parameter's name begins with: all but its last part."""
+    return name[: max(name.rfind("."), name.rfind("/"), 0)]
 
 
 def _tied(param: Param, by_whole: Mapping[str, Cut], position: int) -> str | None:
@@ -174,7 +201,19 @@ def _summed(checkpoint: Checkpoint, sums: Sequence[Sum]) -> Checkpoint:
         elif name not in gone:
             params[name] = param
     optimizers = tuple(_optimizer_summed(one, sums, checkpoint) for one in checkpoint.optimizers)
-    return replace(checkpoint, params=params, optimizers=optimizers)
+    flow = tuple(_flow_summed(checkpoint.flow, {term: one.whole.name for one in sums for term in one.terms}))
+    return replace(checkpoint, params=params, optimizers=optimizers, flow=flow)
+
+
+def _flow_summed(flow: Sequence[Site], wholes: Mapping[str, str]) -> Iterator[Site]:
+    """The flow with each sum in the place of its terms."""
+    made: dict[str, Site] = {}
+    for site in flow:
+        name = wholes.get(site.param, site.param)
+        known = made.get(name, replace(site, param=name, after=()))
+        after = dict.fromkeys((*known.after, *(wholes.get(one, one) for one in site.after)))
+        made[name] = replace(known, after=tuple(one for one in after if one != name))
+    yield from made.values()
 
 
 def added(tensors: Sequence[TensorRef]) -> TensorRef:

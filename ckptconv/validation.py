@@ -138,7 +138,7 @@ def _references(manifest: dict[str, Json]) -> Iterator[Problem]:
     extras = {extra["name"] for extra in manifest["extras"]}
     for key, field in (
         ("params", "name"),
-        ("flow", "module"),
+        ("flow", "param"),
         ("optimizers", "name"),
         ("schedules", "name"),
         ("extras", "name"),
@@ -147,7 +147,7 @@ def _references(manifest: dict[str, Json]) -> Iterator[Problem]:
         yield from _unique(((key, i, field), item[field]) for i, item in enumerate(manifest.get(key, ())))
     for i, param in enumerate(params):
         yield from _param(param, ("params", i), by_name)
-    sites = {site["module"] for site in manifest.get("flow", ())}
+    sites = {site["param"] for site in manifest.get("flow", ())}
     for i, site in enumerate(manifest.get("flow", ())):
         after = [(("flow", i, "after", j), name) for j, name in enumerate(site["after"])]
         yield from _exist(after, sites, "site")

@@ -33,8 +33,15 @@ def side(names: list[str], widths: dict[str, int] | None = None) -> list[Module]
     return modules(params, "torch")
 
 
-def flow(links: Links) -> list[Site]:
-    return [Site(module=name, after=tuple(before)) for name, before in links.items()]
+def flow(links: Links, parts: dict[str, str] | None = None) -> list[Site]:
+    return [
+        Site(
+            param=f"{name}.weight",
+            after=tuple(f"{one}.weight" for one in before),
+            part=(parts or {}).get(name, ""),
+        )
+        for name, before in links.items()
+    ]
 
 
 def renamed(links: Links, names: dict[str, str]) -> Links:
@@ -68,6 +75,23 @@ THEIRS = dict(zip(BRANCHES, ("w", "x", "y", "z"), strict=True))
 
 def test_what_stays_alike_is_left_to_others() -> None:
     assert found(BRANCHES, renamed(BRANCHES, THEIRS), ["z", "x", "y", "w"]) == {"w": "stem", "z": "head"}
+
+
+@pytest.mark.parametrize("told", [("left",), ("left", "right")])
+def test_what_is_done_with_the_output_tells_them_apart(told: tuple[str, ...]) -> None:
+    part = {name: name for name in told}
+    theirs = {THEIRS[name]: name for name in BRANCHES}
+    sources, targets = side(list(BRANCHES)), side(["z", "x", "y", "w"])
+    flows = (flow(BRANCHES, part), flow(renamed(BRANCHES, THEIRS), {THEIRS[n]: n for n in part}))
+    matched = by_flow(sources, targets, {}, fits_of(sources, targets), flows)
+    assert {targets[j].label: sources[i].label for j, i in matched.items()} == theirs
+
+
+def test_one_side_that_does_not_tell_is_no_hindrance() -> None:
+    sources, targets = side(list(BRANCHES)), side(list(THEIRS.values()))
+    flows = (flow(BRANCHES, {"left": "query", "right": "key"}), flow(renamed(BRANCHES, THEIRS)))
+    matched = by_flow(sources, targets, {}, fits_of(sources, targets), flows)
+    assert matched == {0: 0, 3: 3}
 
 
 def test_what_is_matched_already_tells_the_rest_apart() -> None:

@@ -22,7 +22,7 @@ class Images:
     def __init__(self) -> None:
         self._axes: dict[Hashable, tuple[str, ...]] = {}
         self.flat: dict[str, str] = {}
-        """Module -> the axes that are merged in its input."""
+        """Parameter -> the axes that are merged in what it is applied to."""
 
     def convolved(self, tensor: Hashable, rank: int, *, channels_last: bool) -> None:
         """A convolution has made the tensor."""
@@ -62,9 +62,9 @@ class Images:
                 self._axes[made] = axes
                 return
 
-    def taken(self, tensors: Iterable[Hashable], owners: Iterable[str]) -> None:
-        """Modules use the tensors."""
+    def taken(self, tensors: Iterable[Hashable], params: Iterable[str]) -> None:
+        """Parameters are applied to the tensors."""
         merged = [axes[-1] for tensor in tensors if (axes := self._axes.get(tensor)) and len(axes) == 2]
-        for owner in owners:
+        for param in params:
             for axis in merged[:1]:
-                self.flat.setdefault(owner, axis)
+                self.flat.setdefault(param, axis)

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Protocol
 
 from ckptconv import supply
-from ckptconv.adapters.flow import module_of
 from ckptconv.adapters.keras_callback import Plateau, curve_of_callback
 from ckptconv.adapters.keras_exact import follows_momentum, rules_of, stock_class
 from ckptconv.adapters.keras_flow import run_of
@@ -249,7 +248,7 @@ def _lifted(
     layouts = live.layouts(dialect.framework or "keras3")
     checkpoint = declared(checkpoint, dict(layouts), dict(live.trainable(model)))
     if inputs is not None:
-        checkpoint = with_run(checkpoint, run_of(model, inputs, dict(live.modules())))
+        checkpoint = with_run(checkpoint, run_of(model, inputs, dict(live.handles())))
     return checkpoint, live, dialect
 
 
@@ -330,12 +329,12 @@ class _Live:
                 if name is not None and layout is not None:
                     yield name, (kind, *layout)
 
-    def modules(self) -> Iterator[tuple[int, str]]:
-        """The id of each parameter's handle, and its layer as the document names it."""
+    def handles(self) -> Iterator[tuple[int, str]]:
+        """The id of each parameter's handle, and its name in the document."""
         for node, live in self._objects.items():
             name = self._name(node)
             if name is not None:
-                yield id(live.handle), module_of(name)  # type: ignore[attr-defined]  # a variable
+                yield id(live.handle), name  # type: ignore[attr-defined]  # a variable
 
     def holders(self) -> Iterator[tuple[str, Layer]]:
         """Each parameter and the layer that it is an attribute of."""

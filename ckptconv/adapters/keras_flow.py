@@ -1,4 +1,4 @@
-"""What a run of a live Keras model tells: which layer takes the output of which, and what is flattened.
+"""What a run of a live Keras model tells: which variables are applied to what others made.
 
 The model is traced, not run: the operations are those of the TensorFlow graph that `tf.function` makes of it.
 """
@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from ckptconv.adapters.flow import CONSTANT, INPUT, Origin, Run
-from ckptconv.adapters.images import Images
 
 _CONVOLUTIONS = frozenset(
     {"Conv2D", "Conv3D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "Conv3DBackpropInputV2"}
@@ -38,10 +37,10 @@ class _Operation(Protocol):
     def get_attr(self, name: str) -> object: ...
 
 
-def run_of(model: Callable[..., object], inputs: object, owners: Mapping[int, str]) -> Run:
+def run_of(model: Callable[..., object], inputs: object, names: Mapping[int, str]) -> Run:
     """One trace of the model in evaluation mode.
 
-    `owners`: id of a variable's handle -> its layer as the document names it. `inputs`: what the model is
+    `names`: id of a variable's handle -> its name in the document. `inputs`: what the model is
     called with, arrays in the structure that it takes.
     """
     import tensorflow as tf
@@ -51,20 +50,46 @@ def run_of(model: Callable[..., object], inputs: object, owners: Mapping[int, st
     run = Run()
     origins: dict[Hashable, Origin] = {}
     for outside, inside in graph.captures:
-        owner = owners.get(id(outside))
-        origins[inside.ref()] = CONSTANT if owner is None else Origin(frozenset({owner}))
+        name = names.get(id(outside))
+        origins[inside.ref()] = CONSTANT if name is None else Origin(frozenset({name}))
     for tensor in graph.inputs:
         origins.setdefault(tensor.ref(), INPUT)
     for operation in graph.get_operations():
         given = [tensor.ref() for tensor in operation.inputs]
-        origin = run.through([origins.get(tensor, CONSTANT) for tensor in given], given)
+        known = [origins.get(tensor, CONSTANT) for tensor in given]
+        origin = run.through(known, given)
         for tensor in operation.outputs:
             origins.setdefault(tensor.ref(), origin)
-            _image(run.images, operation, tensor)
+            _attention(run, operation, known, tensor)
+            _axes(run, operation, tensor)
     return run
 
 
-def _image(images: Images, operation: _Operation, made: _Tensor) -> None:
+def _attention(run: Run, operation: _Operation, known: Sequence[Origin], made: _Tensor) -> None:
+    """What an operation does to the scores of an attention."""
+    if operation.type == "Softmax":
+        run.attention.normalized(operation.inputs[0].ref(), made.ref(), -1)
+    elif operation.type in _PRODUCTS and len(known) == 2 and made.shape.rank is not None:
+        one, other = (origin.given for origin in known)
+        if one is None or other is None:
+            return
+        axes: Sequence[int | None] = [*(None for _ in range(made.shape.rank - 2)), 0, 1]
+        if operation.type == "Einsum":
+            axes = _factors(operation.get_attr("equation"))
+        keys = tuple(tensor.ref() for tensor in operation.inputs)
+        run.attention.multiplied((keys[0], keys[1]), (one, other), made.ref(), axes)
+
+
+def _factors(equation: object) -> list[int | None]:
+    """Of each axis of an Einstein sum the one factor that has it: `BTNH,BSNH->BNTS` is none, none, 0, 1."""
+    text = equation.decode() if isinstance(equation, bytes) else str(equation)
+    given, _, made = text.partition("->")
+    first, _, second = given.partition(",")
+    return [None if (axis in first) == (axis in second) else int(axis in second) for axis in made]
+
+
+def _axes(run: Run, operation: _Operation, made: _Tensor) -> None:
+    """What an operation does to the axes of images and of scores."""
     import tensorflow as tf
 
     shape = _sizes(made)
@@ -72,21 +97,23 @@ def _image(images: Images, operation: _Operation, made: _Tensor) -> None:
         return
     if operation.type in _CONVOLUTIONS:
         last = str(operation.get_attr("data_format")).endswith("C'")
-        images.convolved(made.ref(), len(shape), channels_last=last)
-    elif operation.type == "Transpose":
-        order = tf.get_static_value(operation.inputs[1])
-        if order is not None:
-            images.permuted(operation.inputs[0].ref(), made.ref(), [int(axis) for axis in order])
-    elif operation.type == "Squeeze":
-        dropped = operation.get_attr("squeeze_dims")
-        images.squeezed(operation.inputs[0].ref(), made.ref(), list(dropped))  # type: ignore[call-overload]
-    elif operation.type == "Reshape":
-        before = _sizes(operation.inputs[0])
-        if before is not None:
-            images.reshaped(operation.inputs[0].ref(), made.ref(), before, shape)
-    elif operation.type not in _PRODUCTS:
-        sized = ((tensor.ref(), _sizes(tensor)) for tensor in operation.inputs)
-        images.passed(((tensor, size) for tensor, size in sized if size is not None), made.ref(), shape)
+        run.images.convolved(made.ref(), len(shape), channels_last=last)
+        return
+    order = tf.get_static_value(operation.inputs[1]) if operation.type == "Transpose" else None
+    sized = [(tensor.ref(), size) for tensor in operation.inputs if (size := _sizes(tensor)) is not None]
+    for follower in run.followers:
+        if operation.type == "Transpose":
+            if order is not None:
+                follower.permuted(operation.inputs[0].ref(), made.ref(), [int(axis) for axis in order])
+        elif operation.type == "Squeeze":
+            dropped = operation.get_attr("squeeze_dims")
+            follower.squeezed(operation.inputs[0].ref(), made.ref(), list(dropped))  # type: ignore[call-overload]
+        elif operation.type in ("Reshape", "ExpandDims"):
+            before = _sizes(operation.inputs[0])
+            if before is not None:
+                follower.reshaped(operation.inputs[0].ref(), made.ref(), before, shape)
+        elif operation.type not in _PRODUCTS:
+            follower.passed(sized, made.ref(), shape)
 
 
 def _sizes(tensor: _Tensor) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckptconv import supply
-from ckptconv.adapters.flow import Run, module_of
+from ckptconv.adapters.flow import Run
 from ckptconv.catalog import completion, conversion
 from ckptconv.catalog.flatten import flattened
 from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Param, Value
@@ -135,8 +135,8 @@ def declared(checkpoint: Checkpoint, layouts: Layouts, trainable: Mapping[str, b
 def with_run(checkpoint: Checkpoint, run: Run) -> Checkpoint:
     """The document with what a run of the model tells: the flow, and the axes of flattened images."""
     params = {
-        name: replace(param, axes=flattened(param.axes, param.tensor.shape, run.images.flat[module_of(name)]))
-        if param.axes is not None and module_of(name) in run.images.flat
+        name: replace(param, axes=flattened(param.axes, param.tensor.shape, run.images.flat[name]))
+        if param.axes is not None and name in run.images.flat
         else param
         for name, param in checkpoint.params.items()
     }

@@ -1,4 +1,4 @@
-"""What a run of a live PyTorch model tells: which module takes the output of which, and what is flattened.
+"""What a run of a live PyTorch model tells: which parameters are applied to what others made.
 
 The operations are those below autograd (`TorchDispatchMode`), so that functions, operators and modules are
 followed alike. Tensors are known by their memory: a view is made of what its base is made of.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from ckptconv.adapters.flow import CONSTANT, INPUT, Origin, Run, module_of
-from ckptconv.adapters.images import Images
-from ckptconv.catalog.compounds import home
+from ckptconv.adapters.flow import CONSTANT, INPUT, Origin, Run
 
 if TYPE_CHECKING:
     import torch
 
 Inputs: TypeAlias = "torch.Tensor | tuple[object, ...] | Mapping[str, object]"
-_RESHAPES = frozenset({"aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias"})
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::linear", "aten::matmul", "aten::bmm"})
+_RESHAPES = frozenset(
+    f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze")
+)
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1}
+"""Operation -> which of its tensors is the first factor; the second is the next."""
+_SOFTMAX = frozenset({"aten::_softmax", "aten::_safe_softmax"})
+_ATTENTION = "aten::_scaled_dot_product"
+"""What the operations begin with that take query, key and value."""
 
 
 def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Run:
@@ -53,12 +57,12 @@ def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Ru
         ) -> object:
             given = list(_tensors((args, kwargs or {})))
             known = [origins.get(place(tensor), CONSTANT) for tensor in given]
-            sized = [(id(tensor), tuple(tensor.shape)) for tensor in given]  # before one in place
+            taken = [_Taken(id(t), tuple(t.shape), o.given) for t, o in zip(given, known, strict=True)]
             result = func(*args, **(kwargs or {}))
             origin = run.through(known, map(id, given))
             for tensor in _tensors(result):
                 note(tensor, origin)
-                _image(run.images, func._schema.name, args, sized, tensor)
+                _follow(run, func._schema.name, args, taken, tensor)
             return result
 
     for name, tensor in (
@@ -66,7 +70,7 @@ def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Ru
         *model.named_buffers(remove_duplicate=False),
     ):
         if name in names and place(tensor) not in origins:
-            note(tensor, Origin(frozenset({module_of(home("torch", name))})))
+            note(tensor, Origin(frozenset({name})))
     for tensor in _tensors(inputs):
         note(tensor, INPUT)
     with evaluating(model), torch.no_grad(), Follow():  # type: ignore[no-untyped-call]
@@ -79,27 +83,41 @@ def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Ru
     return run
 
 
-def _image(
-    images: Images,
-    operation: str,
-    args: tuple[Any, ...],
-    given: list[tuple[int, tuple[int, ...]]],
-    made: torch.Tensor,
-) -> None:
-    """What an operation does to the axes of images; `given`: its tensors with their shapes."""
+class _Taken(NamedTuple):
+    """A tensor that an operation takes, as it is before one in place."""
+
+    key: int
+    shape: tuple[int, ...]
+    given: frozenset[str] | None
+
+
+def _follow(run: Run, operation: str, args: tuple[Any, ...], taken: list[_Taken], made: torch.Tensor) -> None:
+    """What an operation does to the axes of images, and to the scores of an attention."""
     shape, rank = tuple(made.shape), made.ndim
     if operation == "aten::convolution":
-        images.convolved(id(made), rank, channels_last=False)
-    elif operation == "aten::permute":
-        images.permuted(given[0][0], id(made), [axis % rank for axis in args[1]])
-    elif operation == "aten::transpose":
-        order = list(range(rank))
-        order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
-        images.permuted(given[0][0], id(made), order)
-    elif operation in _RESHAPES:
-        images.reshaped(given[0][0], id(made), given[0][1], shape)
-    elif operation not in _PRODUCTS:
-        images.passed(given, id(made), shape)
+        run.images.convolved(id(made), rank, channels_last=False)
+    elif operation.startswith(_ATTENTION):
+        query, key, value = (one.given for one in taken[:3])
+        if query is not None and key is not None and value is not None:
+            run.attention.attended(query, key, value)
+    elif operation in _PRODUCTS:
+        one, other = taken[_PRODUCTS[operation] :][:2]
+        if one.given is not None and other.given is not None:
+            axes = [*(None for _ in shape[:-2]), 0, 1]
+            run.attention.multiplied((one.key, other.key), (one.given, other.given), id(made), axes)
+    elif operation in _SOFTMAX:
+        run.attention.normalized(taken[0].key, id(made), args[1])
+    for follower in run.followers:
+        if operation == "aten::permute":
+            follower.permuted(taken[0].key, id(made), [axis % rank for axis in args[1]])
+        elif operation == "aten::transpose":
+            order = list(range(rank))
+            order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+            follower.permuted(taken[0].key, id(made), order)
+        elif operation in _RESHAPES:
+            follower.reshaped(taken[0].key, id(made), taken[0].shape, shape)
+        elif operation != "aten::convolution" and operation not in _PRODUCTS:
+            follower.passed(((one.key, one.shape) for one in taken), id(made), shape)
 
 
 def _tensors(value: object) -> Iterator[torch.Tensor]:

@@ -33,6 +33,8 @@ class CutRow:
     """The variable's kind of layer -> the pieces'; where given, no other variable is meant."""
     roles: Mapping[str, str]
     """Last part of a piece's name -> its role; none where only the shapes tell."""
+    parts: tuple[str, ...]
+    """What each piece is of several alike, one template per piece; none where nothing is."""
 
     def names(self, name: str, layer: str, known: Collection[str]) -> tuple[str, ...]:
         """Names of the pieces of a variable; none where the row does not mean it."""
@@ -43,6 +45,12 @@ class CutRow:
         if self.beside and not any(prefix + other in known for other in self.beside):
             return ()
         return tuple(prefix + _filled(piece, found) for piece in self.pieces)
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """What each piece of a variable is of several alike; empty for one that is nothing of the kind."""
+        found = self.pattern.fullmatch(name)
+        filled = tuple(_filled(part, found) for part in self.parts) if found is not None else ()
+        return filled or ("",) * len(self.pieces)
 
     def kind_of(self, layer: str) -> str | None:
         """The kind of layer of a variable's pieces; None where only the shapes tell."""
@@ -137,6 +145,7 @@ def _cut(record: Record) -> CutRow:
         kind=record.optional_text("kind"),
         layers=record.text_map("layers"),
         roles=record.text_map("roles"),
+        parts=record.texts("parts"),
     )
     record.close()
     return row

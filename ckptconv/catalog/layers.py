@@ -207,8 +207,8 @@ def same_layer(kind: str, other: str) -> bool:
 
 def in_terms_of(kind: str, reading: Candidate) -> Candidate:
     """The reading with axes as `kind` names them, where it is read as the counterpart of that."""
-    other = _table().kinds.get(kind)
-    if other is None or other.counterpart != reading.kind or not other.counterpart_axes:
+    other, own = _table().kinds.get(kind), _table().kinds.get(reading.kind)
+    if other is None or own is None or other.counterpart != own.counterpart or own.counterpart_axes:
         return reading
     return reading._replace(axes=tuple(other.counterpart_axes.get(axis, axis) for axis in reading.axes))
 

@@ -78,8 +78,15 @@ def keras_model(kind: str, *, subclassed: bool) -> Any:
 
 
 def named(checkpoint: Checkpoint) -> dict[str, set[str]]:
-    """The flow as sets: branches are used in any order."""
-    return {site.module: set(site.after) for site in checkpoint.flow}
+    """The flow of modules as sets: branches are used in any order."""
+    found: dict[str, set[str]] = {}
+    for site in checkpoint.flow:
+        found.setdefault(module_of(site.param), set()).update(map(module_of, site.after))
+    return {module: after - {module} for module, after in found.items()}
+
+
+def module_of(name: str) -> str:
+    return name[: max(name.rfind("."), name.rfind("/"), 0)]
 
 
 EXPECTED = {
@@ -98,7 +105,7 @@ def test_pytorch() -> None:
     model.stem.eval()
     described = ckptconv.pytorch.describe(model, inputs=torch.zeros(2, 2, 3, 4))
     assert named(described) == EXPECTED
-    assert [site.module for site in described.flow][:2] == ["stem", "norm"]
+    assert [module_of(site.param) for site in described.flow][:4] == ["stem", "stem", "norm", "norm"]
     assert described.params["head.weight"].axes == ("out", "in*h=2*w=3")
     assert described.params["again.weight"].axes == ("out", "in", "h", "w")
     assert model.training
@@ -110,7 +117,7 @@ def test_pytorch_takes_arguments_by_place_and_by_name() -> None:
     model = nn.Bilinear(2, 3, 4)
     x, y = torch.zeros(1, 2), torch.zeros(1, 3)
     for inputs in ((x, y), {"input1": x, "input2": y}):
-        assert [site.module for site in ckptconv.pytorch.describe(model, inputs=inputs).flow] == [""]
+        assert named(ckptconv.pytorch.describe(model, inputs=inputs)) == {"": set()}
 
 
 @pytest.mark.parametrize("kind", ["keras3", "tf_keras"])
@@ -148,3 +155,55 @@ def test_a_skeleton_keeps_the_flow(tmp_path: Any) -> None:
     described = ckptconv.pytorch.describe(Branches(), inputs=torch.zeros(2, 2, 3, 4))
     ckptconv.write_skeleton(described, tmp_path / "spec.json")
     assert ckptconv.read_skeleton(tmp_path / "spec.json").flow == described.flow
+
+
+class Attention(nn.Module):
+    """Four linear layers, whose names tell nothing, and one of the ways to write attention."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.c, self.a, self.b))
+        if self.way == "one operation":
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        elif self.way == "products":
+            out = (q @ k.mT / 2).masked_fill(torch.ones(7, 7).triu(1) > 0, -1e9).softmax(-1) @ v
+        elif self.way == "keys first":
+            out = v.mT @ (k @ q.mT / 2).softmax(-2)
+            out = out.mT
+        else:
+            scores = torch.einsum("bhqd,bhkd->bqhk", q, k).softmax(-1)
+            out = torch.einsum("bqhk,bhkd->bhqd", scores, v)
+        return self.d(out.transpose(1, 2).flatten(2))
+
+
+ATTENDED = {"c.weight": "query", "a.weight": "key", "b.weight": "value", "d.weight": ""}
+
+
+@pytest.mark.parametrize("way", ["one operation", "products", "keys first", "sums"])
+def test_what_is_done_with_the_projections_of_an_attention(way: str) -> None:
+    described = ckptconv.pytorch.describe(Attention(way), inputs=torch.zeros(2, 7, 8))
+    parts = {site.param: site.part for site in described.flow}
+    assert {name: parts[name] for name in ATTENDED} == ATTENDED
+
+
+@pytest.mark.parametrize("kind", ["keras3", "tf_keras"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_keras_attention_is_seen_by_what_it_does(kind: str, dropout: float) -> None:
+    keras = framework(kind)
+    inputs = keras.Input((7, 8))
+    model = keras.Model(inputs, keras.layers.MultiHeadAttention(2, 4, dropout=dropout)(inputs, inputs))
+    described = ckptconv.keras.describe(model, inputs=np.zeros((2, 7, 8), np.float32))
+    parts = {site.param.rpartition("/")[0].rpartition("/")[2]: site.part for site in described.flow}
+    names = {name.strip("_").partition("_")[0]: part for name, part in parts.items()}
+    assert names == {"query": "query", "key": "key", "value": "value", "output": ""}
+
+
+def test_a_fused_projection_is_none_of_the_three() -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.zeros(2, 7, 8)
+    described = ckptconv.pytorch.describe(model, inputs=(x, x, x))
+    assert {site.part for site in described.flow} == {""}

@@ -47,6 +47,11 @@ def images(*shape: int) -> Callable[[np.random.Generator], Array]:
     return lambda rng: rng.normal(size=(2, *shape)).astype(np.float32)
 
 
+def tokens(vocabulary: int, length: int) -> Callable[[np.random.Generator], Array]:
+    """Batches of two sequences."""
+    return lambda rng: rng.integers(vocabulary, size=(2, length), dtype=np.int32)
+
+
 def channels_first(x: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim > 3 else x
 

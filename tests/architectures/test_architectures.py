@@ -24,14 +24,15 @@ from ckptconv.pieces import apart
 from ckptconv.telling import Side
 from tests.architectures.both import Architecture, KerasSide, TorchSide, batches, distance
 from tests.architectures.variants import keras_variant, torch_variant
-from tests.architectures.zoo import CONVOLUTIONAL, RECURRENT, TWO_BIASES
+from tests.architectures.zoo import CONVOLUTIONAL, RECURRENT, SMALL_TRANSFORMERS, TRANSFORMERS, TWO_BIASES
 
 SIDES = {"torch": TorchSide, "keras": KerasSide}
 BEFORE, BEHIND = 2, 3
 OUTPUT = 1e-5
 
-ARCHITECTURES = (*CONVOLUTIONAL, *RECURRENT)
-each = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=[a.name for a in ARCHITECTURES])
+
+def each(*architectures: Architecture) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("architecture", architectures, ids=[a.name for a in architectures])
 
 
 ways = pytest.mark.parametrize("way", [("torch", "keras"), ("keras", "torch")], ids="-to-".join)
@@ -39,10 +40,20 @@ ways = pytest.mark.parametrize("way", [("torch", "keras"), ("keras", "torch")], 
 
 @pytest.mark.slow
 @ways
-@each
+@each(*CONVOLUTIONAL, *RECURRENT, *TRANSFORMERS)
 def test_a_run_goes_on_in_the_other_framework(
     architecture: Architecture, way: tuple[str, str], tmp_path: Path
 ) -> None:
+    goes_on(architecture, way, tmp_path)
+
+
+@ways
+@each(*SMALL_TRANSFORMERS)
+def test_a_small_one_goes_on(architecture: Architecture, way: tuple[str, str], tmp_path: Path) -> None:
+    goes_on(architecture, way, tmp_path)
+
+
+def goes_on(architecture: Architecture, way: tuple[str, str], tmp_path: Path) -> None:
     origin, resumed = SIDES[way[0]](architecture, 1), SIDES[way[1]](architecture, 2)
     x = architecture.batch(np.random.default_rng(3))
     steps = list(batches(architecture, origin.output(x), BEFORE + BEHIND))
@@ -88,13 +99,13 @@ def relative(losses: list[float], expected: list[float]) -> float:
 
 
 @pytest.mark.slow
-@each
+@each(*CONVOLUTIONAL, *RECURRENT, *SMALL_TRANSFORMERS[:3])
 def test_names_and_the_order_of_declaration_do_not_matter(architecture: Architecture) -> None:
     ours, theirs = TorchSide(architecture, 1), KerasSide(architecture, 2)
     x = architecture.batch(np.random.default_rng(3))
     here, there = ours.describe(x), theirs.describe(x)
     pairs = matched(here, there)
-    assert matched(there, here, ("keras3", "torch")) == {(target, source) for source, target in pairs}
+    assert matched(there, here, ("keras3", "torch")) == {target: source for source, target in pairs.items()}
     base, layers = ours.model, theirs.model
     for seed in range(2):
         ours.model, old = torch_variant(base, seed)
@@ -107,15 +118,23 @@ def test_names_and_the_order_of_declaration_do_not_matter(architecture: Architec
         )  # a copy has its layers in the same order
         assert before.keys() - there.params.keys()
         found = matched(ours.describe(x), variant)
-        assert {(old[source], before[target]) for source, target in found} == pairs
+        assert {(old[ours], i): (before[its], j) for (ours, i), (its, j) in found.items()} == pairs
+
+
+Piece = tuple[str, int]
+"""A parameter of a file, and which of its pieces."""
 
 
 def matched(
     source: Checkpoint, target: Checkpoint, frameworks: tuple[str, str] = ("torch", "keras3")
-) -> set[tuple[str, str]]:
-    """Which parameter of the files is which; of one that is several on the other side with each of these."""
-    rewrites = compounds(source, target, frameworks)
-    cover = match(*map(apart, (source, target), rewrites), frameworks=frameworks)
+) -> dict[Piece, Piece]:
+    ours, theirs = compounds(source, target, frameworks)
+    cover = match(apart(source, ours), apart(target, theirs), frameworks=frameworks)
     assert cover.problems == ()
-    ours, theirs = (Side(whole=w, rewrites=r) for w, r in zip((source, target), rewrites, strict=True))
-    return {(ours.file_name(pair.source), theirs.file_name(pair.target)) for pair in cover.pairs}
+    here, there = Side(whole=source, rewrites=ours), Side(whole=target, rewrites=theirs)
+    pairs = (pair for pair in cover.pairs if pair.matched_by != "alias")
+    return {_piece(here, pair.source): _piece(there, pair.target) for pair in pairs}
+
+
+def _piece(side: Side, name: str) -> Piece:
+    return side.file_name(name), side.made[name][1] if name in side.made else 0

@@ -13,18 +13,18 @@ from torch import nn
 def torch_variant(model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, str]]:
     """A copy in which every module has a random name and stands among its siblings in a random order.
 
-    Members of a Sequential or a ModuleList keep their order, which is what it computes. Also new -> old name
-    of every parameter and buffer.
+    Members of a Sequential or a ModuleList keep their order, which is what it computes, and a ModuleList's
+    their numbers. Also new -> old name of every parameter and buffer.
     """
     rng = random.Random(seed)
     model = copy.deepcopy(model)
     old = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
     for module in list(model.modules()):
-        if not module._modules:
+        if not module._modules or isinstance(module, nn.ModuleList):
             continue
         names = {name: f"m{rng.randrange(10**6)}_{i}" for i, name in enumerate(module._modules)}
         items = list(module._modules.items())
-        if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        if not isinstance(module, nn.Sequential):
             rng.shuffle(items)
             module.__class__ = _renamed(type(module), names)
         module._modules = {names[name]: inner for name, inner in items}

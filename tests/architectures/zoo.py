@@ -1,12 +1,26 @@
-"""The architectures that both frameworks' users write with layers that correspond one to one."""
+"""The architectures, at full size; those of transformers at a small one, too."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import ckptconv
-from tests.architectures import convnext, mobilenet_v2, resnet, seq2seq, tagger, unet, vgg
-from tests.architectures.both import Architecture, images
+from tests.architectures import (
+    convnext,
+    encoder,
+    gpt2,
+    mobilenet_v2,
+    resnet,
+    seq2seq,
+    tagger,
+    unet,
+    vgg,
+    vit,
+)
+from tests.architectures.both import Architecture, Array, images, tokens
 
 CONVOLUTIONAL = (
     Architecture(
@@ -54,3 +68,26 @@ RECURRENT = (
         control=5,  # the mean over 6,000 outputs leaves gradients beside which epsilon counts
     ),
 )
+
+
+def _sized(
+    name: str, torch_model: Any, keras_model: Any, size: Any, batch: Callable[..., Array]
+) -> Architecture:
+    return Architecture(
+        name=name, torch_model=partial(torch_model, size), keras_model=partial(keras_model, size), batch=batch
+    )
+
+
+def _transformers(encoders: encoder.Size, gpt: gpt2.Size, images_of: vit.Size) -> tuple[Architecture, ...]:
+    sentences = tokens(encoders.vocabulary, encoders.length)
+    pixels = images(images_of.image, images_of.image, 3)
+    return (
+        _sized("fused-encoder", encoder.FusedEncoder, encoder.keras_fused, encoders, sentences),
+        _sized("split-encoder", encoder.SplitEncoder, encoder.keras_split, encoders, sentences),
+        _sized("vit", vit.torch_model, vit.keras_model, images_of, pixels),
+        _sized("gpt2", gpt2.torch_model, gpt2.keras_model, gpt, tokens(gpt.vocabulary, gpt.length)),
+    )
+
+
+TRANSFORMERS = _transformers(encoder.BASE, gpt2.BASE, vit.BASE)
+SMALL_TRANSFORMERS = _transformers(encoder.SMALL, gpt2.SMALL, vit.SMALL)
