@@ -130,7 +130,7 @@ def _flow_cut(flow: Sequence[Site], cuts: Mapping[str, Cut]) -> Iterator[Site]:
 
     def before(piece: Piece, name: str) -> Iterator[str]:
         names = [other.name for other in pieces(name)]
-        own = [other for other in names if _module(other) == _module(piece.name)]
+        own = [other for other in names if module_of(other) == module_of(piece.name)]
         yield from own or names
 
     for site in flow:
@@ -139,7 +139,7 @@ def _flow_cut(flow: Sequence[Site], cuts: Mapping[str, Cut]) -> Iterator[Site]:
             yield replace(site, param=piece.name, after=after, part=piece.part or site.part)
 
 
-def _module(name: str) -> str:
+def module_of(name: str) -> str:
     """What a parameter's name begins with: all but its last part."""
     return name[: max(name.rfind("."), name.rfind("/"), 0)]
 

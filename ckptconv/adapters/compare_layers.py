@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ckptconv.adapters.flow import module_of
 from ckptconv.adapters.keras import Layer
 from ckptconv.catalog import layers
+from ckptconv.pieces import module_of
 
 if TYPE_CHECKING:
     import torch
