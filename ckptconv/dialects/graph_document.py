@@ -58,7 +58,7 @@ def lift(raw: RawTree, dialect: str, evidence: str, layers: str | None = None) -
     named = param_names(graph, found, params, others, nodes)
     if export is not None:
         trained |= export.trained
-        named.update(export.names)
+        named.update(export.names.items())
     column = layers or (_LAYERS_OF[nodes[0].generation] if nodes else None)
     read = dict.fromkeys(params, Reading())
     if column is not None:

@@ -6,7 +6,7 @@ its `variables/variables`.
 
 A checkpoint of the first format (see `saved_slices`) is a file with no suffix, or its shards
 `P-00000-of-00002`; a state file names these `P-?????-of-00002`, which stands for P here. In a directory it is
-seen where the state file names it.
+seen where the state file names it. A prefix may end with its directory (`run/`): its index is `run/.index`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,43 @@ _SLICES_SUFFIX = re.compile(r"-(\d{5,}|\?{5})-of-(\d{5,})$")
 _NUMBERED = re.compile(r"(.*-)(\d{1,18})")
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What the names of a checkpoint's files begin with; a path cannot say it where the name is empty."""
+
+    directory: Path
+    name: str
+
+    @classmethod
+    def at(cls, path: Path) -> Prefix:
+        """The prefix that a path is, as it stands."""
+        return cls(path.parent, path.name)
+
+    def __str__(self) -> str:
+        return str(self.directory / self.name) if self.name else f"{self.directory}/"
+
+    @property
+    def index(self) -> Path:
+        return self.directory / f"{self.name}{INDEX_SUFFIX}"
+
+    def shard(self, shard: int, num_shards: int) -> Path:
+        return self.directory / f"{self.name}.data-{shard:05d}-of-{num_shards:05d}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
     """A checkpoint that was found."""
 
-    prefix: Path
+    prefix: Prefix
     slices: tuple[Path, ...] = ()
     """The files of a checkpoint of the first format; none of a bundle."""
     why: str | None = None
     """How it was chosen in a directory, a sentence for people."""
 
 
-def index_path(prefix: Path) -> Path:
-    return prefix.parent / (prefix.name + INDEX_SUFFIX)  # also of "." and "/", which have no name
-
-
-def shard_name(prefix: Path, shard: int, num_shards: int) -> str:
-    return f"{prefix.name}.data-{shard:05d}-of-{num_shards:05d}"
-
-
-def prefix_of(path: Path) -> Path:
+def prefix_of(path: Path) -> Prefix:
     """The prefix that a path means, which is to be written or may name one of the files."""
-    name = path.name.removesuffix(INDEX_SUFFIX) or path.name
-    return path.with_name(_SHARD_SUFFIX.sub("", name) or name) if path.name else path
+    return Prefix(path.parent, _SHARD_SUFFIX.sub("", path.name.removesuffix(INDEX_SUFFIX)))
 
 
 def has_magic(path: Path) -> bool:
@@ -62,12 +76,12 @@ def has_magic(path: Path) -> bool:
         return file.read() == MAGIC
 
 
-def has_shard(prefix: Path) -> bool:
+def has_shard(prefix: Prefix) -> bool:
     """Whether a data file of that prefix is there."""
     stem = f"{prefix.name}.data-"
-    return prefix.parent.is_dir() and any(
+    return prefix.directory.is_dir() and any(
         entry.name.startswith(stem) and _SHARD_SUFFIX.search(entry.name) and entry.is_file()
-        for entry in prefix.parent.iterdir()
+        for entry in prefix.directory.iterdir()
     )
 
 
@@ -85,7 +99,7 @@ def slice_files(path: Path) -> tuple[Path, ...]:
     if not path.name or path.is_dir():
         return ()
     prefix = path.with_name(slices_prefix(path.name))
-    if prefix == path and has_magic(path) and prefix_of(path) == path:
+    if prefix == path and has_magic(path) and prefix_of(path) == Prefix.at(path):
         return (path,)
     if not path.parent.is_dir():
         return ()
@@ -140,19 +154,20 @@ def locate(path: Path) -> Located:
     Raises: missing-file, checkpoint-ambiguous, corrupt-file (of a state file); usage where a directory holds
     several.
     """
-    if index_path(path).is_file():
-        return Located(prefix=path)
-    if path.is_file() and prefix_of(path) != path:
+    own = Prefix.at(path)
+    if own.index.is_file():
+        return Located(prefix=own)
+    if path.is_file() and prefix_of(path) != own:
         return Located(prefix=prefix_of(path))
     if path.is_dir():
         return _in_directory(path)
     if slices := slice_files(path):
-        return Located(prefix=path.with_name(slices_prefix(path.name)), slices=slices)
+        return Located(prefix=Prefix(path.parent, slices_prefix(path.name)), slices=slices)
     raise FormatError.of(
         "missing-file",
-        f"'{index_path(path)}' is not there",
+        f"'{own.index}' is not there",
         "Name the prefix of a checkpoint: the path of its '.index' file without '.index'.",
-        loc=(index_path(path).name,),
+        loc=(own.index.name,),
     )
 
 
@@ -166,9 +181,9 @@ def _highest(names: list[str]) -> str | None:
     return numbers[max(numbers)]
 
 
-def saved_model_prefix(directory: Path) -> Path | None:
+def saved_model_prefix(directory: Path) -> Prefix | None:
     """The prefix of a SavedModel's variables; None of any other directory."""
-    return directory / _VARIABLES / _VARIABLES if (directory / _SAVED_MODEL).is_file() else None
+    return Prefix(directory / _VARIABLES, _VARIABLES) if (directory / _SAVED_MODEL).is_file() else None
 
 
 def is_saved_model(path: Path) -> bool:
@@ -178,7 +193,7 @@ def is_saved_model(path: Path) -> bool:
 
 def _in_directory(directory: Path) -> Located:
     prefix = saved_model_prefix(directory)
-    if prefix is not None and index_path(prefix).is_file():
+    if prefix is not None and prefix.index.is_file():
         return Located(prefix=prefix)
     state, names = read_state(directory), names_in(directory)
     gone = "there is no state file" if state is None else f"'{state.newest}', which it names, is gone"
@@ -191,8 +206,8 @@ def _in_directory(directory: Path) -> Located:
     elif (name := _highest(names)) is not None:
         why = f"the highest number; {gone}"
     if name is not None:
-        prefix = directory / name
-        slices = () if index_path(prefix).is_file() else slice_files(prefix)
+        prefix = Prefix(directory, name)
+        slices = () if prefix.index.is_file() else slice_files(directory / name)
         others = ", ".join(other for other in names if other != name)
         other = f"; --select takes another: {others}" if others else ""
         return Located(prefix=prefix, slices=slices, why=f"'{name}' was taken: it is {why}{other}.")
@@ -201,7 +216,7 @@ def _in_directory(directory: Path) -> Located:
             "usage",
             f"'{directory}' holds {len(names)} checkpoints and its state file names none of them: "
             + ", ".join(names[:10]),
-            f"Name one: {directory / names[-1]}",
+            f"Name one: {Prefix(directory, names[-1])}",
             loc=(STATE_FILE,),
         )
     raise FormatError.of(

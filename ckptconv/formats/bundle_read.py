@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckptconv.errors import CkptError, Code, FormatError, Problem
 from ckptconv.formats.bundle_index import Entry, Index
 from ckptconv.formats.bundle_origin import Attributes, Partition, attributes_of
-from ckptconv.formats.bundle_path import shard_name
+from ckptconv.formats.bundle_path import Prefix
 from ckptconv.formats.bundle_slices import Box, assemble, bounds
 from ckptconv.formats.ordered_code import slice_key
 from ckptconv.formats.string_tensor import EncodedTensor
@@ -18,7 +16,7 @@ from ckptconv.tensor import Checksum, Extent, StoredTensor, TensorRef, TensorSpe
 class Reading:
     """Makes tensors of the entries of one index."""
 
-    def __init__(self, prefix: Path, index: Index) -> None:
+    def __init__(self, prefix: Prefix, index: Index) -> None:
         self._prefix = prefix
         self._index = index
         self._shards: dict[int, ByteSource | None] = {}
@@ -128,7 +126,7 @@ class Reading:
     def _shard(self, shard: int) -> ByteSource | None:
         if shard not in self._shards:
             self._shards[shard] = None
-            path = self._prefix.with_name(shard_name(self._prefix, shard, self._index.num_shards))
+            path = self._prefix.shard(shard, self._index.num_shards)
             if path.is_file():
                 self._shards[shard] = open_source(path)
             else:

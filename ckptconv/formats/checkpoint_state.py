@@ -117,14 +117,13 @@ def read_state(directory: Path) -> CheckpointState | None:
     return CheckpointState.parse(text)
 
 
-def record(prefix: Path) -> None:
+def record(directory: Path, name: str) -> None:
     """Make a checkpoint the newest of its directory's state file; the file is replaced as a whole.
 
     Raises: target-unwritable, corrupt-file.
     """
-    directory = prefix.parent
     state = read_state(directory) or CheckpointState(newest="")
-    text = state.with_newest(prefix.name, time.time()).text()
+    text = state.with_newest(name, time.time()).text()
     temporary = directory / f".{STATE_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
         try:

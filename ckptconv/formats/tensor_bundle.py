@@ -33,14 +33,13 @@ from ckptconv.formats import string_tensor
 from ckptconv.formats.base import ChecksumKind, Layout, TargetFile, register
 from ckptconv.formats.bundle_index import read_index
 from ckptconv.formats.bundle_path import (
+    Prefix,
     has_magic,
     has_shard,
-    index_path,
     locate,
     names_in,
     prefix_of,
     saved_model_prefix,
-    shard_name,
     slice_files,
 )
 from ckptconv.formats.bundle_read import Reading
@@ -66,11 +65,11 @@ class TensorBundle:
     def sniff(self, path: Path) -> bool:
         """A prefix (also where only data are left), one of its files, or a directory with an index."""
         try:
-            if path.is_dir() and not index_path(path).is_file():
+            if path.is_dir() and not Prefix.at(path).index.is_file():
                 saved = saved_model_prefix(path)
-                return bool(names_in(path)) or (saved is not None and has_magic(index_path(saved)))
+                return bool(names_in(path)) or (saved is not None and has_magic(saved.index))
             prefix = prefix_of(path)
-            return has_magic(index_path(prefix)) or has_shard(prefix) or bool(slice_files(path))
+            return has_magic(prefix.index) or has_shard(prefix) or bool(slice_files(path))
         except OSError:
             return False
         except FormatError:
@@ -94,7 +93,7 @@ class TensorBundle:
             tensors, origin = SliceReading(located.slices).tensors()
             attributes["container"] = "v1"
         else:
-            index = read_index(open_source(index_path(located.prefix)))
+            index = read_index(open_source(located.prefix.index))
             tensors, origin = Reading(located.prefix, index).tensors()
         note = tensors.get(NOTE_KEY)
         text = None
@@ -115,24 +114,24 @@ class TensorBundle:
         Raises: unknown-dtype, unsupported-feature, duplicate-key, shape-mismatch, target-unwritable.
         """
         prefix = prefix_of(path)
-        if (prefix.parent / STATE_FILE).is_dir():
+        if (prefix.directory / STATE_FILE).is_dir():
             raise FormatError.of(
                 "target-unwritable",
-                f"'{prefix.parent / STATE_FILE}' is a directory, TensorFlow's state file has that name",
+                f"'{prefix.directory / STATE_FILE}' is a directory, TensorFlow's state file has that name",
                 "Write the checkpoint into another directory.",
                 loc=(STATE_FILE,),
             )
-        read_state(prefix.parent)  # complains before anything is written, not after
+        read_state(prefix.directory)  # complains before anything is written, not after
         writing = Writing(items_of(raw), raw.attributes)
         files = [
             TargetFile(
-                name=shard_name(prefix, shard, writing.num_shards),
+                name=prefix.shard(shard, writing.num_shards).name,
                 placements=tuple(writing.placements[shard]),
                 finish=_nothing,
             )
             for shard in range(writing.num_shards)
         ]
-        files.append(TargetFile(name=index_path(prefix).name, finish=writing.finish))
+        files.append(TargetFile(name=prefix.index.name, finish=writing.finish))
         return Layout(kind="prefix", files=tuple(files), bookkeeping=(_record,))
 
 
@@ -141,7 +140,8 @@ def _nothing(_: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
 
 
 def _record(path: Path) -> None:
-    record(prefix_of(path))
+    prefix = prefix_of(path)
+    record(prefix.directory, prefix.name)
 
 
 def _note_text(note: TensorRef) -> str:

@@ -20,7 +20,7 @@ import ckptconv  # noqa: E402
 from ckptconv.document import value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
 from ckptconv.skeleton import write_skeleton  # noqa: E402
-from tests.support.keras_zoo import ZOO, compiled  # noqa: E402
+from tests.support.keras_zoo import ZOO, check, compiled, subclassed  # noqa: E402
 
 Model = Any
 LEGACY = tf_keras.optimizers.legacy
@@ -179,6 +179,48 @@ def test_weights_alone_have_names_and_kinds_and_no_step(tmp_path: Path) -> None:
     other = compiled(tf_keras, ZOO["mlp"](tf_keras), tf_keras.optimizers.Adam(0.01))
     other.load_weights(tmp_path / "back.h5")
     assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
+
+
+def test_weights_of_a_subclassed_model_have_the_names_of_its_layers(tmp_path: Path) -> None:
+    """Attributes, a layer of its own, a tuple, a list: every variable once, and back into the model."""
+
+    def make() -> Model:
+        return compiled(tf_keras, subclassed(tf_keras), tf_keras.optimizers.Adam(0.01))
+
+    model, other = make(), make()
+    model.save_weights(tmp_path / "w.h5")
+    run = ckptconv.open(tmp_path / "w.h5")
+    assert (run.kind, run.provenance.dialect) == ("weights", "tf-keras")
+    check(run, model, declared=False)
+    kinds = {name.split("/")[0].rstrip("_0123456789"): param.layer for name, param in run.params.items()}
+    assert (kinds["embedding"], kinds["lstm"], kinds["dense"]) == ("embedding", "lstm", "dense")
+    ckptconv.convert(tmp_path / "w.h5", tmp_path / "d", to="neutral")
+    ckptconv.convert(tmp_path / "d", tmp_path / "back.h5")
+    for variable in other.variables:
+        variable.assign(np.full(tuple(variable.shape), -1))
+    other.load_weights(tmp_path / "back.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), other.get_weights(), strict=True))
+
+
+@pytest.mark.parametrize("k", [keras, tf_keras], ids=["keras", "tf_keras"])
+def test_names_that_fill_an_attribute_are_split(k: Any, tmp_path: Path) -> None:
+    """HDF5 holds 64 kB in one: Keras parts longer lists into `layer_names0`, `layer_names1`."""
+    layers = [k.layers.Dense(2, use_bias=False, name=f"{'long' * 1000}_{number}") for number in range(20)]
+    model = k.Sequential([k.layers.Input((2,)), *layers])
+    model.compile(k.optimizers.SGD(0.1, momentum=0.9), k.losses.MeanSquaredError())
+    model.optimizer.build(model.trainable_variables)
+    for number, variable in enumerate(model.variables):
+        variable.assign(np.full((2, 2), number))
+    model.save(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert {"layer_names0", "layer_names1"} <= file["model_weights"].attrs.keys()
+        assert "layer_names" not in file["model_weights"].attrs
+    run = ckptconv.open(tmp_path / "a.h5")
+    assert [float(param.read()[0, 0]) for param in run.params.values()] == list(map(float, range(20)))
+    assert len(run.optimizers[0].slots["momentum"]) == 20
+    ckptconv.convert(tmp_path / "a.h5", tmp_path / "b.h5")
+    again = k.models.load_model(tmp_path / "b.h5")
+    assert all(np.array_equal(a, b) for a, b in zip(model.get_weights(), again.get_weights(), strict=True))
 
 
 @pytest.mark.slow

@@ -337,6 +337,25 @@ def test_a_manager_goes_on_numbering(tmp_path: Path) -> None:
     assert not (tmp_path / "ckpt-2.index").exists()
 
 
+def test_a_prefix_with_an_empty_name(tmp_path: Path) -> None:
+    """`write('run/')` makes `run/.index`: the directory means it, and each of its files."""
+    value = tf.Variable([1.0, 2.0])
+    saved = tf.train.Checkpoint(value=value).write(f"{tmp_path}/run/")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".data-00000-of-00001", ".index"]
+    reader = tf.compat.v1.train.NewCheckpointReader(saved)
+    for path in (tmp_path / "run", tmp_path / "run/.index", tmp_path / "run/.data-00000-of-00001"):
+        assert FORMAT.sniff(path)
+        found = dict(tensors(FORMAT.read(path)))
+        assert found.keys() == reader.get_variable_to_dtype_map().keys()
+        assert all(value_of(tensor) == oracle(reader, key) for key, tensor in found.items())
+    (tmp_path / "again").mkdir()
+    write(FORMAT.read(tmp_path / "run"), tmp_path / "again/.index")
+    value.assign([0.0, 0.0])
+    tf.train.Checkpoint(value=value).read(f"{tmp_path}/again/").assert_consumed()
+    assert value.numpy().tolist() == [1.0, 2.0]
+    assert FORMAT.read(tmp_path / "again").attributes["prefix"] == ""
+
+
 def test_a_new_directory_has_a_state_file(tmp_path: Path) -> None:
     raw = FORMAT.read(FIXTURE)
     written = write(raw, tmp_path / "model.ckpt-7")
