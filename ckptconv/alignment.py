@@ -33,24 +33,20 @@ def _normalized(modules: Sequence[Module]) -> list[tuple[str, ...]]:
     return [tuple(part.lower().lstrip("_") for part in name[common:]) for name in names]
 
 
-def by_name(
-    sources: Sequence[Module], targets: Sequence[Module], anchors: Mapping[int, int], fits: Fits
-) -> dict[int, int]:
-    """Target index -> source index of modules with the same name and shapes that fit, and the `anchors`.
+def by_name(sources: Sequence[Module], targets: Sequence[Module], fits: Fits) -> dict[int, int]:
+    """Target index -> source index of modules with the same name and shapes that fit.
 
     A number is a name only where all modules have partners of the same name: `2` of one side may be the
     second layer of a list, and of the other the third.
     """
     by_source: dict[tuple[str, ...], list[int]] = {}
-    taken = set(anchors.values())
     for i, name in enumerate(_normalized(sources)):
-        if i not in taken:
-            by_source.setdefault(name, []).append(i)
+        by_source.setdefault(name, []).append(i)
     names = _normalized(targets)
     uses = Counter(names)
-    chosen = dict(anchors)
+    chosen: dict[int, int] = {}
     for j, name in enumerate(names):
-        partners = by_source.get(name, []) if j not in anchors else []
+        partners = by_source.get(name, [])
         if len(partners) == 1 and uses[name] == 1 and fits(partners[0], j):
             chosen[j] = partners[0]
     taken = set(chosen.values())
@@ -58,7 +54,7 @@ def by_name(
     left_t = [module for j, module in enumerate(targets) if j not in chosen]
     if all(may_be_left(module) for module in (*left_s, *left_t)):
         return chosen
-    return {j: i for j, i in chosen.items() if j in anchors or not any(map(str.isdecimal, names[j]))}
+    return {j: i for j, i in chosen.items() if not any(part.isdecimal() for part in names[j])}
 
 
 def by_shape(

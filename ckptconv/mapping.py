@@ -22,7 +22,7 @@ from ckptconv.alignment import Fits, by_name, by_order, by_shape, fits_of, is_co
 from ckptconv.catalog import layers
 from ckptconv.catalog.flatten import CHANNELS_FIRST
 from ckptconv.dataflow import by_flow
-from ckptconv.document import Checkpoint, Param
+from ckptconv.document import Checkpoint, Param, Site
 from ckptconv.errors import Problem
 from ckptconv.fitting import Module, may_be_left, modules, parts
 from ckptconv.mapping_rules import Ruled
@@ -56,35 +56,55 @@ def match(
     Ambiguous layouts are reported as `layout-ambiguous` beside the pair that the convention would give, so
     that a caller who allows `assumed-layout` can go on with it.
     """
-    told, problems = _told(source, template, frameworks, ruled)
-    sources = modules(source.params, frameworks[0], {one.source for one in ruled.told} | ruled.source_only)
-    targets = modules(template.params, frameworks[1], {one.target for one in ruled.told} | ruled.target_only)
+    told, wrong = _told(source, template, frameworks, ruled)
+    sources = modules(source.params, frameworks[0], ruled.sources)
+    targets = modules(template.params, frameworks[1], ruled.targets)
     fits = fits_of(sources, targets)
-    anchors = _rest_of_modules(sources, targets, ruled, fits)
-    chosen = by_name(sources, targets, anchors, fits)
-    evidence: dict[int, NameEvidence] = dict.fromkeys(chosen, "name")
-    evidence |= dict.fromkeys(anchors, "mapping")
-    if source.flow and template.flow:
-        flowing = by_flow(sources, targets, chosen, fits, (source.flow, template.flow))
-        evidence |= dict.fromkeys(flowing.keys() - chosen.keys(), "flow")
-        chosen.update(flowing)
-    if not all(may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
-        unordered = any(
-            framework in _UNORDERED and not is_counted(side)
-            for framework, side in zip(frameworks, (sources, targets), strict=True)
-        )
-        found = (by_shape if unordered else by_order)(sources, targets, chosen, fits)
-        if isinstance(found, Problem):
-            # Not one partner is known: leaving all behind is no loss that a caller may allow.
-            if found.code == "param-unmatched" and not chosen and not told:
-                found = replace(found, code="template-mismatch")
-            problems.append(found)
-        else:
-            chosen.update(found)
+    chosen = _rest_of_modules(sources, targets, ruled, fits)
+    evidence: dict[int, NameEvidence] = dict.fromkeys(chosen, "mapping")
+    free_s = [i for i in range(len(sources)) if i not in chosen.values()]
+    free_t = [j for j in range(len(targets)) if j not in chosen]
+    found, by, problems = _assigned(
+        [sources[i] for i in free_s], [targets[j] for j in free_t], frameworks, (source.flow, template.flow)
+    )
+    chosen.update((free_t[j], free_s[i]) for j, i in found.items())
+    evidence |= {free_t[j]: why for j, why in by.items()}
+    if problems and not chosen and not told:
+        # Not one partner is known: leaving all behind is no loss that a caller may allow.
+        problems = [
+            replace(p, code="template-mismatch") if p.code == "param-unmatched" else p for p in problems
+        ]
     cover = _collect(source, template, targets, chosen, evidence, fits, told, ruled, problems)
+    cover = replace(cover, problems=(*wrong, *cover.problems))
     if len({framework in CHANNELS_FIRST for framework in frameworks}) == 1:
         return cover
     return replace(cover, problems=(*cover.problems, *_behind_flatten(cover, template)))
+
+
+def _assigned(
+    sources: Sequence[Module],
+    targets: Sequence[Module],
+    frameworks: tuple[str, str],
+    flows: tuple[Sequence[Site], Sequence[Site]],
+) -> tuple[dict[int, int], dict[int, NameEvidence], list[Problem]]:
+    """Target index -> source index of modules without a rule, and by what; what stands in the way."""
+    fits = fits_of(sources, targets)
+    chosen = by_name(sources, targets, fits)
+    evidence: dict[int, NameEvidence] = dict.fromkeys(chosen, "name")
+    if all(flows):
+        flowing = by_flow(sources, targets, chosen, fits, flows)
+        evidence |= dict.fromkeys(flowing.keys() - chosen.keys(), "flow")
+        chosen.update(flowing)
+    if all(may_be_left(target) for j, target in enumerate(targets) if j not in chosen):
+        return chosen, evidence, []
+    unordered = any(
+        framework in _UNORDERED and not is_counted(side)
+        for framework, side in zip(frameworks, (sources, targets), strict=True)
+    )
+    found = (by_shape if unordered else by_order)(sources, targets, chosen, fits)
+    if isinstance(found, Problem):
+        return chosen, evidence, [found]
+    return found, evidence, []
 
 
 def _told(
@@ -180,7 +200,7 @@ def _collect(
 ) -> Cover:
     pairs = list(told)
     target_only: list[str] = []
-    consumed = {one.source for one in ruled.told} | ruled.source_only
+    consumed = set(ruled.sources)
     source_only: list[str] = []
     in_order = not problems  # else what has no partner is a consequence of the problem that is known already
     for j, target in enumerate(targets):

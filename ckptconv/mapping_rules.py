@@ -52,7 +52,7 @@ class Ruled:
     source_rewrites: tuple[Rewrite, ...] = ()
     target_rewrites: tuple[Rewrite, ...] = ()
     source_names: frozenset[str] = frozenset()
-    """Parameters of the file that rules name."""
+    """Parameters of the file that rules name, those too of which a rule is wrong."""
     target_names: frozenset[str] = frozenset()
     source_only: frozenset[str] = frozenset()
     """Parameters that stay behind."""
@@ -63,6 +63,16 @@ class Ruled:
     is_reversed: bool = False
     """Whether the source is the right side."""
     problems: tuple[Problem, ...] = ()
+
+    @property
+    def sources(self) -> frozenset[str]:
+        """Pieces of the source that are not matched by themselves."""
+        return self.source_names | self.source_only | {one.source for one in self.told}
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """Pieces of the template that are not matched by themselves."""
+        return self.target_names | self.target_only | {one.target for one in self.told}
 
     def accounted(self, entries: Sequence[Entry]) -> Iterator[Entry]:
         """The ledger, which says of what the file leaves out that it does."""
@@ -153,10 +163,11 @@ class _Reading:
     def says(self) -> object:
         """All that the rules say of the two documents, to be compared."""
         swap = -1 if self.is_reversed else 1
-        return [
-            ([pair[::swap] for pair in instances], rule.axes and rule.axes[::swap])
-            for rule, instances in zip(self.mapping.rules, self.whole, strict=True)
-        ]
+        return {
+            (pair[::swap], rule.axes and rule.axes[::swap])
+            for rule, pairs in zip(self.mapping.rules, self.whole, strict=True)
+            for pair in pairs
+        }
 
 
 def instances(rule: Rule, left: Mapping[str, Param], right: Mapping[str, Param]) -> list[tuple[Names, Names]]:
@@ -258,7 +269,7 @@ class _Compiler:
             ("rules", k), f"the rule {rule} names nothing that is on both sides: " + ", ".join(counts)
         )
 
-    def _halves(self, rule: Rule, k: int, owners: tuple[Mapping[str, str], Mapping[str, str]]) -> None:
+    def _halves(self, rule: Rule, k: int, owners: tuple[dict[str, str], dict[str, str]]) -> None:
         """Parameters that the rule names and that have nothing on the other side."""
         for instance in self.reading.partial[k]:
             for n, (names, params) in enumerate(zip(instance, self._sides, strict=True)):
@@ -270,6 +281,7 @@ class _Compiler:
                     lacking = [name for name in names if name not in params]
                     place = f"the {self._words[n]}" + _did_you_mean(lacking[0], params)
                 for name in open_:
+                    owners[n][name] = str(rule)
                     self.problems.append(
                         Problem(
                             code="param-unmatched",
