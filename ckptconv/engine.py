@@ -79,7 +79,8 @@ def write(
     Raises: target-exists, target-unwritable, no-space; usage where the target is a source; checksum-mismatch,
     truncated-tensor, source-changed, precision-loss for what the sources hold: all that are found, together.
     """
-    publication = Publication.of(layout.kind, target, [file.name for file in layout.files], force)
+    names = [file.name for file in layout.files]
+    publication = Publication.of(layout.kind, target, names, force, layout.replaces)
     publication.check()
     _refuse_sources(layout, publication)
     needed = sum(

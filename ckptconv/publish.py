@@ -98,10 +98,17 @@ class Publication:
     """Final names in the order of publication, relative as in `Layout`; the last one is the commit."""
     force: bool
     staging: Path
+    replaces: tuple[str, ...] = ()
+    """As in `Layout`."""
 
     @classmethod
     def of(
-        cls, kind: Literal["file", "prefix", "directory"], target: Path, names: Iterable[str], force: bool
+        cls,
+        kind: Literal["file", "prefix", "directory"],
+        target: Path,
+        names: Iterable[str],
+        force: bool,
+        replaces: tuple[str, ...] = (),
     ) -> Publication:
         """A publication that has not begun; touches nothing."""
         target = Path(os.path.abspath(target))
@@ -111,6 +118,7 @@ class Publication:
             names=tuple(names),
             force=force,
             staging=target.with_name(f".{target.name}.ckptconv-{secrets.token_hex(4)}.tmp"),
+            replaces=replaces,
         )
 
     @property
@@ -189,6 +197,7 @@ class Publication:
             before, after = (re.escape(part) for part in stem.split("\0", 1))
             shard = re.compile(before + _SHARD.pattern + after)
             paths += [parent / name for name in there if shard.fullmatch(name)]
+        paths += [parent / name for name in self.replaces]
         return [path for path in dict.fromkeys(paths) if os.path.lexists(path)]
 
     def begin(self) -> None:

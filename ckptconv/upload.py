@@ -63,7 +63,8 @@ def _existing(target: Path, layout: Layout, finals: list[Path]) -> list[Path]:
         message = f"'{target}' is a directory, the target is a file"
         raise target_error("target-exists", target, message, "Choose another target.")
     if layout.kind != "directory" or not target.is_dir():
-        return [path for path in finals if path.is_file()]
+        old = [below(layout.kind, target, name) for name in layout.replaces]
+        return [path for path in dict.fromkeys((*finals, *old)) if path.is_file()]
     found = [path for path in target.iterdir() if path.is_file()]
     if finals[-1] not in found:
         message = f"'{target}' is a directory without a '{layout.files[-1].name}', no checkpoint to replace"

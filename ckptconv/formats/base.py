@@ -53,6 +53,8 @@ class Layout:
     """In the order of publication: the last one is the commit (an index, a manifest)."""
     bookkeeping: tuple[Callable[[Path], None], ...] = field(default=())
     """What is done beside the target after publication (TensorFlow's `checkpoint` state file)."""
+    replaces: tuple[str, ...] = ()
+    """Files beside the target that only the one that stands there now has; they make way with it."""
 
 
 class Format(Protocol):

@@ -12,6 +12,7 @@ Source: keras 3.15.1 `keras/src/saving/saving_lib.py` (`ShardedH5IOStore`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -169,7 +170,21 @@ def lay_out_shards(root: DictNode, note: str | None, limit: int | None, path: Pa
     total = sum(tensor.spec.nbytes for tensor in tensors.values())
     index = dump({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=4).encode()
     files.append(TargetFile(name=f"{stem}{INDEX_SUFFIX}", finish=constant([(0, index)])))
-    return Layout(kind="prefix", files=tuple(files))
+    names = {file.name for file in files}
+    old = tuple(
+        name for name in _files_of(path.with_name(f"{stem}{INDEX_SUFFIX}"), stem) if name not in names
+    )
+    return Layout(kind="prefix", files=tuple(files), replaces=old)
+
+
+def _files_of(index: Path, stem: str) -> Iterator[str]:
+    """The files of the set that is there now, by its index; others of such names may be somebody's own."""
+    try:
+        listed = _weight_map(index) if index.is_file() else {}
+    except FormatError:
+        return
+    own = re.compile(re.escape(stem) + r"_\d{5}" + re.escape(SUFFIX))
+    yield from sorted({file for files in listed.values() for file in files if own.fullmatch(file)})
 
 
 def _part(node: DictNode, wanted: frozenset[str], path: Steps, *, first: bool) -> DictNode | None:

@@ -199,6 +199,30 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
     assert same(loaded(keras, tmp_path / "again.weights.h5", make), model)
 
 
+def test_a_larger_set_makes_way_for_a_smaller_one(tmp_path: Path) -> None:
+    """Its files are in no index any more; what only has such a name stays."""
+    model = compiled(keras, ZOO["mlp"](keras), adam(keras))
+    model.save_weights(tmp_path / "whole.weights.h5")
+    target, own = tmp_path / "a.weights.json", tmp_path / "a_00099.weights.h5"
+    ckptconv.convert(tmp_path / "whole.weights.h5", target, shard_size=64)
+    before = set(tmp_path.glob("a_*.weights.h5"))
+    assert len(before) > 3
+    model.save_weights(own)
+    with pytest.raises(CkptError) as caught:
+        ckptconv.convert(tmp_path / "whole.weights.h5", target, shard_size=500)
+    assert [problem.code for problem in caught.value.problems] == ["target-exists"]
+    assert set(tmp_path.glob("a_*.weights.h5")) == {*before, own}
+    ckptconv.convert(tmp_path / "whole.weights.h5", target, shard_size=500, force=True)
+    listed = json.loads(target.read_text())["weight_map"].values()
+    held = {tmp_path / name for names in listed for name in names}
+    assert len(held) < len(before)
+    assert set(tmp_path.glob("a_*.weights.h5")) == {*held, own}
+    again = compiled(keras, ZOO["mlp"](keras), adam(keras), step=0)
+    again.load_weights(target)
+    assert same(again, model)
+    assert not list(tmp_path.glob(".*"))
+
+
 def repeat_index(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     index = json.loads(path.read_text())
     change(index["weight_map"])
