@@ -130,6 +130,11 @@ class Param:
         return self.tensor.read()
 
 
+def module_of(name: str) -> str:
+    """What a parameter's name begins with: all but its last part."""
+    return name[: max(name.rfind("."), name.rfind("/"), 0)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """A parameter in a run of the model, and what the operation that uses it takes."""
@@ -246,6 +251,9 @@ class Checkpoint:
     """In the source's order."""
     flow: tuple[Site, ...] = ()
     """The parameters in the order in which a run of the model uses them; empty where no run was seen."""
+    layer_settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Module -> what it computes with beside its parameters, where it is told: `epsilon`, `momentum` (the
+    share of the old average), as the layer catalog's `settings` have them."""
     optimizers: tuple[Optimizer, ...] = ()
     schedules: tuple[Schedule, ...] = ()
     loss_scaling: Mapping[str, Fact] = field(default_factory=dict)

@@ -71,6 +71,7 @@ def to_json(
         "progress": progress_to_json(checkpoint.progress),
         "params": [_param_to_json(param, values) for param in checkpoint.params.values()],
         **({"flow": [_site_to_json(site) for site in checkpoint.flow]} if checkpoint.flow else {}),
+        **_layer_settings_to_json(checkpoint.layer_settings),
         "optimizers": [optimizer_to_json(o, checkpoint) for o in checkpoint.optimizers],
         "schedules": [schedule_to_json(schedule) for schedule in checkpoint.schedules],
         **({"loss_scaling": facts_to_json(checkpoint.loss_scaling)} if checkpoint.loss_scaling else {}),
@@ -117,6 +118,7 @@ def from_json(obj: Json, tensors: Tensors = None, state: bytes | None = None) ->
         progress=progress,
         params=params,
         flow=tuple(_site_from_json(site) for site in manifest.get("flow", ())),
+        layer_settings={one["module"]: one["settings"] for one in manifest.get("layer_settings", ())},
         optimizers=tuple(optimizer_from_json(o, progress, specs, find) for o in manifest["optimizers"]),
         schedules=tuple(schedule_from_json(schedule) for schedule in manifest["schedules"]),
         loss_scaling=facts_from_json(manifest.get("loss_scaling", {})),
@@ -230,6 +232,11 @@ def _param_from_json(item: Mapping[str, Json], find: Callable[[Path, TensorSpec]
             for layout in item.get("candidates", ())
         ),
     )
+
+
+def _layer_settings_to_json(settings: Mapping[str, Mapping[str, float]]) -> dict[str, Json]:
+    listed: list[Json] = [{"module": name, "settings": dict(known)} for name, known in settings.items()]
+    return {"layer_settings": listed} if listed else {}
 
 
 def _site_to_json(site: Site) -> dict[str, Json]:

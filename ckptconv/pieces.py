@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.catalog.wrappers import AVERAGE
-from ckptconv.document import Checkpoint, Evidence, Optimizer, Param, Site
+from ckptconv.document import Checkpoint, Evidence, Optimizer, Param, Site, module_of
 from ckptconv.ops import Add, Slice
 from ckptconv.tensor import MissingTensor, TensorRef, TensorSpec
 
@@ -137,11 +137,6 @@ def _flow_cut(flow: Sequence[Site], cuts: Mapping[str, Cut]) -> Iterator[Site]:
         for piece in pieces(site.param):
             after = tuple(one for name in site.after for one in before(piece, name))
             yield replace(site, param=piece.name, after=after, part=piece.part or site.part)
-
-
-def module_of(name: str) -> str:
-    """What a parameter's name begins with: all but its last part."""
-    return name[: max(name.rfind("."), name.rfind("/"), 0)]
 
 
 def _tied(param: Param, by_whole: Mapping[str, Cut], position: int) -> str | None:

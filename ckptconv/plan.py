@@ -22,6 +22,7 @@ from ckptconv.formats.base import Format
 from ckptconv.formats.table import FORMATS
 from ckptconv.goal import Goal
 from ckptconv.joining import together
+from ckptconv.layer_settings import required
 from ckptconv.mapping_file import MappingFile
 from ckptconv.mapping_rules import Ruled, ruled
 from ckptconv.matching import framework_of, matched
@@ -151,8 +152,12 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
     if result.problems:
         return result
     result = _numbered(result, goal)
-    ledger = tuple(rules.accounted(result.ledger))
-    return replace(result, checkpoint=_with_note(result.checkpoint, kept), ledger=ledger)
+    return replace(
+        result,
+        checkpoint=_with_note(result.checkpoint, kept),
+        ledger=tuple(rules.accounted(result.ledger)),
+        target_requires=(*result.target_requires, *required(kept, template, cover.pairs, frameworks[1])),
+    )
 
 
 def _numbered(result: Transfer, goal: Goal) -> Transfer:

@@ -26,7 +26,12 @@ def apply_spec(checkpoint: Checkpoint, spec: Checkpoint, who: str = BY_SPEC) -> 
     if problems:
         raise MappingError(*problems)
     params = {name: _with_layout(param, spec.params.get(name)) for name, param in checkpoint.params.items()}
-    completed = replace(checkpoint, params=params, flow=checkpoint.flow or spec.flow)
+    completed = replace(
+        checkpoint,
+        params=params,
+        flow=checkpoint.flow or spec.flow,
+        layer_settings={**spec.layer_settings, **checkpoint.layer_settings},
+    )
     for optimizer in checkpoint.optimizers:
         other = _counterpart(optimizer, checkpoint, spec)
         if other is None:

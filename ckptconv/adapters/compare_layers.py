@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ckptconv.adapters.keras import Layer
 from ckptconv.catalog import layers
-from ckptconv.pieces import module_of
+from ckptconv.document import module_of
 
 if TYPE_CHECKING:
     import torch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -41,7 +42,7 @@ from ckptconv.detect import PathLike, detect_dialect, read_raw
 from ckptconv.dialects.base import Dialect
 from ckptconv.dialects.graph_bundle import graph_of
 from ckptconv.dialects.object_paths import Graph
-from ckptconv.document import Checkpoint, Value
+from ckptconv.document import Checkpoint, Value, module_of
 from ckptconv.errors import CkptError, MappingError, missing_extra
 from ckptconv.rawtree import Lifted, RawTree, children
 from ckptconv.report import Report
@@ -245,8 +246,9 @@ def _lifted(
     checkpoint = dialect.lift(raw)
     spill.keep_for(checkpoint)
     live = _Live(raw, checkpoint, root)
-    layouts = live.layouts(dialect.framework or "keras3")
-    checkpoint = declared(checkpoint, dict(layouts), dict(live.trainable(model)))
+    framework = dialect.framework or "keras3"
+    checkpoint = declared(checkpoint, dict(live.layouts(framework)), dict(live.trainable(model)))
+    checkpoint = replace(checkpoint, layer_settings=dict(live.settings(framework)))
     if inputs is not None:
         checkpoint = with_run(checkpoint, run_of(model, inputs, dict(live.handles())))
     return checkpoint, live, dialect
@@ -328,6 +330,16 @@ class _Live:
                 layout = layers.declared(framework, kind, edge, shape)
                 if name is not None and layout is not None:
                     yield name, (kind, *layout)
+
+    def settings(self, framework: str) -> Iterator[tuple[str, Mapping[str, float]]]:
+        """What each layer computes with beside its variables, as far as the catalog knows its class."""
+        for node, live in self._objects.items():
+            kind = layers.kind_of_class(framework, type(live), live)
+            found = layers.told_settings(framework, kind or "", partial(getattr, live))
+            names = (self._name(child) for _, child in self._graph.children[node])
+            name = next((name for name in names if name is not None), None)
+            if found and name is not None:
+                yield module_of(name), found
 
     def handles(self) -> Iterator[tuple[int, str]]:
         """The id of each parameter's handle, and its name in the document."""

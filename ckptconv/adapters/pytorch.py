@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
@@ -179,6 +180,7 @@ def _captured(
     spill.keep_for(checkpoint)
     model = unwrapped(model)
     checkpoint = declared(checkpoint, dict(_layouts(model)), dict(_trainable(model)))
+    checkpoint = replace(checkpoint, layer_settings=dict(_settings(model)))
     if optimizer is None:
         return checkpoint
     return of_class(checkpoint, stock_class(optimizer), "torch", {}, rules_of(optimizer))
@@ -309,6 +311,15 @@ def _layouts(model: torch.nn.Module) -> Iterator[tuple[str, tuple[str, str, tupl
             layout = layers.declared("torch", kind, suffix, tuple(tensor.shape))
             if layout is not None:
                 yield f"{prefix}.{suffix}" if prefix else suffix, (kind, *layout)
+
+
+def _settings(model: torch.nn.Module) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """What each module computes with beside its parameters, as far as the catalog knows its class."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        kind = layers.kind_of_class("torch", type(module), module)
+        found = layers.told_settings("torch", kind or "", partial(getattr, module))
+        if found:
+            yield name, found
 
 
 def _trainable(model: torch.nn.Module) -> Iterator[tuple[str, bool]]:

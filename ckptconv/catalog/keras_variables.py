@@ -17,7 +17,7 @@ from itertools import product
 from types import MappingProxyType
 
 from ckptconv.catalog.flatten import flattened
-from ckptconv.catalog.layers import declared, kind_of_class_name
+from ckptconv.catalog.layers import declared, kind_of_class_name, told_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +193,12 @@ def layout(
         return None
     role, axes = found
     return named, role, flattened(axes, shape, flat) if flat else axes
+
+
+def settings(class_name: str, framework: str, config: Mapping[str, object]) -> Mapping[str, float]:
+    """What a layer with these arguments computes with beside its variables (`layer_settings`)."""
+    named = kind(class_name, framework, config)
+    return {} if named is None else told_settings(framework, named, config.get)
 
 
 def snake_case(class_name: str) -> str:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from ckptconv.catalog.axes import bind, expand, layout_ops
 from ckptconv.catalog.einsum import contraction
+from ckptconv.catalog.layer_settings import Settings, settings_of
 from ckptconv.catalog.loading import Record, load
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "alike",
     "axes_of",
     "candidates",
+    "class_of",
     "declared",
     "in_terms_of",
     "initial_value",
@@ -38,6 +40,8 @@ __all__ = [
     "layout_ops",
     "roles",
     "same_layer",
+    "settings",
+    "told_settings",
     "torch_candidates",
 ]
 
@@ -84,6 +88,8 @@ class _Kind:
     """Attributes of the layer with these values where a class stands for two kinds."""
     equation: tuple[str, ...]
     """Axes of an einsum layer's kernel (`catalog.einsum`) where the class stands for several kinds."""
+    settings: Mapping[str, Settings]
+    """Framework -> the numbers that a layer computes with beside its variables."""
     lacking: Mapping[str, str]
     """Family of frameworks that has no such layer -> what its nearest does."""
 
@@ -173,6 +179,7 @@ def _kind(name: str, record: Record, names: Collection[str]) -> _Kind:
         equal_attributes=record.texts("equal_attributes"),
         attributes=record.scalar_map("attributes"),
         equation=record.texts("equation"),
+        settings=settings_of(record),
         lacking=record.text_map("lacking"),
     )
     record.close()
@@ -347,6 +354,25 @@ def _chosen(kinds: list[_Kind], read: Callable[[str], object]) -> _Kind:
     """Of the kinds of one class the special one that the layer's attributes tell, else the ordinary one."""
     special = [kind for kind in kinds if kind.is_special and kind.means(read)]
     return next(iter(special), next((kind for kind in kinds if not kind.is_special), kinds[0]))
+
+
+def settings(framework: str, kind: str) -> Settings:
+    """The numbers that a layer of the kind computes with beside its variables, by canonical name."""
+    entry = _table().kinds.get(kind)
+    return entry.settings.get(_COLUMN.get(framework, framework), {}) if entry is not None else {}
+
+
+def told_settings(framework: str, kind: str, read: Callable[[str], object]) -> dict[str, float]:
+    """The settings of a layer whose arguments `read` gives, as far as it tells them."""
+    found = {name: setting.read(read) for name, setting in settings(framework, kind).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def class_of(framework: str, kind: str) -> str:
+    """The first class of a kind, as its package has it: `keras.BatchNormalization`; empty where none is."""
+    entry = _table().kinds.get(kind)
+    names = entry.classes.get(_COLUMN.get(framework, framework), ()) if entry is not None else ()
+    return names[0] if names else ""
 
 
 def lacking(kind: str, family: str) -> str | None:

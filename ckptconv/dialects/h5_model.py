@@ -143,6 +143,7 @@ def _of_config(layer: Layer, own: Sequence[tuple[Path, TensorRef]], framework: s
             axes=axes,
             evidence="declared" if layout else "unknown",
             trainable=variable.trained and not leaf.frozen,
+            settings=keras_variables.settings(leaf.class_name, framework, leaf.arguments),
         )
 
 

@@ -26,6 +26,7 @@ from ckptconv.document import (
     Provenance,
     Residue,
     Unknown,
+    module_of,
     value_of,
 )
 from ckptconv.errors import FormatError, MappingError, Problem
@@ -125,6 +126,7 @@ class KerasFile:
         checkpoint = Checkpoint(
             progress=_progress(optimizer, parts),
             params=_params(model),
+            layer_settings={module_of(one.name): one.settings for one in model.variables if one.settings},
             optimizers=() if optimizer is None else (optimizer.optimizer,),
             schedules=() if optimizer is None or optimizer.schedule is None else (optimizer.schedule,),
             loss_scaling={} if optimizer is None else optimizer.loss_scaling,

@@ -13,8 +13,8 @@ Source: keras 3.15.1 `keras/src/saving/saving_lib.py` (`_save_container_state`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ckptconv.catalog import keras_variables
 from ckptconv.catalog.keras_variables import FileVariable
@@ -47,6 +47,8 @@ class Found:
     evidence: Evidence = "unknown"
     candidates: tuple[Layout, ...] = ()
     trainable: bool | None = None
+    settings: Mapping[str, float] = field(default_factory=dict)
+    """What its layer computes with beside its variables, by the config."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,6 +178,7 @@ def of_table(
                 axes=axes,
                 evidence=evidence if layout else "unknown",
                 trainable=variable.trained and not layer.frozen,
+                settings=keras_variables.settings(layer.class_name, framework, layer.arguments),
             )
 
 
