@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from rich.text import Text
 
 from ckptconv.catalog.restores import Restore
-from ckptconv.doctor import Diagnosis, Mend, said
+from ckptconv.doctor import Diagnosis, said
+from ckptconv.mends import Mend
 from ckptconv.rendering.text import Rows, View, clean, heading
 
 _STEP: Mapping[str, str] = {
@@ -24,7 +25,7 @@ _STATE: Mapping[str, str] = {
 _SIGNAL: Mapping[str, str] = {
     "none": "You are told nothing.",
     "warning": "You are told in a warning.",
-    "later": "You are told in the log alone, when the program deletes what restore() returned.",
+    "later": "You are told in the log alone, and late: when what the call returned is deleted.",
 }
 _STATE_IS = "The optimizer's state: what it keeps for each weight, such as the averages (moments) of Adam."
 
@@ -53,7 +54,7 @@ def doctor_view(diagnosis: Diagnosis) -> list[View]:
 
 def _calls(diagnosis: Diagnosis) -> list[View]:
     if diagnosis.unmeasured:
-        return [Text(), heading("What brings it back"), Text(f"  {clean(diagnosis.unmeasured)}")]
+        return [Text(), heading("What brings all of it back"), Text(f"  {clean(diagnosis.unmeasured)}")]
     whole = [restore for restore in diagnosis.restores if diagnosis.has_optimizer and restore.whole]
     rest = [restore for restore in diagnosis.restores if restore not in whole]
     views: list[View] = []
