@@ -3,7 +3,8 @@
 - `model`: the trained weights, as every document has them by itself;
 - `ema`: the average of the weights that stands beside them, by this word or by its own key; it has no
   optimizer, since the optimizer's state is of the weights it was averaged from;
-- `model:NAME`: the parameters below `NAME`, without that prefix, with what their optimizers know of them;
+- `model:NAME`, or `NAME` alone: the parameters below `NAME`, without that prefix, with what their optimizers
+  know of them;
 - `optimizer:0` or `optimizer:NAME`: one of several optimizers with its schedules, and its step as the run's.
 
 A part is a document of its own: it has no residue, and is written onto a template or as weights.
@@ -35,11 +36,15 @@ def selected(checkpoint: Checkpoint, names: Sequence[str], candidates: Sequence[
             checkpoint = _averaged(checkpoint, chosen[0])
         elif kind == OPTIMIZER and (optimizer := _optimizer(checkpoint, which)) is not None:
             checkpoint = _of_optimizers(checkpoint, (optimizer,))
-        elif kind == MODEL and any(param.startswith(f"{which}.") for param in checkpoint.params) and which:
-            checkpoint = _below(checkpoint, which)
+        elif (below := which if kind == MODEL else name) and _is_prefix(checkpoint, below):
+            checkpoint = _below(checkpoint, below)
         elif name != MODEL:
             _refuse(name, [*candidates, *_parts(checkpoint, found)])
     return checkpoint
+
+
+def _is_prefix(checkpoint: Checkpoint, name: str) -> bool:
+    return any(param.startswith(f"{name}.") for param in checkpoint.params)
 
 
 def _refuse(name: str, there: list[str]) -> None:

@@ -34,6 +34,7 @@ from ckptconv.catalog.schedule_rates import TABLED, flat
 from ckptconv.catalog.schedules import UNKNOWN
 from ckptconv.conversion import convert
 from ckptconv.detect import PathLike, open
+from ckptconv.dialects.torch_modules import model_names
 from ckptconv.document import Checkpoint, Fact, Known, Unknown, Value
 from ckptconv.errors import LossError, MappingError, Problem, missing_extra
 from ckptconv.manifest import INLINE_NBYTES
@@ -179,7 +180,10 @@ def _captured(
     checkpoint = open(path, format="pytorch", dialect="plain")
     spill.keep_for(checkpoint)
     model = unwrapped(model)
-    checkpoint = declared(checkpoint, dict(_layouts(model)), dict(_trainable(model)))
+    names = list(model.state_dict())
+    called = dict(zip(names, model_names(names), strict=True))
+    layouts = {called.get(name, name): layout for name, layout in _layouts(model)}
+    checkpoint = declared(checkpoint, layouts, {called.get(n, n): flag for n, flag in _trainable(model)})
     checkpoint = replace(checkpoint, layer_settings=dict(_settings(model)))
     if optimizer is None:
         return checkpoint

@@ -18,6 +18,7 @@ import re
 from dataclasses import replace
 
 from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, rate
+from ckptconv.dialects import torch_adapter
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.dcp_members import closed, opened
 from ckptconv.dialects.hf_schedule import curve_of_arguments
@@ -98,6 +99,7 @@ class HFTrainer:
         progress, odd_progress = read_state(root, optimizers, lifter)
         scaling = lift_scaling([((SCALER,), root.get(SCALER))], lifter)
         extras = lift_rest(root, lifter, module.parts)
+        adapter = torch_adapter.settings(root)
         checkpoint = Checkpoint(
             progress=progress,
             params=trained(module.params, optimizers),
@@ -115,9 +117,11 @@ class HFTrainer:
                 *odd,
                 *odd_schedule,
                 *odd_progress,
+                *torch_adapter.said(adapter),
                 *not_read(raw),
                 *named_code(replace(root, kind="dict")),
             ),
+            extensions={torch_adapter.EXTENSION: adapter} if adapter else {},
         )
         return lift_note(checkpoint, root)
 

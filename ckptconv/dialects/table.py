@@ -17,6 +17,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
         "accelerate",
         "deepspeed",
         "hf_trainer",
+        "hub_folder",
         "lightning",
         "megatron",
         "torch_plain",

@@ -3,7 +3,8 @@
 A state_dict maps dotted names to tensors, parameters and buffers alike, in the order of registration; tied
 weights stand under every name and share a storage. Wrappers leave marks in the names: `module.` before every
 name (DataParallel, DDP, AveragedModel), `base_model.model.` likewise (PEFT), `_orig_mod.` anywhere
-(torch.compile). What is no tensor (`_extra_state`) is left to the residue.
+(torch.compile); PEFT's names inside are `torch_adapter`'s. What is no tensor (`_extra_state`) is left to the
+residue.
 
 `torch.save(model)` pickles the module itself: an object of each layer's class with `_parameters`, `_buffers`
 and `_modules` in its attributes. Its state_dict is read out of it (non-persistent buffers are not in it); the
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 from ckptconv.catalog import layers
 from ckptconv.catalog.compounds import home
-from ckptconv.dialects import torch_keys
+from ckptconv.dialects import torch_adapter, torch_keys
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_described import describe, kind_of, packed_kind
 from ckptconv.dialects.torch_values import dotted, layout_of, tensor_of, view_id
@@ -33,7 +34,6 @@ from ckptconv.tensor import TensorRef
 Shape = tuple[int, ...]
 
 _DDP, _AVERAGED = "module", "n_averaged"
-_PEFT = "base_model.model."
 
 PARTS = ("_parameters", "_buffers", "_modules")
 """Attributes that every module's pickle has."""
@@ -137,6 +137,7 @@ def lift_module(
     entries = [(bare, entry) for bare, entry in named if isinstance(entry, _Entry)]
     _refuse_shares(entries, path)
     seen = {} if seen is None else seen
+    tuned = torch_adapter.trained([entry.raw for _, entry in entries])
     told = _told_of([(bare, entry.tensor.shape) for bare, entry in entries])
     params: dict[str, Param] = {}
     raw_names: dict[str, str] = {}
@@ -152,7 +153,7 @@ def lift_module(
             layer=layer,
             axes=axes,
             evidence=evidence,
-            trainable=False if entry.raw in buffers else _trainable(bare, entry),
+            trainable=False if entry.raw in buffers else _trainable(bare, entry, tuned.get(entry.raw)),
             tied_to=None if first == name else first,
         )
         lifter.take(entry.path, ("param", name), **layout_of(entry.tensor))
@@ -215,6 +216,11 @@ def _names(raws: Sequence[str], path: Path) -> Sequence[str]:
             "Save the model again: a state_dict has each name once.",
             loc=path,
         )
+    return model_names(raws)
+
+
+def model_names(raws: Sequence[str]) -> Sequence[str]:
+    """What the document calls a state_dict's entries: without the marks, unless two would then be one."""
     stripped = bare_names(raws)
     return raws if len(set(stripped)) < len(raws) else stripped
 
@@ -227,7 +233,8 @@ def bare_names(raws: Sequence[str]) -> Sequence[str]:
     before = _wrapper([name for raw, name in zip(raws, unmarked, strict=True) if raw != _AVERAGED])
     if not (before or marked):
         return raws
-    return [name.removeprefix(before) or raw for raw, name in zip(raws, unmarked, strict=True)]
+    bare = [name.removeprefix(before) or raw for raw, name in zip(raws, unmarked, strict=True)]
+    return torch_adapter.saved_names(bare) if before.endswith(torch_adapter.PREFIX) else bare
 
 
 def _refuse_shares(entries: Sequence[tuple[str, _Entry]], path: Path) -> None:
@@ -259,7 +266,7 @@ def _refuse_shares(entries: Sequence[tuple[str, _Entry]], path: Path) -> None:
 def _wrapper(names: list[str]) -> str:
     """What stands before every name: the marks of wrappers, from the outside in."""
     found = ""
-    for mark in (f"{_DDP}.", _PEFT):
+    for mark in (f"{_DDP}.", torch_adapter.PREFIX):
         if names and all(name.startswith(found + mark) for name in names):
             found += mark
     return found
@@ -269,12 +276,12 @@ def _without_marks(raw: str) -> str:
     return ".".join(part for part in raw.split(".") if part not in torch_keys.MARKS)
 
 
-def _trainable(name: str, entry: _Entry) -> bool | None:
+def _trainable(name: str, entry: _Entry, tuned: bool | None = None) -> bool | None:
     if name.rpartition(".")[2] in torch_keys.BUFFERS:
         return False
     if entry.tensor.dtype.kind not in ("float", "complex"):
         return False
-    return entry.trainable
+    return tuned if entry.trainable is None else entry.trainable
 
 
 def _place(name: str) -> tuple[str, str]:

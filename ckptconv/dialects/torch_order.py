@@ -104,6 +104,9 @@ def _declared(
     reasons, fits = [], []
     for params in models:
         candidates = [params[name] for name in optimizable(params)]
+        trained = [param for param in candidates if param.trainable]
+        if len(trained) == len(flat):
+            candidates = trained
         fit = _alignment([shapes[index] for index in flat], candidates)
         if isinstance(fit, str):
             reasons.append(fit)

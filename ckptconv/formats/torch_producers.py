@@ -73,6 +73,12 @@ PRODUCERS: tuple[Producer, ...] = (
         source="diffusers pipelines/pipeline_utils.py save_pretrained",
     ),
     Producer(
+        name="peft",
+        marks=("adapter_config.json",),
+        summary="a PEFT adapter: adapter_model and its configuration",
+        source="peft peft_model.py save_pretrained",
+    ),
+    Producer(
         name="transformers",
         marks=("pytorch_model.bin.index.json",),
         summary="save_pretrained in several .bin files",

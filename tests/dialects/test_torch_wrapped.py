@@ -63,7 +63,9 @@ def test_what_stands_before_every_name_is_taken_off_and_comes_back(prefix: str, 
 def test_adapters_keep_their_own_names(tmp_path: Path) -> None:
     names = ("q.base_layer.weight", "q.lora_A.default.weight", "q.lora_B.default.weight", "norm.weight")
     state = {f"base_model.model.{name}": torch.ones(2, 2) for name in names}
-    assert tuple(opened({"state_dict": state, "epoch": 0}, tmp_path / "a.pt").params) == names
+    found = opened({"state_dict": state, "epoch": 0}, tmp_path / "a.pt").params
+    assert tuple(found) == ("q.weight", "q.lora_A.weight", "q.lora_B.weight", "norm.weight")
+    assert [param.trainable for param in found.values()] == [False, True, True, False]
 
 
 def by_name(run: Run) -> dict[str, Any]:
