@@ -45,7 +45,7 @@ __all__ = [
     "torch_candidates",
 ]
 
-_FRAMEWORKS = frozenset({"torch", "keras3", "tf_keras"})
+_FRAMEWORKS = frozenset({"torch", "keras3", "tf_keras", "flax"})
 _COLUMN = {"tf_keras_legacy": "tf_keras"}
 """Frameworks whose layers are another one's: the legacy optimizers train tf_keras' layers."""
 

@@ -28,8 +28,8 @@ _SCOPES = {
     "conv2d": "conv2d",
     "conv3d": "conv3d",
     "Conv": "conv2d",
-    "conv2d_transpose": "conv2d_transpose",
-    "Conv2d_transpose": "conv2d_transpose",
+    "conv2d_transpose": "conv_transpose2d",
+    "Conv2d_transpose": "conv_transpose2d",
 }
 """Default name of a layer's scope -> its kind."""
 _CELL = re.compile(r"(^|/)([^/]*cell(_\d+)?|gates|candidate|rnn|bidirectional_rnn)(/|$)")
