@@ -24,7 +24,7 @@ from ckptconv.document import PROGRESS_FIELDS, Checkpoint, Value, value_of
 from ckptconv.errors import CkptError, MappingError, Problem
 from ckptconv.formats.base import Layout
 from ckptconv.goal import Goal, document_of, goal_of
-from ckptconv.mapping_file import MappingFile, mapping_of
+from ckptconv.mapping_file import MappingLike, mapping_of
 from ckptconv.plan import Wishes, allowed_codes, plan, shard_nbytes
 from ckptconv.plan_table import table
 from ckptconv.rawtree import RawTree
@@ -32,7 +32,6 @@ from ckptconv.remote import place
 from ckptconv.report import OptimizerVerdict, Plan, Report
 from ckptconv.selection import selected
 from ckptconv.spec import apply_spec
-from ckptconv.strictjson import Json
 from ckptconv.upload import destination
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
@@ -53,7 +52,7 @@ def convert(
     template: PathLike | Checkpoint | None = None,
     source_spec: PathLike | Checkpoint | None = None,
     template_spec: PathLike | Checkpoint | None = None,
-    mapping: PathLike | Mapping[str, Json] | MappingFile | None = None,
+    mapping: MappingLike | None = None,
     set_: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
     exclude: Sequence[str] = (),

@@ -6,7 +6,7 @@ check_mapping(mapping, source, template) -> Coverage
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptconv.detect import PathLike
@@ -14,7 +14,7 @@ from ckptconv.document import Checkpoint
 from ckptconv.errors import MappingError, Problem
 from ckptconv.goal import document_of
 from ckptconv.mapping_draft import draft
-from ckptconv.mapping_file import MappingFile, Rule, axes_text, mapping_of
+from ckptconv.mapping_file import MappingFile, MappingLike, Rule, axes_text, mapping_of
 from ckptconv.mapping_rules import Ruled, ruled
 from ckptconv.matching import Matching, framework_of, matched
 from ckptconv.schema import problem_to_json
@@ -53,7 +53,7 @@ def draft_mapping(
     source: PathLike | Checkpoint,
     template: PathLike | Checkpoint,
     *,
-    mapping: PathLike | Mapping[str, Json] | MappingFile | None = None,
+    mapping: MappingLike | None = None,
     source_spec: PathLike | Checkpoint | None = None,
     template_spec: PathLike | Checkpoint | None = None,
 ) -> MappingFile:
@@ -71,7 +71,7 @@ def draft_mapping(
 
 
 def check_mapping(
-    mapping: PathLike | Mapping[str, Json] | MappingFile,
+    mapping: MappingLike,
     source: PathLike | Checkpoint,
     template: PathLike | Checkpoint,
     *,

@@ -8,8 +8,7 @@ Values are streamed, a window of each side at a time.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
 from ckptconv.facts import value_to_json
 from ckptconv.goal import Goal, document_of
-from ckptconv.mapping_file import MappingFile, mapping_of
+from ckptconv.mapping_file import MappingLike, mapping_of
 from ckptconv.plan import Wishes, allowed_codes, plan
 from ckptconv.rawtree import Path as Address
 from ckptconv.remote import place as reached
@@ -30,7 +29,6 @@ from ckptconv.selection import selected
 from ckptconv.strictjson import Json
 from ckptconv.tensor import TensorRef
 
-MappingLike = str | os.PathLike[str] | Mapping[str, Json] | MappingFile
 _ARRAYS = frozenset({"param", "slot"})
 
 

@@ -81,7 +81,11 @@ class MappingFile:
     note: str = ""
 
 
-def mapping_of(value: str | os.PathLike[str] | Mapping[str, Json] | MappingFile) -> MappingFile:
+MappingLike = str | os.PathLike[str] | Mapping[str, Json] | MappingFile
+"""A mapping, or where it stands: a path, or its parsed JSON."""
+
+
+def mapping_of(value: MappingLike) -> MappingFile:
     """The mapping that a path, a parsed JSON object or a mapping itself stands for.
 
     Raises: missing-file, corrupt-file, duplicate-key, schema-invalid, schema-version, mapping-invalid, each
@@ -347,6 +351,7 @@ def write_mapping(mapping: MappingFile, path: str | os.PathLike[str], *, force: 
 __all__ = [
     "Lonely",
     "MappingFile",
+    "MappingLike",
     "Rule",
     "axes_text",
     "mapping_of",

@@ -7,7 +7,6 @@ of axes and compared in the order in which the PyTorch model runs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,17 +21,13 @@ from ckptconv.adapters.torch_rules import torch_module
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
 from ckptconv.fitting import parts
-from ckptconv.mapping_file import MappingFile, mapping_of
+from ckptconv.mapping_file import MappingLike, mapping_of
 from ckptconv.mapping_rules import Ruled, ruled
 from ckptconv.matching import framework_of, matched
 from ckptconv.report import Report
-from ckptconv.strictjson import Json
 
 if TYPE_CHECKING:
     import torch
-
-
-MappingLike = str | os.PathLike[str] | Mapping[str, Json] | MappingFile
 
 
 class KerasModel(keras.Model, keras.Layer, Protocol):

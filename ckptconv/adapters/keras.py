@@ -44,6 +44,7 @@ from ckptconv.dialects.graph_bundle import graph_of
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.document import Checkpoint, Value, module_of
 from ckptconv.errors import CkptError, MappingError, missing_extra
+from ckptconv.mapping_file import MappingLike
 from ckptconv.rawtree import Lifted, RawTree, children
 from ckptconv.report import Report
 from ckptconv.skeleton import skeleton_of
@@ -160,6 +161,7 @@ def restore(
     optimizer: KerasOptimizer | None = None,
     *,
     source_spec: PathLike | Checkpoint | None = None,
+    mapping: MappingLike | None = None,
     set_: Mapping[str, Value] | None = None,
     allow: Sequence[str] = (),
 ) -> Report:
@@ -172,7 +174,13 @@ def restore(
     template = _captured(model, optimizer, spill)
     target = spill.path / "restored"
     report = convert(
-        source, target, template=template, source_spec=source_spec, set_=texts(set_), allow=allow
+        source,
+        target,
+        template=template,
+        source_spec=source_spec,
+        mapping=mapping,
+        set_=texts(set_),
+        allow=allow,
     )
 
     def read(path: Path) -> None:

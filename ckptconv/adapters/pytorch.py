@@ -38,6 +38,7 @@ from ckptconv.dialects.torch_modules import model_names
 from ckptconv.document import Checkpoint, Fact, Known, Unknown, Value
 from ckptconv.errors import LossError, MappingError, Problem, missing_extra
 from ckptconv.manifest import INLINE_NBYTES
+from ckptconv.mapping_file import MappingLike
 from ckptconv.report import Report
 from ckptconv.skeleton import skeleton_of
 
@@ -136,6 +137,7 @@ def restore(
     scheduler: Scheduler | None = None,
     *,
     source_spec: PathLike | Checkpoint | None = None,
+    mapping: MappingLike | None = None,
     set_: Mapping[str, Value] | None = None,
     allow: Sequence[str] = (),
 ) -> Report:
@@ -149,7 +151,13 @@ def restore(
     template = describe(model, optimizer, scheduler)
     target = spill.path / "restored.pt"
     report = convert(
-        source, target, template=template, source_spec=source_spec, set_=texts(set_), allow=allow
+        source,
+        target,
+        template=template,
+        source_spec=source_spec,
+        mapping=mapping,
+        set_=texts(set_),
+        allow=allow,
     )
     state = torch.load(target, map_location="cpu", weights_only=True, mmap=True)
     if optimizer is not None:

@@ -1,0 +1,187 @@
+"""Models that nobody named alike cross by one mapping file, in both directions, with AdamW's state."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+tf = pytest.importorskip("tensorflow")
+pytest.importorskip("keras")
+
+import ckptconv  # noqa: E402
+from ckptconv import difference  # noqa: E402
+from ckptconv.errors import MappingError  # noqa: E402
+from tests.support.command import invoke  # noqa: E402
+from tests.support.live_twins import (  # noqa: E402
+    apart,
+    keras_adamw,
+    random_keras,
+    random_torch,
+    train_keras,
+    train_torch,
+)
+from tests.support.mapped import BLOCKS, HEADS, NAMES, TWIN, WIDTH, frozen, named_adamw, save  # noqa: E402
+from tests.support.twins import framework  # noqa: E402
+
+UPDATES = 3
+
+
+class Runs:
+    """A trained run of each framework as files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.torch_model = frozen(random_torch(TWIN.torch(), 1))
+        self.torch_optimizer = named_adamw(self.torch_model)
+        train_torch(TWIN, self.torch_model, self.torch_optimizer, UPDATES)
+        self.run = save(folder / "run.pt", self.torch_model, self.torch_optimizer)
+        self.keras_model = random_keras(TWIN.keras(framework("keras3")), 2)
+        self.keras_optimizer = keras_adamw("keras3", self.keras_model)
+        train_keras(TWIN, self.keras_model, self.keras_optimizer, UPDATES, seed=7)
+        self.fresh = self.saved("fresh")
+
+    def saved(self, name: str) -> Path:
+        checkpoint = tf.train.Checkpoint(model=self.keras_model, optimizer=self.keras_optimizer)
+        return Path(checkpoint.write(str(self.folder / name)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.slow
+def test_pytorch_to_keras_and_back_by_the_same_file(runs: Runs, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    report = ckptconv.convert(runs.run, there, to="tensorflow", template=runs.fresh, mapping=NAMES)
+    assert report.verified
+    model = TWIN.keras(framework("keras3"))
+    optimizer = keras_adamw("keras3", model)
+    tf.train.Checkpoint(model=model, optimizer=optimizer).read(str(there)).assert_consumed()
+    assert apart(TWIN, runs.torch_model, model) < 1e-5
+    assert int(optimizer.iterations) == UPDATES
+    slots = {v.path.split("/", 1)[1]: np.asarray(v) for v in optimizer.variables if "velocity" in v.path}
+    ours = runs.torch_optimizer.state_dict()["state"]
+    names = [name for name, p in runs.torch_model.named_parameters() if p.requires_grad]
+    square = ours[names.index("blocks.10.attn.in_proj_weight")]["exp_avg_sq"].numpy()
+    expected = square[WIDTH : 2 * WIDTH].T.reshape(WIDTH, HEADS, WIDTH // HEADS)
+    assert any(np.array_equal(expected, slot) for slot in slots.values())
+    # And it goes on as the other does.
+    other, its = frozen(TWIN.torch()), None
+    other.load_state_dict(runs.torch_model.state_dict())
+    its = named_adamw(other)
+    its.load_state_dict(runs.torch_optimizer.state_dict())
+    train_torch(TWIN, other, its, UPDATES, seed=50)
+    train_keras(TWIN, model, optimizer, UPDATES, seed=50)
+    assert apart(TWIN, other, model) < 2e-4
+    cold = TWIN.keras(framework("keras3"))
+    tf.train.Checkpoint(model=cold).read(str(there)).expect_partial()
+    train_keras(TWIN, cold, keras_adamw("keras3", cold), UPDATES, seed=50)
+    assert apart(TWIN, other, cold) > 2e-2
+
+    back = tmp_path / "back.pt"
+    ckptconv.convert(there, back, template=runs.run, mapping=NAMES)
+    found = difference.compare(runs.run, back)
+    assert found.same, found
+    assert found.compared > 3 * 100
+
+
+@pytest.mark.slow
+def test_keras_to_pytorch_and_back_by_the_same_file(runs: Runs, tmp_path: Path) -> None:
+    model = frozen(TWIN.torch())
+    optimizer = named_adamw(model)
+    ckptconv.pytorch.restore(runs.fresh, model, optimizer, mapping=NAMES)
+    assert apart(TWIN, model, runs.keras_model) < 1e-5
+    converted = tmp_path / "converted.pt"
+    ckptconv.convert(runs.fresh, converted, template=runs.run, mapping=json.loads(NAMES.read_text()))
+    back = tmp_path / "back"
+    ckptconv.convert(converted, back, to="tensorflow", template=runs.fresh, mapping=NAMES)
+    assert difference.compare(runs.fresh, back).same
+
+
+def test_check_says_what_it_covers(runs: Runs) -> None:
+    code, shown = invoke("map", runs.run, runs.fresh, "--check", NAMES, "--json")
+    assert code == 0, shown
+    coverage = json.loads(shown)
+    assert coverage["source"] == "left"
+    assert coverage["by_itself"] == []
+    assert coverage["problems"] == []
+    assert {rule["applies"] for rule in coverage["rules"]} == {1, BLOCKS}
+    assert coverage["rules"][2]["axes"] == ["heads*width in -> in heads width"]
+    code, shown = invoke("map", runs.fresh, runs.run, "--check", NAMES, "--json")
+    assert code == 0, shown
+    assert json.loads(shown)["source"] == "right"
+
+
+def test_without_it_nothing_is_guessed(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(MappingError):
+        ckptconv.convert(runs.run, tmp_path / "x", to="tensorflow", template=runs.fresh)
+
+
+def edited(text: str, *pairs: tuple[str, str]) -> dict[str, Any]:
+    for before, after in pairs:
+        assert before in text
+        text = text.replace(before, after)
+    content: dict[str, Any] = json.loads(text)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (("blocks.{i}.ff.bias", "blocks.{i}.ff.bais"), "mapping-invalid"),
+        (("b{i+1}/ln/beta", "b{i}/ln/beta"), "param-unmatched"),
+        (("out in w -> w in out", "out in w -> in w out"), "shape-mismatch"),
+        (("gates in -> in gates", "in gates -> in gates"), "shape-mismatch"),
+    ],
+)
+def test_slips_of_the_pen(runs: Runs, tmp_path: Path, change: tuple[str, str], code: str) -> None:
+    with pytest.raises(MappingError) as caught:
+        ckptconv.convert(
+            runs.run,
+            tmp_path / "x",
+            to="tensorflow",
+            template=runs.fresh,
+            mapping=edited(NAMES.read_text(), change),
+        )
+    assert code in {problem.code for problem in caught.value.problems}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_draft_is_edited_and_serves_both_ways(runs: Runs, tmp_path: Path) -> None:
+    """Rules of the blocks are there; `map` lists the rest, the rules for it are written, and it is whole."""
+    begun = json.loads(NAMES.read_text())
+    begun["rules"] = [rule for rule in begun["rules"] if "blocks" in str(rule["left"])]
+    (tmp_path / "begun.json").write_text(json.dumps(begun))
+    drafted = tmp_path / "names.json"
+    code, shown = invoke(
+        "map", runs.run, runs.fresh, "--mapping", tmp_path / "begun.json", "--output", drafted
+    )
+    assert code == 0, shown
+    content = json.loads(drafted.read_text())
+    unmatched = {one["name"] for one in content.get("unmatched", {}).get("left", [])}
+    nearest = {one["name"]: one["nearest"] for one in content.get("unmatched", {}).get("left", [])}
+    assert "head.weight" in unmatched
+    assert nearest["stem.weight"][0] == "first/kernel"
+    content["rules"] += [
+        rule for rule in json.loads(NAMES.read_text())["rules"] if "blocks" not in str(rule["left"])
+    ]
+    del content["unmatched"]
+    drafted.write_text(json.dumps(content))
+    there, back = tmp_path / "there", tmp_path / "back.pt"
+    ckptconv.convert(runs.run, there, to="tensorflow", template=runs.fresh, mapping=drafted)
+    ckptconv.convert(there, back, template=runs.run, mapping=drafted)
+    assert difference.compare(runs.run, back).same
+
+
+def test_the_page_shows_the_file_and_its_commands() -> None:
+    page = (NAMES.parent / "mapping.md").read_text(encoding="utf-8")
+    rules = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert json.loads(rules[0]) == json.loads(NAMES.read_text())
