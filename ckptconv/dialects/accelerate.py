@@ -43,6 +43,7 @@ from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
 from ckptconv.dialects.torch_plain import blocks, filled_with, provenance, trained, unit_names
 from ckptconv.dialects.torch_progress import step_of_optimizers
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
+from ckptconv.dialects.torch_table import ACCELERATE
 from ckptconv.dialects.torch_values import count_of, lift_rest, number_of, own_residue
 from ckptconv.dialects.torchdata_state import batch_of
 from ckptconv.document import (
@@ -83,7 +84,7 @@ class Accelerate:
     framework: str | None = "torch"
     needs_template = True
     save_counter: str | None = None
-    summary = "folder of accelerate's Accelerator.save_state"
+    summary = ACCELERATE.summary
 
     def detect(self, raw: RawTree) -> Detection | None:
         """By the files that only accelerate writes."""

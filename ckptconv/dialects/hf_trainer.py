@@ -43,6 +43,7 @@ from ckptconv.dialects.torch_plain import blocks, filled_with, provenance, train
 from ckptconv.dialects.torch_scaler import lift_scaling
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_survey import is_rng
+from ckptconv.dialects.torch_table import HF_TRAINER
 from ckptconv.dialects.torch_values import lift_rest, own_residue
 from ckptconv.document import Checkpoint, Known, Optimizer, Param, Residue, Schedule, value_of
 from ckptconv.errors import FormatError, LossError, MappingError, Problem
@@ -65,7 +66,7 @@ class HFTrainer:
     framework: str | None = "torch"
     needs_template = True
     save_counter: str | None = None
-    summary = "folder of a transformers Trainer: checkpoint-N/"
+    summary = HF_TRAINER.summary
 
     def detect(self, raw: RawTree) -> Detection | None:
         """By the files that only the Trainer writes."""

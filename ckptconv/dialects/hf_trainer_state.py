@@ -22,6 +22,7 @@ from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_folder_parts import scalars
 from ckptconv.dialects.torch_lower import is_carried
 from ckptconv.dialects.torch_progress import step_of_optimizers
+from ckptconv.dialects.torch_table import HF_TRAINER
 from ckptconv.dialects.torch_values import count_of, dotted, number_of, places
 from ckptconv.document import (
     NOT_RECORDED,
@@ -39,9 +40,7 @@ from ckptconv.rawtree import DictNode, Lifted, Node, Path, transform
 
 STATE, ARGUMENTS, SCALER = "trainer_state.json", "training_args.bin", "scaler.pt"
 
-_STEP: Path = (STATE, "global_step")
-_EPOCH: Path = (STATE, "epoch")
-_TOKENS: Path = (STATE, "num_input_tokens_seen")
+_STEP, _, _EPOCH, _TOKENS = (counter.key for counter in HF_TRAINER.counters)
 _ALIKE = 1e-9
 _MOST = 1 << 53
 """No run counts further; beyond it a double skips numbers."""

@@ -81,7 +81,7 @@ class Counter:
 class Signature:
     """By what a file is known to be of a dialect."""
 
-    has: tuple[Path, ...]
+    has: tuple[Path, ...] = ()
     one_of: tuple[Path, ...] = ()
     only: tuple[str, ...] = ()
     """No other keys than these."""
@@ -102,7 +102,7 @@ class Signature:
         )
 
     def __str__(self) -> str:
-        parts = [" ".join(f"`{dotted(key)}`" for key in self.has)]
+        parts = [" ".join(f"`{dotted(key)}`" for key in self.has)] if self.has else []
         if self.one_of:
             parts.append("one of " + " ".join(f"`{dotted(key)}`" for key in self.one_of))
         parts += [f"`{dotted(key)}` a `{name}`" for key, name in self.named]

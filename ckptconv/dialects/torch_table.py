@@ -93,6 +93,41 @@ DEEPSPEED = Row(
 )
 """What `deepspeed` reads of a folder that it has gathered, or of the model file alone."""
 
+HF_TRAINER = Row(
+    name="hf-trainer",
+    summary="folder of a transformers Trainer: checkpoint-N/",
+    producer="transformers",
+    signature=Signature(one_of=(("trainer_state.json",), ("training_args.bin",)), score=100),
+    scaler=(("scaler.pt",),),
+    schedule_unit="update",
+    counters=(
+        Counter(key=("trainer_state.json", "global_step"), counts="updates"),
+        Counter(key=("scheduler.pt", "last_epoch"), counts="updates"),
+        Counter(key=("trainer_state.json", "epoch"), counts="epochs"),
+        Counter(
+            key=("trainer_state.json", "num_input_tokens_seen"),
+            counts="tokens",
+            unset=(0, "the Trainer was not told to count tokens"),
+        ),
+    ),
+    source="https://github.com/huggingface/transformers/blob/main/src/transformers/trainer.py",
+)
+"""What `hf_trainer` reads of a folder."""
+
+ACCELERATE = Row(
+    name="accelerate",
+    summary="folder of accelerate's Accelerator.save_state",
+    producer="accelerate",
+    signature=Signature(one_of=(("random_states_0.pkl",), ("optimizer.bin",)), score=100),
+    scaler=(("scaler.pt",),),
+    counters=(
+        Counter(key=("optimizer.bin", "state", ANY, "step"), counts="updates"),
+        Counter(key=("dl_state_dict.bin", "_num_yielded"), counts="batch_in_epoch"),
+    ),
+    source="https://github.com/huggingface/accelerate/blob/main/src/accelerate/checkpointing.py",
+)
+"""What `accelerate` reads of a folder; the `step` in its `random_states_0.pkl` is no progress."""
+
 ROWS: tuple[Row, ...] = (
     Row(
         name="timm",
@@ -330,5 +365,5 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-TABLE: tuple[Row, ...] = (LIGHTNING, TORCHTITAN, MEGATRON, DEEPSPEED, *ROWS)
+TABLE: tuple[Row, ...] = (LIGHTNING, HF_TRAINER, ACCELERATE, TORCHTITAN, MEGATRON, DEEPSPEED, *ROWS)
 """Every row, for people."""

@@ -16,10 +16,12 @@ import ckptconv  # noqa: E402
 from ckptconv.conversion import convert  # noqa: E402
 from ckptconv.detect import read_raw  # noqa: E402
 from ckptconv.dialects.torch_rows import matching  # noqa: E402
-from ckptconv.dialects.torch_table import LIGHTNING  # noqa: E402
-from ckptconv.document import Checkpoint, value_of  # noqa: E402
+from ckptconv.dialects.torch_table import ACCELERATE, HF_TRAINER, LIGHTNING  # noqa: E402
+from ckptconv.dialects.torch_values import count_of  # noqa: E402
+from ckptconv.document import Checkpoint, Unknown, value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
 from ckptconv.listing import rows  # noqa: E402
+from ckptconv.rawtree import DictNode  # noqa: E402
 from tests.support.producers import PRODUCERS, Run  # noqa: E402
 from tests.support.torch_equal import assert_same  # noqa: E402
 
@@ -205,3 +207,27 @@ def test_the_row_of_lightning_says_what_its_reader_does(case: str) -> None:
         if counter.counts == "batch_in_epoch" and value_of(progress.batch_in_epoch) == 0:
             continue  # between two epochs Lightning keeps the last one's count
         assert value_of(getattr(progress, fields.get(counter.counts, counter.counts))) == number
+
+
+@pytest.mark.parametrize("case", ["two-groups", "sharded"])
+def test_the_row_of_the_trainer_says_what_its_reader_does(case: str) -> None:
+    path = FIXTURES / "hf-trainer" / case / "checkpoint"
+    progress, root = ckptconv.open(path).progress, read_raw(path).root
+    assert isinstance(root, DictNode)
+    assert HF_TRAINER.signature.holds(root, path.name)
+    for counter in HF_TRAINER.counters:
+        ((_, number),) = matching(root, counter.key)
+        fact = getattr(progress, "step" if counter.counts == "updates" else counter.counts)
+        if counter.unset is not None and number == counter.unset[0]:
+            assert isinstance(fact, Unknown)
+        else:
+            assert value_of(fact) == number
+
+
+def test_the_row_of_accelerate_says_what_its_reader_does() -> None:
+    path = FIXTURES / "accelerate" / "two-models" / "state"
+    checkpoint, root = ckptconv.open(path), read_raw(path).root
+    assert isinstance(root, DictNode)
+    assert ACCELERATE.signature.holds(root, path.name)
+    steps = [count_of(node) for _, node in matching(root, ACCELERATE.counters[0].key)]
+    assert {value[0] for value in steps if value} == {value_of(checkpoint.optimizers[0].step)}
