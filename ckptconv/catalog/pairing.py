@@ -10,8 +10,9 @@ from ckptconv.document import Optimizer, value_of
 def rows_of(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[Row, Row] | str | None:
     """The rows of both sides; a name where both are one class, whatever it is; None: no way, and it is said.
 
-    Findings: optimizer-unknown where a side does not tell its class, or the source may be of two that mean
-    different rules; optimizer-mismatch where no conversion is known.
+    Findings: optimizer-unknown where a side does not tell its class, the source may be of two that mean
+    different rules, or has its slots by number for want of a class; optimizer-mismatch where no conversion is
+    known.
     """
     ours = _candidates(source)
     theirs = _candidates(target)
@@ -26,6 +27,15 @@ def rows_of(source: Optimizer, target: Optimizer, findings: Findings) -> tuple[R
             f"{', '.join(loc.slots) or 'no slots'})",
             "Pass --set optimizer=NAME with one that 'ckptconv formats' lists, or carry the weights alone: a "
             "template without optimizer and --allow state-dropped.",
+            "algorithm",
+        )
+        return None
+    if source.algorithm == "unknown" and source.slots and all(slot.isdecimal() for slot in source.slots):
+        findings.stop(
+            "optimizer-unknown",
+            f"the source does not tell its optimizer's class: its {len(source.slots)} slots, by their order, "
+            f"may be those of {' or '.join(ours)}",
+            "Say which it was: " + " or ".join(f"--set optimizer={name}" for name in ours) + ".",
             "algorithm",
         )
         return None

@@ -333,7 +333,7 @@ def _of_no_class(
     said = "nothing in the file tells the optimizer's class"
     if not readings:
         return _State(oddities=(f"{said}: its state stays as extra arrays",))
-    said += f"; its state fits {', '.join(readings)}"
+    said += f"; its state fits {', '.join(readings)}: --set optimizer=NAME says which"
     first, *others = readings.values()
     if any(other.slots != first.slots for other in others):
         return _State(candidates=tuple(readings), oddities=(f"{said}, in different orders",))

@@ -117,6 +117,69 @@ def test_keras_2_goes_on_in_keras_3(name: str, kind: int, target: str, tmp_path:
     assert control > 20 * error
 
 
+def test_a_product_that_tf_keras_does_not_save_is_not_made_up(tmp_path: Path) -> None:
+    """Nadam's: no formula has it, a graph multiplies it once per variable and a loop once per update."""
+    tf = pytest.importorskip("tensorflow")
+    torch = pytest.importorskip("torch")
+    model = trained(tf_keras, tf_keras.optimizers.Nadam(0.01, beta_1=0.8))
+    made = template(keras, keras.optimizers.Nadam(beta_1=0.8), tmp_path / "template.keras")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 2))
+    adam = torch.optim.NAdam(net.parameters(), momentum_decay=1.0)
+    torch.save({"model": net.state_dict(), "optimizer": adam.state_dict()}, tmp_path / "fresh.pt")
+    for suffix in (".keras", ".h5"):
+        path = tmp_path / f"run{suffix}"
+        model.save(path)
+        assert any("momentum_product" in said for said in ckptconv.open(path).oddities)
+        for target, onto in (("out.keras", made), ("out.pt", tmp_path / "fresh.pt")):
+            with pytest.raises(CkptError) as caught:
+                ckptconv.convert(path, tmp_path / target, template=onto)
+            assert "slots-missing" in {problem.code for problem in caught.value.problems}
+    saved = tf.train.Checkpoint(model=model, optimizer=model.optimizer).save(str(tmp_path / "run"))
+    arguments = {"beta_1": "0.8", "beta_2": "0.999", "epsilon": "1e-7", "weight_decay": "0"}
+    ckptconv.convert(saved, tmp_path / "out.keras", template=made, set_=arguments)
+    again = keras.models.load_model(tmp_path / "out.keras")
+    assert float(again.optimizer._u_product.numpy()) == float(model.optimizer._u_product.numpy())
+    for each in (model, again):
+        go_on(each, 5)
+    for one, other in zip(weights(model), weights(again), strict=True):
+        assert np.abs(one - other).max() < 2e-6
+
+
+def test_weights_of_tf_keras_do_not_tell_the_optimizer_s_class(tmp_path: Path) -> None:
+    """It is said, it is asked for, and the one who knows it supplies it: a word, or a skeleton."""
+    tf_keras.backend.clear_session()
+
+    def make(k: Any, optimizer: Any) -> Model:
+        dense = k.layers.Dense
+        return compiled(k, k.Sequential([k.layers.Input((4,)), dense(3), dense(2)]), optimizer, step=0)
+
+    model = make(tf_keras, tf_keras.optimizers.Adam(0.01, beta_1=0.8))
+    go_on(model, 5)
+    path, made = tmp_path / "run.weights.h5", tmp_path / "template.keras"
+    model.save_weights(path)
+    model.save(tmp_path / "declared.keras")
+    run = ckptconv.open(path)
+    assert run.optimizers[0].algorithm == "unknown"
+    assert {"adam", "nadam", "adamax"} <= set(run.optimizers[0].algorithm_candidates)
+    assert value_of(run.progress.step) == 5
+    assert any("--set optimizer=" in said for said in run.oddities)
+    make(keras, keras.optimizers.Adam(0.01, beta_1=0.8)).save(made)
+    with pytest.raises(CkptError) as caught:
+        ckptconv.convert(path, tmp_path / "none.keras", template=made)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.loc[-1]) == ("optimizer-unknown", "algorithm")
+    assert "--set optimizer=adam " in problem.hint
+    ckptconv.convert(path, tmp_path / "word.keras", template=made, set_={"optimizer": "adam"})
+    ckptconv.convert(path, tmp_path / "spec.keras", template=made, source_spec=tmp_path / "declared.keras")
+    go_on(model, 5)
+    for name in ("word", "spec"):
+        again = keras.models.load_model(tmp_path / f"{name}.keras")
+        assert int(again.optimizer.iterations) == 5
+        go_on(again, 5)
+        for one, other in zip(weights(model), weights(again), strict=True):
+            assert np.abs(one - other).max() < 2e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "suffix"), KINDS, ids=["new-keras", "new-h5", "legacy-h5"])
 def test_keras_3_goes_on_in_keras_2(module: Any, suffix: str, tmp_path: Path) -> None:
