@@ -28,6 +28,12 @@ from typing import Literal
 
 from ckptconv.errors import Code, Problem, TargetError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_RESUMABLE, _REPLACED = "resumable", "replaced"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
@@ -100,6 +106,8 @@ class Publication:
     staging: Path
     replaces: tuple[str, ...] = ()
     """As in `Layout`."""
+    resumable: bool = False
+    """Whether a failure leaves finished files for the next run to the same target, which looks for them."""
 
     @classmethod
     def of(
@@ -108,17 +116,24 @@ class Publication:
         target: Path,
         names: Iterable[str],
         force: bool,
+        *,
         replaces: tuple[str, ...] = (),
+        resumable: bool = False,
     ) -> Publication:
         """A publication that has not begun; touches nothing."""
         target = Path(os.path.abspath(target))
+        staging = _staging(target, _RESUMABLE if resumable else secrets.token_hex(4))
+        if (staging / _REPLACED).exists():
+            # A run died while it put the target in its place: what is in there is nobody's to write over.
+            staging = _staging(target, secrets.token_hex(4))
         return cls(
             kind=kind,
             target=target,
             names=tuple(names),
             force=force,
-            staging=target.with_name(f".{target.name}.ckptconv-{secrets.token_hex(4)}.tmp"),
+            staging=staging,
             replaces=replaces,
+            resumable=resumable,
         )
 
     @property
@@ -129,6 +144,10 @@ class Publication:
     def path(self, name: str) -> Path:
         """Where the file of that name is written."""
         return below(self.kind, self.staged, name)
+
+    def record(self, number: int) -> Path:
+        """Where it is kept that the file of that number is finished."""
+        return self.staging / f"done-{number:05d}.json"
 
     def check(self) -> None:
         """Refuse a target that exists, or that could not be put in its place.
@@ -200,11 +219,41 @@ class Publication:
         paths += [parent / name for name in self.replaces]
         return [path for path in dict.fromkeys(paths) if os.path.lexists(path)]
 
-    def begin(self) -> None:
-        """Make the staging directory, and every directory in it that a file needs."""
-        self.staging.mkdir(mode=0o700)
-        for name in self.names:
-            self.path(name).parent.mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def staged_files(self) -> Iterator[None]:
+        """Make the staging directory and every file in it; afterwards delete it and what is still there.
+
+        Raises: target-busy where another run writes the same target with an executor.
+        """
+        self.staging.mkdir(mode=0o700, exist_ok=self.resumable)
+        with self._alone():
+            try:
+                for name in self.names:
+                    self.path(name).parent.mkdir(parents=True, exist_ok=True)
+                    self.path(name).touch()
+                yield
+            except BaseException:
+                if not self.resumable or not self._is_begun():
+                    self._end()
+                raise
+            self._end()
+
+    def _is_begun(self) -> bool:
+        """Whether a file is finished, and none of the target is on its way out of the staging directory."""
+        return any(self.staging.glob("done-*.json")) and not (self.staging / _REPLACED).exists()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self.resumable or fcntl is None:
+            yield
+            return
+        with (self.staging / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                message = f"another run is writing '{self.target}' at this moment"
+                raise target_error("target-busy", self.target, message, "Wait until it is done.") from None
+            yield
 
     def commit(self) -> None:
         """Put the written files in the target's place; the staged files are fsynced already."""
@@ -233,7 +282,7 @@ class Publication:
         existing = self.existing()
         if existing and not self.force:
             raise self._exists(existing[0])
-        old = self.staging / "replaced"
+        old = self.staging / _REPLACED
         old.mkdir()
         moves = [(path, old / path.name) for path in existing]
         if self.kind == "directory":
@@ -255,9 +304,12 @@ class Publication:
                     os.rename(destination, source)
             raise
 
-    def end(self) -> None:
-        """Delete the staging directory and whatever is still in it."""
+    def _end(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _staging(target: Path, word: str) -> Path:
+    return target.with_name(f".{target.name}.ckptconv-{word}.tmp")
 
 
 def _how_to_make(directory: Path) -> str:

@@ -21,11 +21,12 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from ckptconv import dtypes, engine, jobs, publish
-from ckptconv.engine import verify_written, write
+from ckptconv import dtypes, engine, jobs, publish, workers
+from ckptconv.engine import write
 from ckptconv.errors import CkptError
 from ckptconv.formats.base import Layout, Placement, TargetFile
 from ckptconv.ops import Cast, Permute
+from ckptconv.rereading import check_sources, verify_written
 from ckptconv.tensor import Checksum, Extent, FileSource, StoredTensor, TensorSpec
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,8 @@ def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_long_matrix_is_turned_box_by_box(
     tmp_path: Path, kind: str | None, verified: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_sizes", lambda workers: (1 << 12, 1 << 16))
+    monkeypatch.setattr(workers, "BUDGET_NBYTES", (1 << 16) * 3 // 2 * 2)
+    monkeypatch.setattr(workers, "_WINDOW_NBYTES", (1 << 12, 1 << 12))
     values = array(3, (3000, 70))
     tensor = file_tensor(tmp_path / "source", values, "crc32").apply(Permute((1, 0)))
     assert tensor.tiles(1 << 16) is not None
@@ -96,6 +98,7 @@ def test_a_long_matrix_is_turned_box_by_box(
     result = write(
         layout("file", {"": [Placement(key="w", offset=64, tensor=tensor, checksum=kind)]}),
         tmp_path / "out",
+        jobs=2,
         verify=(lambda *_: None) if verified else None,
         progress=lambda done, total: seen.append((done, total)),
     )
@@ -161,10 +164,10 @@ def expected_tree(kind: str) -> dict[str, bytes]:
     return {below + (name or "ck"): data for name, data in SETS[kind].items()}
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_tensors_stand_where_the_layout_says(tmp_path: Path, workers: int, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_WINDOW_NBYTES", (64, 256))
-    monkeypatch.setattr(engine, "_JOB_NBYTES", 1000)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tensors_stand_where_the_layout_says(tmp_path: Path, threads: int, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "_WINDOW_NBYTES", (64, 256))
+    monkeypatch.setattr(workers, "_PORTION_NBYTES", 1000)
     values = [array(i, (7, 11)) for i in range(5)]
     kinds = ["crc32", "crc32c", None, "crc32", "crc32c"]
     tensors = [
@@ -181,7 +184,7 @@ def test_tensors_stand_where_the_layout_says(tmp_path: Path, workers: int, monke
     result = write(
         layout("file", {"": placements}, b"tail"),
         tmp_path / "out",
-        jobs=workers,
+        jobs=threads,
         digests=True,
         verify=lambda *_: None,
         progress=lambda *numbers: seen.append(numbers),
@@ -317,7 +320,7 @@ def test_source_checksums_are_checked_whatever_the_way(
 
 
 def test_all_mismatches_are_reported_together(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_JOB_NBYTES", 1)
+    monkeypatch.setattr(workers, "_PORTION_NBYTES", 1)
     tensors = [file_tensor(tmp_path / f"s{i}", array(i, (4,)), "crc32", wrong=i % 2) for i in range(6)]
     placements = [Placement(key=f"k{i}", offset=16 * i, tensor=t) for i, t in enumerate(tensors)]
     with pytest.raises(CkptError) as caught:
@@ -552,7 +555,7 @@ sys.exit(2)
 
 
 def test_a_failing_worker_stops_the_others(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_JOB_NBYTES", 1)
+    monkeypatch.setattr(workers, "_PORTION_NBYTES", 1)
     written, lock = [], threading.Lock()
 
     def pwrite(fd: int, data: memoryview, offset: int) -> None:
@@ -574,5 +577,5 @@ def test_a_failing_worker_stops_the_others(tmp_path: Path, monkeypatch) -> None:
 def test_sources_can_be_checked_without_writing(tmp_path: Path) -> None:
     tensors = [file_tensor(tmp_path / f"s{i}", array(i, (40,)), "crc32c", wrong=i % 2) for i in range(4)]
     with pytest.raises(CkptError) as caught:
-        engine.check_sources(tensor.extent for tensor in tensors)
+        check_sources(tensor.extent for tensor in tensors)
     assert codes(caught) == [("checksum-mismatch", ("s1",)), ("checksum-mismatch", ("s3",))]
