@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ckptconv.errors import CkptError, Problem, TargetError
+from ckptconv.errors import CkptError, TargetError
 
 BUDGET_NBYTES = 96 << 20
 """What the windows and panels of all threads hold together."""
@@ -98,11 +98,17 @@ class Workers:
             try:
                 results: list[R] = []
                 failures: list[CkptError] = []
+                lost: list[Exception] = []
                 for future in as_completed(futures):
                     try:
-                        results.append(_result(future, own))
+                        results.append(future.result())
                     except CkptError as error:
                         failures.append(error)
+                        continue
+                    except Exception as error:
+                        if own or isinstance(error, OSError):
+                            raise
+                        lost.append(error)
                         continue
                     task = futures[future]
                     if not own:
@@ -115,6 +121,8 @@ class Workers:
                 if not own:
                     wait(futures)
                 raise
+        if lost:
+            failures.append(_lost(lost, len(tasks)))
         if failures:
             problems = [problem for failure in failures for problem in failure.problems]
             raise type(failures[0])(*sorted(problems, key=lambda problem: tuple(map(str, problem.loc))))
@@ -136,23 +144,15 @@ class Workers:
             pool.shutdown(cancel_futures=True)
 
 
-def _result(future: Future[R], own: bool) -> R:
-    try:
-        return future.result()
-    except (CkptError, OSError, _Cancelled):
-        raise
-    except Exception as error:
-        if own:
-            raise
-        raise TargetError(
-            Problem(
-                code="worker-lost",
-                loc=("--executor",),
-                message=f"a worker did not come back with its file: {type(error).__name__}: {error}",
-                hint="See the worker's own log, then run the same again: files that are finished stay, "
-                "and are not written twice.",
-            )
-        ) from error
+def _lost(errors: Sequence[Exception], tasks: int) -> CkptError:
+    why = f"{type(errors[0]).__name__}: {errors[0]}"
+    return TargetError.of(
+        "worker-lost",
+        f"{len(errors)} of {tasks} files did not come back from the workers: {why}",
+        "See the workers' own logs, then run the same again: files that are finished stay, and are not "
+        "written twice.",
+        loc=("--executor",),
+    )
 
 
 class _Cancelled(Exception):  # noqa: N818 -- ends a thread, is never seen outside

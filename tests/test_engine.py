@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -477,6 +477,20 @@ def test_another_executor_runs_the_same_jobs(tmp_path: Path) -> None:
         with pytest.raises(CkptError) as caught:
             write(single(wrong), tmp_path / "out2", executor=pool)
     assert codes(caught) == [("checksum-mismatch", ("t", "w"))]
+
+
+def test_two_runs_with_executors_do_not_share_their_files(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    staging = publish.Publication.of("file", tmp_path / "out", [""], False, resumable=True).staging
+    staging.mkdir()
+    with (staging / "lock").open("w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CkptError) as caught:
+            write(single(array(0, (4,))), tmp_path / "out", executor=pool)
+        assert codes(caught) == [("target-busy", ("out",))]
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        write(single(array(0, (4,))), tmp_path / "out", executor=pool)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_bookkeeping_is_done_last(tmp_path: Path) -> None:
