@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from ckptconv.errors import FormatError
@@ -43,7 +42,7 @@ def _record(job: Job, asked: str, done: JobResult) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    contents = {key: asdict(content) for key, content in done.contents.items()}
+    contents = {key: (content.kind, content.value) for key, content in done.contents.items()}
     written = f"{job.record}.{os.getpid()}"
     with open(written, "w", encoding="utf-8") as file:
         json.dump({"asked": asked, "contents": contents, "digests": done.digests}, file)
@@ -59,7 +58,7 @@ def _recorded(job: Job, asked: str) -> JobResult | None:
             told = json.load(file)
         if told["asked"] != asked:
             return None
-        contents = {key: Checksum(**content) for key, content in told["contents"].items()}
+        contents = {key: Checksum(kind=k, value=v) for key, (k, v) in told["contents"].items()}
         result = JobResult(contents=contents, digests=dict(told["digests"]))
         return result if all(_is_there(job, result)) else None
     except (OSError, ValueError, TypeError, KeyError, FormatError):
