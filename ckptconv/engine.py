@@ -72,6 +72,7 @@ def write(
         replaces=layout.replaces,
         resumable=executor is not None,
     )
+    publication.clear_leftovers()
     publication.check()
     _refuse_sources(layout, publication)
     needed = sum(
