@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 from ckptconv.errors import CkptError, FormatError
 from ckptconv.formats.table import format_at, suffixes
-from ckptconv.formats.torch_folder import only_file
+from ckptconv.formats.torch_folder import is_member, only_file
 from ckptconv.strictjson import parse
 
 TRACKERS: tuple[tuple[str, str], ...] = (
@@ -106,7 +106,9 @@ def _run_folders(path: Path) -> tuple[str, ...]:
     entries = list(_entries(path))
     if any(entry.name.startswith("optimizer") or entry.name == STATE_FILE for entry in entries):
         return ()
-    numbered = (entry.name for entry in entries if entry.is_dir() and _NUMBER.search(entry.name))
+    own = {entry.name for entry in entries if is_member(path, entry.name)}
+    names = (entry.name for entry in entries if entry.is_dir() and entry.name not in own)
+    numbered = (name for name in names if _NUMBER.search(name))
     return tuple(sorted((name for name in numbered if _is_checkpoint(path / name)), key=_by_numbers))
 
 

@@ -67,6 +67,12 @@ def _stands(mark: str, path: Path, names: set[str]) -> bool:
     return any(fnmatchcase(entry.name, last) for below in within for entry in _entries(below))
 
 
+def is_member(path: Path, name: str) -> bool:
+    """Whether a directory of this name is a part of the checkpoint that the folder is. I/O: lists it."""
+    producer = producer_of(path)
+    return producer is not None and any(_same_depth(name, p) for p in (*producer.below, *producer.parts))
+
+
 def only_file(path: Path) -> Path | None:
     """The one file that is a producer's whole folder; None where there are several, or more than that."""
     producer = producer_of(path)
