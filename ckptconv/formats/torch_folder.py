@@ -67,10 +67,11 @@ def _stands(mark: str, path: Path, names: set[str]) -> bool:
     return any(fnmatchcase(entry.name, last) for below in within for entry in _entries(below))
 
 
-def is_member(path: Path, name: str) -> bool:
-    """Whether a directory of this name is a part of the checkpoint that the folder is. I/O: lists it."""
+def members(path: Path, names: Iterable[str]) -> frozenset[str]:
+    """Those of the names whose directories are parts of the checkpoint that the folder is. I/O: lists it."""
     producer = producer_of(path)
-    return producer is not None and any(_same_depth(name, p) for p in (*producer.below, *producer.parts))
+    patterns = () if producer is None else (*producer.below, *producer.parts)
+    return frozenset(name for name in names if any(_same_depth(name, pattern) for pattern in patterns))
 
 
 def only_file(path: Path) -> Path | None:
