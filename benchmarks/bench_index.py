@@ -4,8 +4,8 @@
     python benchmarks/bench_index.py --keys 20000
 
 The bundle is written once with ckptconv's own writer, small float32 tensors under keys as Keras has them.
-`parsed` is from the file to the tree of lazy tensors, checksums of the table included; `written` from the tree
-to the bytes of the index, without those of the tensors. The index that is written equals the one that was read.
+`parsed` is from the file to the tree of lazy tensors, checksums of the table included; `written` from the
+tree to the bytes of the index, without those of the tensors: they equal those that were read.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ def written(prefix: Path, raw: RawTree) -> tuple[float, bytes]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--keys", type=int, default=100_000)
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
