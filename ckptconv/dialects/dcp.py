@@ -32,8 +32,8 @@ _BESIDE, _MODEL = "beside", "model_key"
 _UNSEEN = "The shards do not record how large the tensors are: a missing last shard cannot be seen."
 
 _OF_RANK_0 = (
-    "Every rank saved for itself: of {} entries that several have, such as counters and random states, those of "
-    "the lowest rank are read."
+    "Every rank saved for itself: of {} entries that several have, such as counters and random states, those "
+    "of the lowest rank are read."
 )
 
 _RESTORE_MODEL = """import torch.distributed.checkpoint as dcp

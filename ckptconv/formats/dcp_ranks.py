@@ -6,7 +6,8 @@ often as they are: nothing chose one of them to save it. The lowest rank's is re
 (counters, random states). No file tells how many ranks there were: a missing last one is seen by the holes
 that it leaves. Where there is a `.metadata` as well, torch reads that, and so do we.
 
-Source: torch 2.13 `torch/distributed/checkpoint/filesystem.py` (`_get_metadata_path`), `state_dict_loader.py`.
+Source: torch 2.13 `torch/distributed/checkpoint/filesystem.py` (`_get_metadata_path`),
+`state_dict_loader.py`.
 """
 
 from __future__ import annotations
