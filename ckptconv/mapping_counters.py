@@ -118,9 +118,7 @@ class _Solver:
                 yield patterns, members
                 return
         # A number that not all names have can be no counter: the others are, for each of its values.
-        # Of those the one with the fewest values leaves the fewest rules.
-        apart = [at for at, its in steps.items() if its not in everywhere] or list(steps)
-        split = min(apart, key=lambda at: len(set(columns[at])))
+        split = next((at for at, its in steps.items() if its not in everywhere), next(iter(steps)))
         parts: dict[int, list[int]] = {}
         for n, value in zip(members, columns[split], strict=True):
             parts.setdefault(value, []).append(n)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,6 +31,7 @@ HEADINGS = (
 )
 
 
+@cache
 def answer(path: str) -> list[str]:
     done = run("doctor", path, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

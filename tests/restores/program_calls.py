@@ -331,6 +331,54 @@ def zero_to_fp32(path: Path) -> Held:
     return program.held()
 
 
+# adapters and pipelines
+
+
+def adapter_folder(here: Path) -> tuple[Path, Held]:
+    """`save_pretrained` of LoRA on both layers."""
+    import peft
+
+    made = peft.get_peft_model(fresh(seed=0).model, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    for value in adapter_of(made):
+        value.data.normal_()
+    made.save_pretrained(str(here / "adapter"))
+    return here / "adapter", Held(0, [value.detach().numpy().copy() for value in adapter_of(made)])
+
+
+def adapter_of(model: Any) -> list[Any]:
+    return [value for name, value in model.named_parameters() if "lora" in name]
+
+
+def adapted(*, trainable: bool) -> Call:
+    """`PeftModel.from_pretrained` of another base; whether its parameters can be trained is looked at."""
+
+    def call(path: Path) -> Held:
+        import peft
+
+        options = {"is_trainable": True} if trainable else {}
+        model = peft.PeftModel.from_pretrained(fresh(seed=0).model, str(path), **options)
+        assert {value.requires_grad for value in adapter_of(model)} == {trainable}
+        return Held(0, [value.detach().numpy() for value in adapter_of(model)])
+
+    return call
+
+
+def pipeline_folder(here: Path) -> tuple[Path, Held]:
+    from safetensors.torch import load_file
+
+    path = FIXTURES / "diffusers" / "pipeline" / "pipeline"
+    weights = [load_file(path / part / "diffusion_pytorch_model.safetensors") for part in ("unet", "vqvae")]
+    return path, Held(0, [part[name].numpy() for part in weights for name in sorted(part)])
+
+
+def load_pipeline(path: Path) -> Held:
+    from diffusers import DiffusionPipeline
+
+    found = DiffusionPipeline.from_pretrained(str(path))
+    weights = [part.state_dict() for part in (found.unet, found.vqvae)]
+    return Held(0, [part[name].numpy() for part in weights for name in sorted(part)])
+
+
 # TensorFlow without Keras
 
 
@@ -369,6 +417,23 @@ def restore_module(module_name: str, step_name: str) -> Callable[[Path], tuple[H
     return call
 
 
+def module_saved(here: Path) -> tuple[Path, Held]:
+    import tensorflow as tf
+
+    module, step = variables(0)
+    step.assign(STEPS)
+    module.global_step = step
+    tf.saved_model.save(module, str(here / "saved"))
+    return here / "saved", module_held(module, step)
+
+
+def load_saved(path: Path) -> Held:
+    import tensorflow as tf
+
+    module = tf.saved_model.load(str(path))
+    return module_held(module, module.global_step)
+
+
 def fixture(*parts: str) -> Make:
     """What the real program saved once, where the program is not installed here."""
 
@@ -391,6 +456,9 @@ FILES: Mapping[str, Make] = {
     "torchtitan-file": saved("step-8.pt", titan_file),
     "lightning-folder": lightning_folder,
     "module": module_checkpoint,
+    "module-saved": module_saved,
+    "peft": fixture("peft", "lora", "adapter"),
+    "diffusers": fixture("diffusers", "pipeline", "pipeline"),
     "deepspeed": fixture("deepspeed", "zero1-fp16", "run"),
     "megatron": fixture("megatron", "mlp", "run"),
     "megatron-folder": fixture("megatron", "gpt-2-ranks"),
@@ -407,6 +475,7 @@ CALLS: Mapping[str, tuple[str, Call]] = {
     "torchtitan-file-set-state": ("torchtitan-file", titan_file_set_state),
     "torchtitan-file-load": ("torchtitan-file", titan_file_load),
     "lightning-folder-fit": ("lightning-folder", lightning_folder_fit),
+    "module-saved-load": ("module-saved", load_saved),
     "lightning-folder-load-from": ("lightning-folder", lightning_folder_load_from),
 }
 
@@ -416,6 +485,13 @@ OF_DEEPSPEED: Mapping[str, Call] = {
     "deepspeed-module": load_checkpoint(load_module_only=True),
     "deepspeed-zero-to-fp32": zero_to_fp32,
 }
+
+OF_PEFT: Mapping[str, Call] = {
+    "peft-from-pretrained": adapted(trainable=False),
+    "peft-trainable": adapted(trainable=True),
+}
+
+OF_DIFFUSERS: Mapping[str, Call] = {"diffusers-from-pretrained": load_pipeline}
 
 OF_MODULES: Mapping[str, Callable[[Path], tuple[Held, Any]]] = {
     "module-same": restore_module("net", "global_step"),

@@ -38,6 +38,7 @@ NO_TWIN = {
     "keras-file/dtypes/artifact/dtypes.weights.h5": "keras torch",
     "megatron/gpt-2-ranks": "keras",
     "megatron/gpt-distributed-optimizer/flat": "keras",
+    "peft/lora/run.pt": "keras",
     "plain/schedule-free/run.pt": "keras",
     "plain/tied/run.pt": "keras",
     "tensorflow/bundle/bundle.index": "keras torch",
@@ -127,9 +128,9 @@ def test_its_commands_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
             target = Path(shlex.split(command)[3])
             assert_it_loads(target, checkpoint, framework, step if checkpoint.optimizers else None)
             ran += 1
-    assert ran or name in NO_TWIN or name == "tf-module/module/artifact/ckpt-1"
+    assert ran or name in NO_TWIN or not any(mend["command"] for mend in mends_of(path))
 
 
 def test_every_dialect_of_the_fixtures_has_a_command_that_was_run() -> None:
     told = {name.partition("/")[0] for name in CHECKPOINTS if name not in NO_TWIN}
-    assert told == {name.partition("/")[0] for name in CHECKPOINTS} - {"tensorflow"}
+    assert told == {name.partition("/")[0] for name in CHECKPOINTS} - {"tensorflow", "peft"}

@@ -69,7 +69,10 @@ def checkpoints() -> list[Path]:
         if "checkpoint" in told:
             found.append(case / told["checkpoint"])
             continue
-        files, folders = ("run.pt", "run.ckpt", "bundle.index", "ckpt-1.index"), ("run/both", "run", "state")
+        files, folders = (
+            ("run.pt", "run.ckpt", "bundle.index", "ckpt-1.index"),
+            ("run/both", "run", "state", "pipeline"),
+        )
         names = (*files, *folders, "checkpoint", "flat", "")  # itself, where its make.py writes beside it
         found.append(next(case / name for name in names if (case / name).exists()))
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,12 +14,19 @@ from ckptconv.catalog.restores import _OUTCOMES, kinds_of_file, unmeasured
 from ckptconv.dialects.table import DIALECTS
 from ckptconv.rendering import doctor as words
 from tests.restores import calls, files, program_calls, tf1_calls, torch_calls, trainer_calls
-from tests.restores.outcome import Outcome, judged
+from tests.restores.outcome import Call, Make, Outcome, judged
 
 ROWS = {row.name: (kind.name, row) for kind in kinds_of_file() for row in kind.restores}
 OTHERS = (tf1_calls, torch_calls, trainer_calls, program_calls)
 FILES = {**files.FILES, **{name: make for one in OTHERS for name, make in one.FILES.items()}}
 CALLS = {**calls.CALLS, **{name: call for one in OTHERS for name, call in one.CALLS.items()}}
+
+PACKAGES = (
+    ("deepspeed", program_calls.deepspeed_folder, program_calls.OF_DEEPSPEED),
+    ("peft", program_calls.adapter_folder, program_calls.OF_PEFT),
+    ("diffusers", program_calls.pipeline_folder, program_calls.OF_DIFFUSERS),
+)
+"""That the other tests do not need: what they save, and their calls."""
 
 Made = Callable[[str], tuple[Path, Any]]
 
@@ -34,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def test_every_row_is_measured_or_names_its_source() -> None:
-    measured = {*CALLS, *program_calls.OF_DEEPSPEED, *program_calls.OF_MODULES}
+    measured = {*CALLS, *(name for _, _, of in PACKAGES for name in of), *program_calls.OF_MODULES}
     assert measured == {name for name, (_, row) in ROWS.items() if not row.source}
     assert all(row.source.startswith("https://") for _, row in ROWS.values() if row.source)
     for _, row in ROWS.values():  # what can be installed here is not taken from a source
@@ -109,10 +116,13 @@ def test_a_call_on_a_program_s_file_does_what_the_table_says(name: str, made: Ma
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_the_calls_of_deepspeed_do_what_the_table_says(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed", reason="needs DeepSpeed to make its calls")
-    path, saved = program_calls.deepspeed_folder(tmp_path)
-    for name, call in program_calls.OF_DEEPSPEED.items():
+@pytest.mark.parametrize(("package", "make", "of"), PACKAGES, ids=[package for package, _, _ in PACKAGES])
+def test_the_calls_of_a_package_do_what_the_table_says(
+    package: str, make: Make, of: Mapping[str, Call], tmp_path: Path
+) -> None:
+    pytest.importorskip(package, reason=f"needs {package} to make its calls")
+    path, saved = make(tmp_path)
+    for name, call in of.items():
         assert judged(call, path, saved) == said(name)
 
 

@@ -21,9 +21,10 @@ for needed in ("torch", "tensorflow", "tf_keras", "h5py", "lightning", "transfor
 import ckptconv  # noqa: E402
 from ckptconv import doctor  # noqa: E402
 from ckptconv.document import Known, value_of  # noqa: E402
-from tests.restores import calls, files  # noqa: E402
+from tests.restores import calls, files, torch_calls, twins_of_files  # noqa: E402
 from tests.restores.outcome import STEPS, Outcome  # noqa: E402
 from tests.restores.test_mends import Program  # noqa: E402
+from tests.support.command import FIXTURES  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ALL, NOTHING = ("restored", "restored", "restored"), ("zero", "kept", "zero")
@@ -227,3 +228,38 @@ def test_r5_an_h5_model_with_a_loss_by_name(tmp_path: Path) -> None:
     assert value_of(doctor.diagnose(tmp_path / "m.h5").step) == STEPS
     found = through(tmp_path / "m.h5", tmp_path, keras_3)
     assert_all_of_it(found, run.model.get_weights(), files.slots(run))
+
+
+@pytest.mark.slow
+def test_r6_numbers_that_torch_s_own_tool_made_texts(tmp_path: Path) -> None:
+    """`dcp_to_torch_save`: torch restores no state and tells nothing; through ckptconv all comes back."""
+    path, saved = torch_calls.FILES["torch-texts"](tmp_path)
+    found = torch_calls.observed("torch-texts-load", path, saved)
+    assert found == Outcome(*WEIGHTS_ALONE, "none")
+    (said,) = [row for row in doctor.diagnose(path).restores if row.name == "torch-texts-load"]
+    assert (said.step, said.weights, said.state, said.signal) == (*WEIGHTS_ALONE, "none")
+    fresh = torch_calls.fresh()
+    spec = ckptconv.pytorch.describe(fresh.model, fresh.optimizer)
+    ckptconv.write_skeleton(spec, tmp_path / "fresh.json")
+    ckptconv.convert(path, tmp_path / "run.pt", template=tmp_path / "fresh.json")
+    again = torch_calls.load_state_dict()(tmp_path / "run.pt")
+    assert_all_of_it(again, saved.weights, saved.state)
+
+
+@pytest.mark.slow
+def test_a_counter_under_its_name_of_before_keras_3_5(tmp_path: Path) -> None:
+    """Keras 3.0 to 3.4 call it `iterations`; it comes back by its other name, `_variables/0`."""
+    import tensorflow as tf
+
+    keras = files.keras_of("keras3")
+    path = FIXTURES / "keras3/keras-3.3-amsgrad/artifact/ckpt-1"
+    found = doctor.diagnose(path)
+    assert isinstance(found.step, Known)
+    assert found.step.source == "optimizer/iterations"
+    model, optimizer = twins_of_files.keras_twin(ckptconv.open(path), "keras3")
+    optimizer.build(model.trainable_variables)
+    assert isinstance(optimizer, keras.optimizers.Adam)
+    tf.train.Checkpoint(optimizer=optimizer).restore(str(path)).expect_partial()
+    assert int(optimizer.iterations.numpy()) == found.step.value > 0
+    (said,) = [row for row in found.restores if row.name == "keras3-same"]
+    assert said.step == "restored"
