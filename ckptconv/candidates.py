@@ -11,8 +11,9 @@ folders of the run (an HF Trainer's output directory) stands for the newest of t
 6. the highest number, where the names differ in that alone, or say `step` or `epoch`.
 
 Candidates are files with a suffix of some format, and folders that one recognises whose names have a number
-or say which one they are. Names in trackers lead to candidates of the same folder and nowhere else.
-TensorFlow's state files are its format's own business.
+or say which one they are, or that are a part of the checkpoint that the folder is (DeepSpeed's of a trainer).
+Names in trackers lead to candidates of the same folder and nowhere else. TensorFlow's state files are its
+format's own business.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 from ckptconv.errors import CkptError, FormatError
 from ckptconv.formats.table import format_at, suffixes
-from ckptconv.formats.torch_folder import only_file
+from ckptconv.formats.torch_folder import members, only_file
 from ckptconv.strictjson import parse
 
 TRACKERS: tuple[tuple[str, str], ...] = (
@@ -106,7 +107,9 @@ def _run_folders(path: Path) -> tuple[str, ...]:
     entries = list(_entries(path))
     if any(entry.name.startswith("optimizer") or entry.name == STATE_FILE for entry in entries):
         return ()
-    numbered = (entry.name for entry in entries if entry.is_dir() and _NUMBER.search(entry.name))
+    own = members(path, [entry.name for entry in entries])
+    names = (entry.name for entry in entries if entry.is_dir() and entry.name not in own)
+    numbered = (name for name in names if _NUMBER.search(name))
     return tuple(sorted((name for name in numbered if _is_checkpoint(path / name)), key=_by_numbers))
 
 
@@ -126,10 +129,11 @@ def _candidates(path: Path) -> tuple[str, ...]:
     """Names of the checkpoints in a folder."""
     from ckptconv.formats.bundle_path import names_in  # only where a folder is listed: it needs protobuf
 
-    known, names = suffixes(), []
-    for entry in _entries(path):
+    known, names, entries = suffixes(), [], list(_entries(path))
+    parts = members(path, [entry.name for entry in entries])
+    for entry in entries:
         if entry.is_dir():
-            fits = _may_be_one(entry.name) and _is_checkpoint(path / entry.name)
+            fits = (_may_be_one(entry.name) or entry.name in parts) and _is_checkpoint(path / entry.name)
         else:
             fits = entry.name.endswith(known) and not _SHARD.search(entry.name) and entry.is_file()
         if fits:

@@ -33,6 +33,7 @@ from ckptconv.report import OptimizerVerdict, Plan, Report
 from ckptconv.selection import selected
 from ckptconv.spec import apply_spec
 from ckptconv.upload import destination
+from ckptconv.workers import Workers
 
 __all__ = ["convert", "detect_dialect", "detect_format", "open", "read_raw", "save", "validate"]
 
@@ -214,7 +215,8 @@ def _written(planned: _Plan, goal: Goal, writing: _Writing) -> Report:
         raise MappingError(*report.problems)
     raw, layout = planned.laid_out
     verdicts = tuple(_sized(report.verdicts, planned.transfer))
-    checker = verification.checker(goal.format, raw, layout, writing.jobs) if writing.verify else None
+    workers = Workers(jobs=writing.jobs, executor=writing.executor)
+    checker = verification.checker(goal.format, raw, layout, workers) if writing.verify else None
     with destination(goal.path, layout, force=writing.force, progress=writing.progress) as local:
         written = engine.write(
             layout,

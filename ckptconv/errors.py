@@ -62,6 +62,8 @@ Code = Literal[
     "requirement-missing",  # a field asked for with --require is not known
     # the machine
     "target-exists",  # the target is there already, and replacing it was not asked for
+    "target-busy",  # another run is writing the same target
+    "worker-lost",  # a worker of the executor did not do its work
     "target-unwritable",  # no directory or no permission to write to
     "no-space",  # the disk is full, or a quota is
     "verify-failed",  # what was written does not read back equal

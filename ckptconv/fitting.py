@@ -193,16 +193,16 @@ def ways(
                 reading = reading_t._replace(axes=axes_t)
                 yield Way(moving(ops, before, after), reading, text, (axes_s, axes_t))
     if not readings_s and not readings_t and leaf(source) == leaf(target):
-        ops = layers.layout_ops(_numbered(before), before, _numbered(after), after)
+        ops = layers.layout_ops(numbered(before), before, numbered(after), after)
         if ops is None:
             return
-        yield Way(ops, None, "the same axes")
+        yield Way(ops, None, "the same axes", (numbered(before), numbered(after)))
         sizes = [size for size in before if size > 1]
         if not same_framework and len(set(sizes)) < len(sizes):
             yield Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order")
 
 
-def _numbered(shape: tuple[int, ...]) -> tuple[str, ...]:
+def numbered(shape: tuple[int, ...]) -> tuple[str, ...]:
     """The axes of a parameter of which nothing is known; those with one element may be on one side alone."""
     numbers = itertools.count()
     return tuple("1" if size == 1 else f"axis{next(numbers)}" for size in shape)

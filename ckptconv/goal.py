@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckptconv.detect import PathLike, dialect_named, format_named, open, parse_target
-from ckptconv.dialects.base import Dialect, fills
+from ckptconv.dialects.base import Dialect, fills, fresh_template
 from ckptconv.dialects.table import dialects_of
 from ckptconv.document import Checkpoint
 from ckptconv.errors import CkptError, MappingError
@@ -85,6 +85,8 @@ def goal_of(
         dialect = dialect_named(format_name, dialect_name)
     else:
         dialect = _default_dialect(format_name, source)
+    if document is None and not fills(dialect, source.residue):
+        document = fresh_template(dialect, source)
     return Goal(path=path, format=chosen, dialect=dialect, template=document)
 
 

@@ -45,6 +45,8 @@ class Job:
 
     path: str
     """The file, which exists."""
+    record: str = ""
+    """Where it is kept that the file is finished, see `ckptconv.finished`."""
     steps: tuple[Step, ...]
     window_nbytes: int
     panel_nbytes: int

@@ -118,7 +118,9 @@ class _Solver:
                 yield patterns, members
                 return
         # A number that not all names have can be no counter: the others are, for each of its values.
-        split = next((at for at, its in steps.items() if its not in everywhere), next(iter(steps)))
+        # Of those the one with the fewest values leaves the fewest rules.
+        apart = [at for at, its in steps.items() if its not in everywhere] or list(steps)
+        split = min(apart, key=lambda at: len(set(columns[at])))
         parts: dict[int, list[int]] = {}
         for n, value in zip(members, columns[split], strict=True):
             parts.setdefault(value, []).append(n)

@@ -274,6 +274,8 @@ class _Compiler:
         for instance in self.reading.partial[k]:
             for n, (names, params) in enumerate(zip(instance, self._sides, strict=True)):
                 open_ = [name for name in names if name in params and name not in owners[n]]
+                if not open_:
+                    continue
                 others, word = self._sides[1 - n], self._words[1 - n]
                 if lacking := [name for name in instance[1 - n] if name not in others]:
                     place = f"the {word}" + _did_you_mean(lacking[0], others)

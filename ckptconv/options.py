@@ -272,6 +272,15 @@ Jobs = Annotated[
         metavar="N", min=1, help="Threads that copy tensors, e.g. --jobs 4. Default: chosen by the machine."
     ),
 ]
+ExecutorAt = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        metavar="KIND:ADDRESS",
+        help="A running Dask or Ray cluster that writes the target's files, one job for each, "
+        "e.g. --executor dask:tcp://10.0.0.5:8786 or --executor ray:auto.",
+    ),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(

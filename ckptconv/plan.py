@@ -28,6 +28,7 @@ from ckptconv.mapping_rules import Ruled, ruled
 from ckptconv.matching import framework_of, matched
 from ckptconv.ops import Cast
 from ckptconv.rawtree import Lifted, Node, Opaque, Path, children, walk
+from ckptconv.reparametrized import folded, unfoldable
 from ckptconv.report import ALLOWABLE, Entry, place
 from ckptconv.transfer import progress_entries, transfer
 
@@ -135,7 +136,14 @@ def _left_in_residue(source: Checkpoint, target: Checkpoint) -> Iterator[Entry]:
 
 def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: Wishes) -> Transfer:
     frameworks = (framework_of(kept), goal.dialect.framework or "torch")
-    lack = (*lacking(kept, frameworks[1]), *lacking(template, frameworks[0]))
+    file, folding = kept, folded(kept, template, *frameworks)
+    kept = folding.checkpoint
+    lack = (
+        *folding.problems,
+        *unfoldable(template, *reversed(frameworks)),
+        *lacking(kept, frameworks[1]),
+        *lacking(template, frameworks[0]),
+    )
     if refused := tuple(p for p in lack if _code_to_allow(p) not in wishes.allowed):
         return Transfer(checkpoint=kept, ledger=(), problems=refused)
     rules = ruled(wishes.mapping, kept, template, frameworks) if wishes.mapping is not None else Ruled()
@@ -155,7 +163,8 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
     return replace(
         result,
         checkpoint=_with_note(result.checkpoint, kept),
-        ledger=tuple(rules.accounted(result.ledger)),
+        verdicts=tuple(folding.judged(one, file) for one in result.verdicts),
+        ledger=tuple(folding.accounted(tuple(rules.accounted(result.ledger)), file)),
         target_requires=(*result.target_requires, *required(kept, template, cover.pairs, frameworks[1])),
     )
 

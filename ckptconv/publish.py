@@ -1,20 +1,21 @@
 """Files that appear whole or not at all: written in a staging directory beside the target, then renamed.
 
-The staging directory is `.<target>.ckptconv-<random>.tmp`, in the target's own directory, so that a rename
-is within one file system. In it the files have their final names: a reader takes `<staging>/<target>` for the
-target itself. What a killed process leaves behind has that name and can be deleted at any time.
+The staging directory stands in the target's own directory, so that a rename is within one file system. In it
+the files have their final names: a reader takes `<staging>/<target>` for the target itself. What a killed
+process leaves behind is taken away by the next run to the target (`ckptconv.leftovers`).
 
-Replacing (`force`): one file is replaced by one rename. Several files cannot be replaced in one step by any
-POSIX call; so the old commit (index, manifest; a directory as a whole) is first moved into the staging
-directory, then the rest of the old files, then the new files are moved out, the new commit last. A process
-that is killed in between leaves no target, never a mixture, and no file of either is lost; any other failure
-puts the old one back. Windows has no fsync of directories: there a power failure may undo a publication
-that was reported.
+Replacing (`force`): one file is replaced by one rename, a directory by one exchange where the system has
+that call. Several files cannot be replaced in one step; so the old commit (index, manifest; a directory as a
+whole) is first moved into the staging directory, then the rest of the old files, then the new files are moved
+out, the new commit last. A process that is killed in between leaves no target, never a mixture, and no file of
+either is lost: the next run puts the old one back. Any other failure does so at once. Windows has no fsync of
+directories: there a power failure may undo a publication that was reported.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckptconv.errors import Code, Problem, TargetError
+from ckptconv.leftovers import REPLACED, clear, fsync_directory, leftovers, locked, move, staging_path
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -67,27 +69,6 @@ def no_space(target: Path, needed_nbytes: int, reason: str | None = None) -> Tar
     )
 
 
-def leftovers(target: Path) -> tuple[Path, ...]:
-    """Staging directories of runs to this target, those that are running now too."""
-    prefix = f".{target.name}.ckptconv-"
-    try:
-        names = sorted(os.listdir(target.parent))
-    except OSError:
-        return ()
-    return tuple(target.parent / name for name in names if name.startswith(prefix) and name.endswith(".tmp"))
-
-
-def fsync_directory(path: Path) -> None:
-    """Make renames in the directory survive a power failure."""
-    if os.name == "nt":
-        return
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
     """One target on its way: where its files are written, and how they become the target."""
@@ -100,6 +81,8 @@ class Publication:
     staging: Path
     replaces: tuple[str, ...] = ()
     """As in `Layout`."""
+    resumable: bool = False
+    """Whether a failure leaves finished files for the next run to the same target, which looks for them."""
 
     @classmethod
     def of(
@@ -108,7 +91,9 @@ class Publication:
         target: Path,
         names: Iterable[str],
         force: bool,
+        *,
         replaces: tuple[str, ...] = (),
+        resumable: bool = False,
     ) -> Publication:
         """A publication that has not begun; touches nothing."""
         target = Path(os.path.abspath(target))
@@ -117,8 +102,9 @@ class Publication:
             target=target,
             names=tuple(names),
             force=force,
-            staging=target.with_name(f".{target.name}.ckptconv-{secrets.token_hex(4)}.tmp"),
+            staging=staging_path(target, "resumable" if resumable else secrets.token_hex(4)),
             replaces=replaces,
+            resumable=resumable,
         )
 
     @property
@@ -129,6 +115,14 @@ class Publication:
     def path(self, name: str) -> Path:
         """Where the file of that name is written."""
         return below(self.kind, self.staged, name)
+
+    def record(self, number: int) -> Path:
+        """Where it is kept that the file of that number is finished."""
+        return self.staging / f"done-{number:05d}.json"
+
+    def clear_leftovers(self) -> None:
+        """Take away what runs to this target left that were killed, all but finished files to go on with."""
+        clear(self.target, keep=self.staging)
 
     def check(self) -> None:
         """Refuse a target that exists, or that could not be put in its place.
@@ -200,11 +194,27 @@ class Publication:
         paths += [parent / name for name in self.replaces]
         return [path for path in dict.fromkeys(paths) if os.path.lexists(path)]
 
-    def begin(self) -> None:
-        """Make the staging directory, and every directory in it that a file needs."""
-        self.staging.mkdir(mode=0o700)
-        for name in self.names:
-            self.path(name).parent.mkdir(parents=True, exist_ok=True)
+    @contextlib.contextmanager
+    def staged_files(self) -> Iterator[None]:
+        """Make the staging directory and every file in it; afterwards delete it and what is still there.
+
+        Raises: target-busy where another run writes the same target with an executor.
+        """
+        self.staging.mkdir(mode=0o700, exist_ok=self.resumable)
+        with locked(self.staging) as alone:
+            if not alone:
+                message = f"another run is writing '{self.target}' at this moment"
+                raise target_error("target-busy", self.target, message, "Wait until it is done.")
+            try:
+                for name in self.names:
+                    self.path(name).parent.mkdir(parents=True, exist_ok=True)
+                    self.path(name).touch()
+                yield
+            except BaseException:
+                if not self.resumable or not any(self.staging.glob("done-*.json")):
+                    self._end()
+                raise
+            self._end()
 
     def commit(self) -> None:
         """Put the written files in the target's place; the staged files are fsynced already."""
@@ -233,31 +243,36 @@ class Publication:
         existing = self.existing()
         if existing and not self.force:
             raise self._exists(existing[0])
-        old = self.staging / "replaced"
+        if self.kind == "directory" and existing and _exchanged(self.staged, self.target):
+            return
+        old = self.staging / REPLACED
         old.mkdir()
         moves = [(path, old / path.name) for path in existing]
         if self.kind == "directory":
             moves.append((self.staged, self.target))
         else:
             moves += [(self.path(name), below(self.kind, self.target, name)) for name in self.names]
-        done: list[tuple[Path, Path]] = []
-        try:
-            for position, (source, destination) in enumerate(moves):
-                if position == len(moves) - 1:
-                    fsync_directory(self.target.parent)  # the commit after what it speaks of
-                done.append((source, destination))
-                os.rename(source, destination)
-                if existing and position in (0, len(existing) - 1):
-                    fsync_directory(self.target.parent)  # no commit on disk beside files that are not its own
-        except BaseException:
-            for source, destination in reversed(done):
-                if not os.path.lexists(source) and os.path.lexists(destination):
-                    os.rename(destination, source)
-            raise
+        # No commit on the disk beside files that are not its own, and none before what it speaks of.
+        sync_before = {1, len(existing)} if existing else set()
 
-    def end(self) -> None:
-        """Delete the staging directory and whatever is still in it."""
+        def sync(position: int) -> None:
+            if position in sync_before or position == len(moves) - 1:
+                fsync_directory(self.target.parent)
+
+        move(moves, self.staging, sync)
+
+    def _end(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether the system gave two directories each other's names in one step (Linux, `renameat2`)."""
+    try:
+        exchange = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(exchange(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 def _how_to_make(directory: Path) -> str:

@@ -352,13 +352,13 @@ class StoredTensor(TensorRef):
     def _view(self, start: Index, stop: Index) -> Array:
         """The elements `start` to `stop` as a view of memory in which they lie as they do in the file."""
         shape = box_shape(start, stop)
+        if 0 in shape:  # its offset may be behind the end of an empty extent
+            return np.empty(shape, self.dtype.numpy)
         if shape == self.shape and self.strides == dense_strides(shape):
             whole = np.empty(self.spec.nbytes, np.uint8)
             self.extent.read_into(self.offset * self.dtype.itemsize, whole.data)
             self._to_little(whole)
             return np.ndarray(shape, self.dtype.numpy, whole.data)
-        if 0 in shape:
-            return np.empty(shape, self.dtype.numpy)
         item = self.dtype.itemsize
         first = sum(i * s for i, s in zip(start, self.strides, strict=True)) + self.offset
         order = [axis for axis, step in enumerate(self.strides) if step and shape[axis] > 1]

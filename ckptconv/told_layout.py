@@ -12,7 +12,7 @@ from ckptconv.catalog import layers
 from ckptconv.catalog.axes import Axes, Shape, atoms, element_order, entries, layout_ops
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import Problem
-from ckptconv.fitting import Module, Way, layout_ambiguous, moving, readings, ways, weaker
+from ckptconv.fitting import Module, Way, layout_ambiguous, moving, numbered, readings, ways, weaker
 from ckptconv.mapping_file import axes_text
 from ckptconv.mapping_rules import Told
 from ckptconv.tensor import Op
@@ -37,9 +37,11 @@ def told_pair(
             open_side = "source" if len(readings(*source)) != 1 else "target"
             texts = [way.text for way in known]
             return pair, None if len(orders) == 1 else layout_ambiguous(made_from, made, open_side, texts)
-        if before != after:
+        axes = (numbered(before), numbered(after))
+        ops = layout_ops(axes[0], before, axes[1], after)
+        if ops is None:
             return None, _misfit(told, before, after, "its axes are not known", "Say the rule's 'axes'.")
-        same = Way((), None, "the same axes")
+        same = Way(ops, None, "the same axes", axes)
         if len([size for size in before if size > 1]) < 2 and not _listed(source, target):
             return _pair(told, same, "declared"), None
         return _pair(told, same, "assumed"), _without_axes(told, before)

@@ -22,15 +22,17 @@ from ckptconv.note import EXTENSION, contradictions, read_note
 from ckptconv.publish import below
 from ckptconv.rawtree import DictNode, ListNode, Node, Opaque, RawTree, children
 from ckptconv.rawtree import Path as TreePath
+from ckptconv.rereading import check_sources, verify_written
 from ckptconv.skeleton import is_skeleton_file
 from ckptconv.strictjson import parse
 from ckptconv.supply import settable_fields
 from ckptconv.tensor import Extent, FileSource, StoredTensor, TensorRef, as_bytes
 from ckptconv.validation import validate_manifest
+from ckptconv.workers import Workers
 
 
 def checker(
-    format_: Format, raw: RawTree, layout: Layout, jobs: int | None = None
+    format_: Format, raw: RawTree, layout: Layout, workers: Workers | None = None
 ) -> Callable[[Path, engine.WriteResult], None]:
     """What the engine calls on the written, not yet published target.
 
@@ -67,7 +69,7 @@ def checker(
         # The note is no part of the tree; its text was compared above.
         placed = set(keys.values()) - {NOTE_KEY}
         expected = {key: content for key, content in result.contents.items() if key in placed}
-        engine.verify_written(expected, found.items(), jobs=jobs)
+        verify_written(expected, found.items(), workers=workers)
 
     return check
 
@@ -165,7 +167,7 @@ def _container(format_: Format, path: Path) -> list[Problem]:
     """What the container's own checksums say."""
     try:
         raw = format_.read(path)
-        engine.check_sources(_extents(raw.root))
+        check_sources(_extents(raw.root))
     except FormatError as error:
         return list(error.problems)
     return [problem for tensor in _encoded(raw.root) for problem in _drained(tensor)]

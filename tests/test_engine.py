@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,11 +21,12 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from ckptconv import dtypes, engine, jobs, publish
-from ckptconv.engine import verify_written, write
+from ckptconv import dtypes, engine, jobs, leftovers, publish, workers
+from ckptconv.engine import write
 from ckptconv.errors import CkptError
 from ckptconv.formats.base import Layout, Placement, TargetFile
 from ckptconv.ops import Cast, Permute
+from ckptconv.rereading import check_sources, verify_written
 from ckptconv.tensor import Checksum, Extent, FileSource, StoredTensor, TensorSpec
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,8 @@ def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_long_matrix_is_turned_box_by_box(
     tmp_path: Path, kind: str | None, verified: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_sizes", lambda workers: (1 << 12, 1 << 16))
+    monkeypatch.setattr(workers, "BUDGET_NBYTES", (1 << 16) * 3 // 2 * 2)
+    monkeypatch.setattr(workers, "_WINDOW_NBYTES", (1 << 12, 1 << 12))
     values = array(3, (3000, 70))
     tensor = file_tensor(tmp_path / "source", values, "crc32").apply(Permute((1, 0)))
     assert tensor.tiles(1 << 16) is not None
@@ -96,6 +98,7 @@ def test_a_long_matrix_is_turned_box_by_box(
     result = write(
         layout("file", {"": [Placement(key="w", offset=64, tensor=tensor, checksum=kind)]}),
         tmp_path / "out",
+        jobs=2,
         verify=(lambda *_: None) if verified else None,
         progress=lambda done, total: seen.append((done, total)),
     )
@@ -161,10 +164,10 @@ def expected_tree(kind: str) -> dict[str, bytes]:
     return {below + (name or "ck"): data for name, data in SETS[kind].items()}
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_tensors_stand_where_the_layout_says(tmp_path: Path, workers: int, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_WINDOW_NBYTES", (64, 256))
-    monkeypatch.setattr(engine, "_JOB_NBYTES", 1000)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tensors_stand_where_the_layout_says(tmp_path: Path, threads: int, monkeypatch) -> None:
+    monkeypatch.setattr(workers, "_WINDOW_NBYTES", (64, 256))
+    monkeypatch.setattr(workers, "_PORTION_NBYTES", 1000)
     values = [array(i, (7, 11)) for i in range(5)]
     kinds = ["crc32", "crc32c", None, "crc32", "crc32c"]
     tensors = [
@@ -181,7 +184,7 @@ def test_tensors_stand_where_the_layout_says(tmp_path: Path, workers: int, monke
     result = write(
         layout("file", {"": placements}, b"tail"),
         tmp_path / "out",
-        jobs=workers,
+        jobs=threads,
         digests=True,
         verify=lambda *_: None,
         progress=lambda *numbers: seen.append(numbers),
@@ -198,7 +201,7 @@ def test_tensors_stand_where_the_layout_says(tmp_path: Path, workers: int, monke
     assert result.contents["k2"] == Checksum(kind="crc32c", value=google_crc32c.value(values[2].tobytes()))
     assert seen[-1] == (5 * 308, 5 * 308)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    assert not publish.leftovers(tmp_path / "out")
+    assert not leftovers.leftovers(tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", SETS)
@@ -313,11 +316,11 @@ def test_source_checksums_are_checked_whatever_the_way(
             extra = 0 if way == "inline" else 1  # one pass for both
             assert sum(reads) == 2 * (160 if way == "part" else 192) + extra * 192
         monkeypatch.undo()
-        assert not publish.leftovers(target)
+        assert not leftovers.leftovers(target)
 
 
 def test_all_mismatches_are_reported_together(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_JOB_NBYTES", 1)
+    monkeypatch.setattr(workers, "_PORTION_NBYTES", 1)
     tensors = [file_tensor(tmp_path / f"s{i}", array(i, (4,)), "crc32", wrong=i % 2) for i in range(6)]
     placements = [Placement(key=f"k{i}", offset=16 * i, tensor=t) for i, t in enumerate(tensors)]
     with pytest.raises(CkptError) as caught:
@@ -411,7 +414,8 @@ def test_a_failure_while_publishing_puts_the_old_target_back(
 
     monkeypatch.setattr(os, "rename", failing(os.rename))
     monkeypatch.setattr(os, "replace", failing(os.replace))
-    renames = {"file": 1, "prefix": 6, "directory": 2}[kind]
+    monkeypatch.setattr(publish, "_exchanged", lambda *_: False)
+    renames = {"file": 1, "prefix": 7, "directory": 3}[kind]  # that of the journal, too
     if at >= renames:
         write(of_kind(kind), tmp_path / "ck", force=True)
         assert tree(tmp_path) == expected_tree(kind)
@@ -422,7 +426,7 @@ def test_a_failure_while_publishing_puts_the_old_target_back(
     assert tree(tmp_path) == before
 
 
-DEATHS = [("file", 0), ("directory", 0), ("directory", 1), *(("prefix", at) for at in (0, 1, 3, 5))]
+DEATHS = [("file", 0), *(("directory", at) for at in (0, 1, 2)), *(("prefix", at) for at in range(7))]
 
 
 @pytest.mark.parametrize(("kind", "at"), DEATHS)
@@ -431,8 +435,10 @@ def test_a_death_while_publishing_never_leaves_a_mixture(tmp_path: Path, kind: s
     script = f"""
 import os, sys
 from pathlib import Path
+from ckptconv import publish
 from ckptconv.engine import write
 from tests.test_engine import of_kind
+publish._exchanged = lambda *_: False
 left = [{at}]
 def dying(act):
     def rename(*args):
@@ -450,6 +456,51 @@ write(of_kind({kind!r}), Path({str(tmp_path)!r}) / "ck", force=True)
     commit = {"file": "ck", "prefix": "ck.index", "directory": "ck/manifest.json"}[kind]
     old = dict.fromkeys(new, b"old")
     assert commit not in now or now in (old, new)
+    # The next run puts the old one back, and takes away what the dead one left.
+    with pytest.raises(CkptError) as caught:
+        write(of_kind(kind), tmp_path / "ck")
+    assert codes(caught) == [("target-exists", ("ck",))]
+    assert tree(tmp_path) == old
+
+
+def test_a_directory_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    second.mkdir()
+    if not publish._exchanged(first, second):
+        pytest.skip("the system or its file system has no exchange")
+    write(layout("directory", {name: [] for name in SETS["directory"]}, b"old"), tmp_path / "ck")
+    monkeypatch.delattr(os, "rename")
+    write(of_kind("directory"), tmp_path / "ck", force=True)
+    assert tree(tmp_path) == expected_tree("directory")
+
+
+def test_what_a_dead_run_left_is_taken_away_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:
+    dead, living = (leftovers.staging_path(tmp_path / "ck", word) for word in ("dead", "living"))
+    for staging in (dead, living):
+        staging.mkdir()
+        (staging / "lock").touch()
+        (staging / "ck").write_bytes(b"half")
+    new, strange = (leftovers.staging_path(tmp_path / "ck", word) for word in ("new", "strange"))
+    new.mkdir()  # its run has not got to its lock yet
+    strange.write_bytes(b"no directory")
+    with leftovers.locked(living) as alone:
+        assert alone
+        write(of_kind("file"), tmp_path / "ck")
+    assert {path.name for path in tmp_path.iterdir()} == {"ck", living.name, new.name, strange.name}
+
+
+@pytest.mark.parametrize(
+    "journal", [b"", b"[", b"7", b'[["a"]]', b'[["../x", "ck"]]', b'[["/etc/x", "ck"]]', b'[[["x"], 3]]']
+)
+def test_a_journal_that_is_none_of_ours_moves_nothing(tmp_path: Path, journal: bytes) -> None:
+    (tmp_path / "inner").mkdir()
+    staging = leftovers.staging_path(tmp_path / "inner" / "ck", "dead")
+    staging.mkdir()
+    (staging / "lock").touch()
+    (staging / leftovers.JOURNAL).write_bytes(journal)
+    write(of_kind("file"), tmp_path / "inner" / "ck")
+    assert tree(tmp_path) == {"inner/ck": b"new"}
 
 
 def test_files_have_the_mode_that_the_umask_gives(tmp_path: Path) -> None:
@@ -474,6 +525,20 @@ def test_another_executor_runs_the_same_jobs(tmp_path: Path) -> None:
         with pytest.raises(CkptError) as caught:
             write(single(wrong), tmp_path / "out2", executor=pool)
     assert codes(caught) == [("checksum-mismatch", ("t", "w"))]
+
+
+def test_two_runs_with_executors_do_not_share_their_files(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    staging = publish.Publication.of("file", tmp_path / "out", [""], False, resumable=True).staging
+    staging.mkdir()
+    with (staging / "lock").open("w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CkptError) as caught:
+            write(single(array(0, (4,))), tmp_path / "out", executor=pool)
+        assert codes(caught) == [("target-busy", ("out",))]
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        write(single(array(0, (4,))), tmp_path / "out", executor=pool)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_bookkeeping_is_done_last(tmp_path: Path) -> None:
@@ -520,7 +585,7 @@ def test_an_end_in_the_middle_leaves_the_old_target(tmp_path: Path, number: sign
     child.send_signal(number)
     error = child.communicate(timeout=60)[1]
     assert (tmp_path / "ck").read_bytes() == b"old"
-    left = publish.leftovers(tmp_path / "ck")
+    left = leftovers.leftovers(tmp_path / "ck")
     if number == signal.SIGINT:
         assert b"KeyboardInterrupt" in error
         assert left == ()
@@ -552,7 +617,7 @@ sys.exit(2)
 
 
 def test_a_failing_worker_stops_the_others(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(engine, "_JOB_NBYTES", 1)
+    monkeypatch.setattr(workers, "_PORTION_NBYTES", 1)
     written, lock = [], threading.Lock()
 
     def pwrite(fd: int, data: memoryview, offset: int) -> None:
@@ -574,5 +639,5 @@ def test_a_failing_worker_stops_the_others(tmp_path: Path, monkeypatch) -> None:
 def test_sources_can_be_checked_without_writing(tmp_path: Path) -> None:
     tensors = [file_tensor(tmp_path / f"s{i}", array(i, (40,)), "crc32c", wrong=i % 2) for i in range(4)]
     with pytest.raises(CkptError) as caught:
-        engine.check_sources(tensor.extent for tensor in tensors)
+        check_sources(tensor.extent for tensor in tensors)
     assert codes(caught) == [("checksum-mismatch", ("s1",)), ("checksum-mismatch", ("s3",))]

@@ -3,6 +3,8 @@
 `data/compounds.json` says per family of frameworks how its variables come apart: `cuts` divide one along an
 axis into pieces with names of their own (a piece alone is the variable under another name), `sums` are
 variables that only ever act through their sum. A name's end is matched as a whole number of its parts.
+`reparametrizations` are variables of which a layer makes one in each of its runs: torch's weight norm (g and
+v) and spectral norm (the weight, and a left and a right singular vector).
 `directions` are parts of names that tell whether a recurrent layer reads its input from the start or the end.
 """
 
@@ -71,10 +73,33 @@ class SumRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReparametrizedRow:
+    """Variables of which a layer makes one by a rule."""
+
+    family: str
+    pattern: re.Pattern[str]
+    """Of the first one's name."""
+    terms: tuple[str, ...]
+    whole: str
+    rule: str
+
+    def names(self, name: str, known: Collection[str]) -> tuple[str, tuple[str, ...]] | None:
+        """The name of what is made, and of those that it is made of; None where the row does not mean it."""
+        found = self.pattern.fullmatch(name)
+        if found is None:
+            return None
+        prefix = found["prefix"] or ""
+        terms = tuple(prefix + _filled(term, found) for term in self.terms)
+        whole = prefix + _filled(self.whole, found)
+        return (whole, terms) if whole not in known and all(term in known for term in terms) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Table:
     families: Mapping[str, str]
     cuts: tuple[CutRow, ...]
     sums: tuple[SumRow, ...]
+    reparametrized: tuple[ReparametrizedRow, ...]
     directions: tuple[tuple[str, re.Pattern[str], str], ...]
     """Family, pattern of a part of a name, direction."""
 
@@ -91,6 +116,10 @@ def cut_rows(framework: str) -> tuple[CutRow, ...]:
 
 def sum_rows(framework: str) -> tuple[SumRow, ...]:
     return tuple(row for row in _table().sums if row.family == family(framework))
+
+
+def reparametrized_rows(framework: str) -> tuple[ReparametrizedRow, ...]:
+    return tuple(row for row in _table().reparametrized if row.family == family(framework))
 
 
 def home(framework: str, name: str) -> str:
@@ -129,6 +158,7 @@ def _table() -> _Table:
         families=families,
         cuts=tuple(map(_cut, record.list_of_records("cuts"))),
         sums=tuple(map(_sum, record.list_of_records("sums"))),
+        reparametrized=tuple(map(_reparametrized, record.list_of_records("reparametrizations"))),
         directions=tuple(map(_direction, record.list_of_records("directions"))),
     )
     record.close()
@@ -138,7 +168,7 @@ def _table() -> _Table:
 def _cut(record: Record) -> CutRow:
     row = CutRow(
         family=record.text("family"),
-        pattern=re.compile(rf"(?P<prefix>.*[./])?(?:{record.text('pattern')})"),
+        pattern=_pattern(record),
         pieces=record.texts("pieces"),
         axis=record.optional_int("axis") or 0,
         beside=record.texts("beside"),
@@ -161,6 +191,23 @@ def _sum(record: Record) -> SumRow:
     )
     record.close()
     return row
+
+
+def _reparametrized(record: Record) -> ReparametrizedRow:
+    row = ReparametrizedRow(
+        family=record.text("family"),
+        pattern=_pattern(record),
+        terms=record.texts("terms"),
+        whole=record.text("whole"),
+        rule=record.text("rule"),
+    )
+    record.close()
+    return row
+
+
+def _pattern(record: Record) -> re.Pattern[str]:
+    """Of a name's end: a whole number of its parts."""
+    return re.compile(rf"(?P<prefix>.*[./])?(?:{record.text('pattern')})")
 
 
 def _direction(record: Record) -> tuple[str, re.Pattern[str], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from ckptconv.options import (
     DryRun,
     DType,
     Exclude,
+    ExecutorAt,
     Force,
     From,
     Jobs,
@@ -40,6 +42,8 @@ from ckptconv.options import (
 from ckptconv.report_file import check_report_file
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from ckptconv.report import Report
 
 
@@ -62,6 +66,7 @@ def convert(
     keep: Keep = False,
     report: ReportFile = None,
     jobs: Jobs = None,
+    executor: ExecutorAt = None,
     dry_run: DryRun = False,
     no_verify: NoVerify = False,
     force: Force = False,
@@ -88,7 +93,7 @@ def convert(
             check_report_file(
                 report, (source, target, template, source_spec, template_spec, mapping), force=force
             )
-        with progress_bar(f"converting {source.name}") as progress:
+        with _workers(executor) as workers, progress_bar(f"converting {source.name}") as progress:
             result = run(
                 source,
                 target,
@@ -107,12 +112,22 @@ def convert(
                 select=select or (),
                 keep=keep,
                 jobs=jobs,
+                executor=workers,
                 dry_run=dry_run,
                 verify=not no_verify,
                 force=force,
                 progress=progress,
             )
         _deliver(result, report, verbose=verbose, as_json=as_json)
+
+
+def _workers(text: str | None) -> AbstractContextManager[Executor | None]:
+    """Those that write the files: of the cluster that was named, or nobody else."""
+    if text is None:
+        return nullcontext()
+    from ckptconv.executors import executor_at
+
+    return executor_at(text)
 
 
 def _deliver(result: Report, path: Path | None, *, verbose: bool, as_json: bool) -> None:

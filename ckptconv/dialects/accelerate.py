@@ -2,7 +2,7 @@
 
     model.safetensors (or pytorch_model.bin), optimizer.bin, scheduler.bin, scaler.pt, sampler.bin,
     random_states_<rank>.pkl, dl_state_dict.bin, custom_checkpoint_<n>.pkl; second ones as optimizer_1.bin;
-    with FSDP what `dcp_members` tells instead of the first two
+    instead of the first two what `dcp_members` (FSDP) and `deepspeed_within` tell
 
 | place | counts |
 |---|---|
@@ -25,6 +25,7 @@ from dataclasses import replace
 
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.dcp_members import MODEL, OPTIMIZER, closed, opened
+from ckptconv.dialects.deepspeed_within import Held, engine_in, lowered
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_folder_parts import (
     folder_of,
@@ -40,7 +41,7 @@ from ckptconv.dialects.torch_modules import Module
 from ckptconv.dialects.torch_note import lift_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
-from ckptconv.dialects.torch_plain import blocks, filled_with, provenance, trained, unit_names
+from ckptconv.dialects.torch_plain import blocks, provenance, trained, unit_names
 from ckptconv.dialects.torch_progress import step_of_optimizers
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_table import ACCELERATE
@@ -56,7 +57,6 @@ from ckptconv.document import (
     Optimizer,
     Param,
     Progress,
-    Residue,
     Schedule,
     Unknown,
     value_of,
@@ -99,34 +99,31 @@ class Accelerate:
         raw = opened(raw)
         root = folder_of(raw)
         refuse_repeated_keys(root)
+        engine = engine_in(root, raw)
+        root = root if engine is None else engine.beside
         lifter = Lifter(root)
-        modules = list(_modules(root, lifter))
-        if not modules:
-            raise FormatError.of(
-                "unknown-dialect",
-                "the folder has no file with a model's weights",
-                "Copy the folder again, with its subfolders.",
-                loc=(raw.location.rpartition("/")[2],),
-            )
-        optimizers, odd = _optimizers(root, modules, lifter)
-        schedules, odd_schedules = _schedules(root, optimizers, lifter)
-        progress = _progress(root, optimizers, schedules, lifter)
-        extras = lift_rest(root, lifter, {k: v for _, module in modules for k, v in module.parts.items()})
-        params = {name: param for _, module in modules for name, param in module.params.items()}
+        held = _held(root, raw, lifter) if engine is None else Held.of_engine(engine, root, lifter)
+        schedules, odd_schedules = _schedules(root, held.optimizers, lifter)
+        progress = _progress(root, held, schedules, lifter)
+        extras = lift_rest(root, lifter, held.extras)
         checkpoint = Checkpoint(
             progress=progress,
-            params=trained(params, optimizers),
-            optimizers=optimizers,
-            schedules=schedules,
+            params=trained(held.params, held.optimizers),
+            optimizers=held.optimizers,
+            schedules=schedules or held.schedules,
+            loss_scaling=held.loss_scaling,
             rng=tuple(b for b in blocks(root, extras, _is_generators) if not b.name.endswith("/step")),
             data=blocks(root, extras, lambda key: key.startswith((_LOADER, "sampler"))),
             extras=extras,
-            described=tuple(block for _, module in modules for block in module.described),
-            residue=Residue(
-                format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
-            ),
+            described=held.described,
+            residue=held.residue(lifter.residue(), raw, self.name),
             provenance=provenance(raw, self.name, self.detect(raw), producer="accelerate"),
-            oddities=(*odd, *odd_schedules, *not_read(raw), *named_code(replace(root, kind="dict"))),
+            oddities=(
+                *held.oddities,
+                *odd_schedules,
+                *not_read(raw),
+                *named_code(replace(root, kind="dict")),
+            ),
         )
         return lift_note(checkpoint, root)
 
@@ -140,7 +137,8 @@ class Accelerate:
                 "Pass --template with a save_state folder of the target's loop.",
                 loc=("residue",),
             )
-        filled = filled_with(root, _paths(root, OPTIMIZER, is_optimizer), settle(checkpoint, root))
+        paths = _paths(root, OPTIMIZER, is_optimizer)
+        filled = lowered(root, paths, settle(checkpoint, root), residue)
         return closed(raw_of(filled, RawTree(format=self.format, root=None, attributes=residue.attributes)))
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
@@ -154,6 +152,26 @@ class Accelerate:
 
 def _is_generators(key: str) -> bool:
     return _GENERATORS.fullmatch(key) is not None
+
+
+def _held(root: DictNode, raw: RawTree, lifter: Lifter) -> Held:
+    """What accelerate's own files hold."""
+    modules = list(_modules(root, lifter))
+    if not modules:
+        raise FormatError.of(
+            "unknown-dialect",
+            "the folder has no file with a model's weights",
+            "Copy the folder again, with its subfolders.",
+            loc=(raw.location.rpartition("/")[2],),
+        )
+    optimizers, odd = _optimizers(root, modules, lifter)
+    return Held(
+        params={name: param for _, module in modules for name, param in module.params.items()},
+        optimizers=optimizers,
+        extras={key: part for _, module in modules for key, part in module.parts.items()},
+        described=tuple(block for _, module in modules for block in module.described),
+        oddities=odd,
+    )
 
 
 def _modules(root: DictNode, lifter: Lifter) -> Iterator[tuple[str, Module]]:
@@ -215,10 +233,10 @@ def _schedules(
     return tuple(schedules), tuple(oddities)
 
 
-def _progress(
-    root: DictNode, optimizers: tuple[Optimizer, ...], schedules: tuple[Schedule, ...], lifter: Lifter
-) -> Progress:
-    step = step_of_optimizers(optimizers)
+def _progress(root: DictNode, held: Held, schedules: tuple[Schedule, ...], lifter: Lifter) -> Progress:
+    if held.progress is not None:
+        return replace(held.progress, epochs=_NO_EPOCHS, batch_in_epoch=_batch(root))
+    step = step_of_optimizers(held.optimizers)
     if isinstance(step, Unknown):
         step = replace(step, candidates=(*step.candidates, *_by_schedules(root, schedules)))
     scale: Fact = Absent(reason=f"there is no {_SCALER}")

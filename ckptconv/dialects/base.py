@@ -8,6 +8,7 @@ residue is filled with another run's values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -75,14 +76,32 @@ class Dialect(Protocol):
 REGISTERED: dict[tuple[str, str], Dialect] = {}
 """Those whose module is imported; `table.DIALECTS` has all."""
 _TREES: dict[tuple[str, str], tuple[str, str]] = {}
+_FRESH: dict[tuple[str, str], Callable[[Checkpoint], Checkpoint | None]] = {}
 
 
-def register(dialect: Dialect, *, tree: tuple[str, str] | None = None) -> Dialect:
-    """Make a dialect known under (format, name); `tree`: the one whose residue it fills, if not its own."""
+def register(
+    dialect: Dialect,
+    *,
+    tree: tuple[str, str] | None = None,
+    fresh: Callable[[Checkpoint], Checkpoint | None] | None = None,
+) -> Dialect:
+    """Make a dialect known under (format, name).
+
+    `tree`: the one whose residue it fills, if not its own; `fresh`: the template for a run that tells all
+    that one has, None for any other run.
+    """
     key = dialect.format, dialect.name
     REGISTERED[key] = dialect
     _TREES[key] = tree or key
+    if fresh is not None:
+        _FRESH[key] = fresh
     return dialect
+
+
+def fresh_template(dialect: Dialect, source: Checkpoint) -> Checkpoint | None:
+    """The template that a run needs no file for; None where there is none."""
+    make = _FRESH.get((dialect.format, dialect.name))
+    return make(source) if make is not None else None
 
 
 def fills(dialect: Dialect, residue: Residue | None) -> bool:

@@ -22,6 +22,7 @@ from ckptconv.dialects.torch_table import MEGATRON, ROWS, TORCHTITAN
 from ckptconv.dialects.torch_values import places
 from ckptconv.document import Checkpoint
 from ckptconv.errors import FormatError, Problem
+from ckptconv.formats.dcp_ranks import REPEATED
 from ckptconv.formats.dcp_shards import UNSEEN
 from ckptconv.formats.dcp_write import UNFLATTENED
 from ckptconv.rawtree import DictNode, Path, RawTree
@@ -30,6 +31,10 @@ _BESIDE, _MODEL = "beside", "model_key"
 """Attributes of the residue: what stood beside the entries, and the key of the model among them."""
 _UNSEEN = "The shards do not record how large the tensors are: a missing last shard cannot be seen."
 
+_OF_RANK_0 = (
+    "Every rank saved for itself: of {} entries that several have, such as counters and random states, those "
+    "of the lowest rank are read."
+)
 
 _RESTORE_MODEL = """import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -80,9 +85,13 @@ class InFolder:
             checkpoint.provenance, format=self.format, producer="PyTorch, torch.distributed.checkpoint"
         )
         unseen = (_UNSEEN,) if raw.attributes.get(UNSEEN) is True else ()
+        repeated = raw.attributes.get(REPEATED, 0)
+        own = (_OF_RANK_0.format(repeated),) if repeated else ()
         left = raw.attributes.get(LEFT)
         said = (left,) if isinstance(left, str) else ()
-        return replace(checkpoint, provenance=provenance, oddities=(*checkpoint.oddities, *unseen, *said))
+        return replace(
+            checkpoint, provenance=provenance, oddities=(*checkpoint.oddities, *unseen, *own, *said)
+        )
 
     def lower(self, checkpoint: Checkpoint) -> RawTree:
         """The file's tree, an optimizer's parameters by their names."""

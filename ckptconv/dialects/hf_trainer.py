@@ -21,6 +21,7 @@ from ckptconv.catalog.schedule_rates import Curve, curve_of, flat, rate
 from ckptconv.dialects import torch_adapter
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.dcp_members import closed, opened
+from ckptconv.dialects.deepspeed_within import Held, engine_in, lowered
 from ckptconv.dialects.hf_schedule import curve_of_arguments
 from ckptconv.dialects.hf_trainer_state import ARGUMENTS, SCALER, STATE, read_state, settle_state
 from ckptconv.dialects.residue import Lifter
@@ -39,13 +40,13 @@ from ckptconv.dialects.torch_modules import Module
 from ckptconv.dialects.torch_note import lift_note
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_optimizer import is_optimizer, lift_optimizer
-from ckptconv.dialects.torch_plain import blocks, filled_with, provenance, trained
+from ckptconv.dialects.torch_plain import blocks, provenance, trained
 from ckptconv.dialects.torch_scaler import lift_scaling
 from ckptconv.dialects.torch_scheduler import is_scheduler, lift_schedule
 from ckptconv.dialects.torch_survey import is_rng
 from ckptconv.dialects.torch_table import HF_TRAINER
 from ckptconv.dialects.torch_values import lift_rest, own_residue
-from ckptconv.document import Checkpoint, Known, Optimizer, Param, Residue, Schedule, value_of
+from ckptconv.document import Checkpoint, Known, Optimizer, Param, Schedule, value_of
 from ckptconv.errors import FormatError, LossError, MappingError, Problem
 from ckptconv.rawtree import DictNode, ListNode, Node, RawTree
 
@@ -83,39 +84,29 @@ class HFTrainer:
         raw = opened(raw)
         root = folder_of(raw)
         refuse_repeated_keys(root)
-        model = weights_of(root)
-        if model is None:
-            raise FormatError.of(
-                "unknown-dialect",
-                "the folder has no file with the model's weights",
-                "Copy the folder again, with its subfolders.",
-                loc=(raw.location.rpartition("/")[2],),
-            )
+        engine = engine_in(root, raw)
+        root = root if engine is None else engine.beside
         lifter = Lifter(root)
-        module = lift_weights(root, model[1], lifter)
-        lift_copies(root, module, lifter)
-        optimizer, odd = _optimizer(root, module, has_order(model[0]), lifter)
-        optimizers = () if optimizer is None else (optimizer,)
-        schedule, odd_schedule = _schedule(root, optimizer, lifter)
-        progress, odd_progress = read_state(root, optimizers, lifter)
-        scaling = lift_scaling([((SCALER,), root.get(SCALER))], lifter)
-        extras = lift_rest(root, lifter, module.parts)
+        held = _held(root, raw, lifter) if engine is None else Held.of_engine(engine, root, lifter)
+        only = held.optimizers[0] if len(held.optimizers) == 1 else None
+        schedule, odd_schedule = _schedule(root, only, lifter)
+        progress, odd_progress = read_state(root, held.optimizers, lifter, held.progress)
+        scaling = lift_scaling([((SCALER,), root.get(SCALER))], lifter) or held.loss_scaling
+        extras = lift_rest(root, lifter, held.extras)
         adapter = torch_adapter.settings(root)
         checkpoint = Checkpoint(
             progress=progress,
-            params=trained(module.params, optimizers),
-            optimizers=optimizers,
-            schedules=() if schedule is None else (schedule,),
+            params=trained(held.params, held.optimizers),
+            optimizers=held.optimizers,
+            schedules=held.schedules if schedule is None else (schedule,),
             loss_scaling=scaling,
             rng=blocks(root, extras, is_rng),
             extras=extras,
-            described=module.described,
-            residue=Residue(
-                format=self.format, dialect=self.name, root=lifter.residue(), attributes=raw.attributes
-            ),
+            described=held.described,
+            residue=held.residue(lifter.residue(), raw, self.name),
             provenance=provenance(raw, self.name, self.detect(raw), producer=_producer(root)),
             oddities=(
-                *odd,
+                *held.oddities,
                 *odd_schedule,
                 *odd_progress,
                 *torch_adapter.said(adapter),
@@ -140,7 +131,7 @@ class HFTrainer:
         assert isinstance(followed, DictNode)
         _refuse_other_schedule(settled, root)
         paths = tuple((name,) for name in OPTIMIZERS if is_optimizer(root.get(name)))[:1]
-        filled = filled_with(followed, paths, settled)
+        filled = lowered(followed, paths, settled, residue)
         return closed(raw_of(filled, RawTree(format=self.format, root=None, attributes=residue.attributes)))
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
@@ -158,6 +149,29 @@ def _producer(root: DictNode) -> str:
     config = root.get("config.json")
     version = config.get("transformers_version") if isinstance(config, DictNode) else None
     return f"transformers {version[:20]}" if isinstance(version, str) else "transformers"
+
+
+def _held(root: DictNode, raw: RawTree, lifter: Lifter) -> Held:
+    """What the Trainer's own files hold."""
+    model = weights_of(root)
+    if model is None:
+        raise FormatError.of(
+            "unknown-dialect",
+            "the folder has no file with the model's weights",
+            "Copy the folder again, with its subfolders.",
+            loc=(raw.location.rpartition("/")[2],),
+        )
+    module = lift_weights(root, model[1], lifter)
+    named = {key: module.params[name] for key, name in module.raw_names.items()}
+    lift_copies(root, model[0], named, lifter)
+    optimizer, odd = _optimizer(root, module, has_order(model[0]), lifter)
+    return Held(
+        params=module.params,
+        optimizers=() if optimizer is None else (optimizer,),
+        extras=module.parts,
+        described=module.described,
+        oddities=odd,
+    )
 
 
 def _optimizer(

@@ -47,18 +47,22 @@ _MOST = 1 << 53
 
 
 def read_state(
-    root: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter
+    root: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter, engine: Progress | None = None
 ) -> tuple[Progress, tuple[str, ...]]:
-    """The progress of the run, and what is odd about it.
+    """The progress of the run, and what is odd about it; `engine`: what DeepSpeed counts of it.
 
     I/O: reads 0-d counters. Raises: progress-conflict.
     """
     state = root.get(STATE)
     if not isinstance(state, DictNode):
+        if engine is not None:
+            return engine, ()
         unknown = Unknown(reason=f"there is no {STATE}")
         step = step_of_optimizers(optimizers) if optimizers else unknown
         return Progress(step=step, epochs=unknown), ()
-    step, skipped, odd = _step(root, state, optimizers, lifter)
+    own = engine.step if engine is not None else step_of_optimizers(optimizers) if optimizers else None
+    scaled = SCALER in root or (engine is not None and bool(value_of(engine.skipped_steps)))
+    step, skipped, odd = _step(state, own, scaled, lifter)
     accumulation = _accumulation(root.get(ARGUMENTS))
     epochs, batches = _epochs(state, step, value_of(skipped), value_of(accumulation) == 1, lifter)
     every = isinstance(step, Known) and value_of(accumulation) == 1 and value_of(skipped) in (0, None)
@@ -74,23 +78,23 @@ def read_state(
         micro_steps=micro,
         accumulation=accumulation,
         tokens=_tokens(state, lifter),
-        skipped_steps=skipped,
-        loss_scale=_loss_scale(root.get(SCALER), lifter),
+        skipped_steps=skipped if engine is None else engine.skipped_steps,
+        samples=engine.samples if engine is not None else NOT_RECORDED,
+        loss_scale=engine.loss_scale if engine is not None else _loss_scale(root.get(SCALER), lifter),
     ), odd
 
 
 def _step(
-    root: DictNode, state: DictNode, optimizers: tuple[Optimizer, ...], lifter: Lifter
+    state: DictNode, own: Fact | None, scaled: bool, lifter: Lifter
 ) -> tuple[Fact, Fact, tuple[str, ...]]:
-    """(updates, skipped ones, oddities)."""
+    """(updates, skipped ones, oddities); `own`: the optimizer's, `scaled`: a loss scaler may skip some."""
     counted = count_of(state.get("global_step"))
-    own = step_of_optimizers(optimizers) if optimizers else None
     if counted is None or not 0 <= counted[0] < _MOST:
         reason = Unknown(reason=f"'{dotted(_STEP)}' is no count")
         return (own if own is not None else reason), NOT_RECORDED, ()
     calls, how = counted
     done = own.value if isinstance(own, Known) and isinstance(own.value, int) else calls
-    if done > calls or (done < calls and SCALER not in root):
+    if done > calls or (done < calls and not scaled):
         raise MappingError.of(
             "progress-conflict",
             f"'{dotted(_STEP)}' is {calls}, the optimizer has made {done} updates",
@@ -100,7 +104,7 @@ def _step(
     lifter.take(_STEP, ("progress", "step"), **how, plus=calls - done, was=done)
     skipped: Fact = Absent(reason="there is no loss scaler")
     odd: tuple[str, ...] = ()
-    if SCALER in root:
+    if scaled:
         skipped = Known(
             value=calls - done,
             status="derived",

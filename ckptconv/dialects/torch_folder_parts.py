@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ckptconv.dialects.dcp_members import MODEL
 from ckptconv.dialects.residue import Lifter
 from ckptconv.dialects.torch_modules import Module, lift_module
 from ckptconv.dialects.torch_note import with_note
 from ckptconv.dialects.torch_values import layout_of, tensor_of
+from ckptconv.document import Param
 from ckptconv.errors import FormatError
 from ckptconv.formats.torch_folder import DIRECTORY, sibling
 from ckptconv.note import KEY
@@ -88,18 +89,19 @@ def lift_weights(
     return lift_module(merged, (files[0],), spread, prefix=prefix, seen=seen)
 
 
-def lift_copies(root: DictNode, module: Module, lifter: Lifter) -> None:
-    """Take what an export repeats of the model: tensors of the same names and specs are parameters too."""
+def lift_copies(root: DictNode, model: str, params: Mapping[str, Param], lifter: Lifter) -> None:
+    """Take what an export repeats of the model: tensors of the same names and specs are parameters too.
+
+    `model`: the file that the model was taken from; `params`: by their names in files.
+    """
     exported = weights_of(root, tuple(name for name in WEIGHTS if not name.startswith(MODEL)))
-    for file in exported[1] if exported is not None and exported[1][0] != module.key[0] else ():
+    for file in exported[1] if exported is not None and model not in exported[1] else ():
         node = root.get(file)
         for key, value in node.items if isinstance(node, DictNode) else ():
-            found = tensor_of(value)
-            if found is None or not isinstance(key, str) or key not in module.raw_names:
-                continue
-            name = module.raw_names[key]
-            if found[0].spec == module.params[name].tensor.spec:
-                lifter.take((file, key, *found[1]), ("param", name), **layout_of(found[0]))
+            found, param = tensor_of(value), params.get(key) if isinstance(key, str) else None
+            if found is not None and param is not None and found[0].spec == param.tensor.spec:
+                assert isinstance(key, str)
+                lifter.take((file, key, *found[1]), ("param", param.name), **layout_of(found[0]))
 
 
 class _Spread(Lifter):

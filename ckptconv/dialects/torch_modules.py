@@ -169,6 +169,18 @@ def optimizable(params: Mapping[str, Param]) -> tuple[str, ...]:
     return tuple(p.name for p in params.values() if p.trainable is not False and p.tied_to is None)
 
 
+def state_dict_of(params: Mapping[str, Param]) -> Node:
+    """The parameters as a module's state_dict has them, tied ones sharing their memory."""
+    items = tuple((name, _first(params, param).tensor) for name, param in params.items())
+    return DictNode(items=items, kind="collections.OrderedDict")
+
+
+def _first(params: Mapping[str, Param], param: Param) -> Param:
+    """The parameter that a tied one shares its memory with, where it has the same layout."""
+    first = params.get(param.tied_to or param.name, param)
+    return first if first.tensor.spec == param.tensor.spec else param
+
+
 def _module_entries(node: Node, path: Path, outer: str = "") -> Iterator[_Entry | _Described]:
     """What `state_dict()` of a pickled module would hold, in its order."""
     if not isinstance(node, Opaque) or not isinstance(node.state, DictNode) or not is_module(node):

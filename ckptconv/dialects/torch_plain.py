@@ -23,6 +23,7 @@ from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill
 from ckptconv.dialects.torch_averages import with_averages
 from ckptconv.dialects.torch_counters import read_counters, settle_counters
+from ckptconv.dialects.torch_fresh import plain_dictionary
 from ckptconv.dialects.torch_groups import GroupRule
 from ckptconv.dialects.torch_lower import rebuild_state, settle
 from ckptconv.dialects.torch_modules import Module, is_module, lift_module
@@ -48,7 +49,7 @@ from ckptconv.document import (
 )
 from ckptconv.errors import CkptError, FormatError, MappingError, Problem
 from ckptconv.formats.torch_folder import DIRECTORY
-from ckptconv.rawtree import DictNode, Node, Path, RawTree, at, transform
+from ckptconv.rawtree import DictNode, Lifted, Node, Path, RawTree, at, transform
 from ckptconv.tensor import TensorRef
 
 
@@ -342,6 +343,22 @@ def _rebuilt(root: DictNode, path: Path, optimizer: Optimizer) -> DictNode:
     return result
 
 
-register(Plain())
+def _fresh(source: Checkpoint) -> Checkpoint | None:
+    """The template that a run of torch's is for itself. Its counters are ours: of what is completed."""
+    raw = plain_dictionary(source)
+    if raw is None:
+        return None
+    template = Plain().lift(raw)
+    assert template.residue is not None
+
+    def count(_: Path, node: Node) -> Node:
+        if not isinstance(node, Lifted) or "raw" not in node.encoding:
+            return node
+        return Lifted(to=node.to, encoding={"plus": 0})
+
+    return replace(template, residue=replace(template.residue, root=transform(template.residue.root, count)))
+
+
+register(Plain(), fresh=_fresh)
 for _row in ROWS:
     register(TrainingDictionary(_row))

@@ -8,8 +8,6 @@ refuses keys that are no parameter's. Read back into its own kind, wrapper prefi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ckptconv.dialects.base import Detection, register
 from ckptconv.dialects.residue import Lifter, fill, untold
 from ckptconv.dialects.torch_modules import (
@@ -17,11 +15,12 @@ from ckptconv.dialects.torch_modules import (
     is_module_state,
     is_state_dict,
     lift_module,
+    state_dict_of,
 )
 from ckptconv.dialects.torch_objects import named_code, refuse_repeated_keys
 from ckptconv.dialects.torch_plain import provenance
 from ckptconv.dialects.torch_values import lift_rest, own_residue, with_layouts
-from ckptconv.document import Checkpoint, Param, Progress, Residue, Unknown
+from ckptconv.document import Checkpoint, Progress, Residue, Unknown
 from ckptconv.errors import FormatError, LossError, MappingError, Problem
 from ckptconv.formats.torch_folder import DIRECTORY
 from ckptconv.note import EXTENSION
@@ -84,7 +83,7 @@ class StateDict:
                 root=with_layouts(fill(root, checkpoint), root),
                 attributes=residue.attributes,
             )
-        return RawTree(format=self.format, root=_from_params(checkpoint.params))
+        return RawTree(format=self.format, root=state_dict_of(checkpoint.params))
 
     def template_problems(self, template: Checkpoint) -> tuple[Problem, ...]:
         """None: names are all that it gives."""
@@ -140,17 +139,6 @@ def _refuse_untold(checkpoint: Checkpoint, root: Node) -> None:
             f"Leave --set {lost[0]} out, or write to safetensors or neutral.",
             loc=("progress", lost[0]),
         )
-
-
-def _from_params(params: Mapping[str, Param]) -> Node:
-    items = tuple((name, _first(params, param).tensor) for name, param in params.items())
-    return DictNode(items=items, kind="collections.OrderedDict")
-
-
-def _first(params: Mapping[str, Param], param: Param) -> Param:
-    """The parameter that a tied one shares its memory with, where it has the same layout."""
-    first = params.get(param.tied_to or param.name, param)
-    return first if first.tensor.spec == param.tensor.spec else param
 
 
 register(StateDict())

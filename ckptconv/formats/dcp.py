@@ -12,7 +12,7 @@ passes over.
 
 Lightning leaves a part of its checkpoint beside the entries, in the `torch.save` file `meta.pt`: it is the
 tree's last item, under that name. So does Megatron, in `common.pt` and `metadata.json`. Folders of the
-HuggingFace writer without `.metadata` are `dcp_shards`.
+HuggingFace writer without `.metadata` are `dcp_shards`, those whose ranks have one each `dcp_ranks`.
 
 Written: one data file, or `__0_N.distcp` of at most `shard_nbytes` (an attribute of the tree) of tensors
 each; values first, as torch orders them; tensors with their strides, shared ones once; the items of a tree
@@ -32,8 +32,9 @@ from ckptconv.errors import CkptError, Code, FormatError
 from ckptconv.formats.base import ChecksumKind, Layout, register
 from ckptconv.formats.bundle_slices import Box, assemble
 from ckptconv.formats.dcp_items import Items
-from ckptconv.formats.dcp_metadata import FILE, Place, TensorEntry, read_metadata
+from ckptconv.formats.dcp_metadata import FILE, Metadata, Place, TensorEntry, read_metadata
 from ckptconv.formats.dcp_paths import NOTE, nested
+from ckptconv.formats.dcp_ranks import FIRST, REPEATED, joined, ranks_of
 from ckptconv.formats.dcp_shards import read_shards, shards_of
 from ckptconv.formats.dcp_write import BESIDE, COMMON, CONFIG, lay_folder
 from ckptconv.formats.json_tree import read_text
@@ -55,8 +56,10 @@ class DistributedCheckpoint:
     shards = True
 
     def sniff(self, path: Path) -> bool:
-        """Whether a directory has a `.metadata`, or the shards that have none."""
-        return path.is_dir() and ((path / FILE).is_file() or bool(shards_of(path)))
+        """Whether a directory has a `.metadata`, one of each rank, or the shards that have none."""
+        if not path.is_dir():
+            return False
+        return (path / FILE).is_file() or (path / FIRST).is_file() or bool(shards_of(path))
 
     def read(self, path: Path) -> RawTree:
         """The dictionary that was saved.
@@ -68,7 +71,7 @@ class DistributedCheckpoint:
         if not (path / FILE).exists() and shards_of(path):
             root, attributes = read_shards(path)
             return RawTree(format=self.name, root=root, attributes=attributes, location=str(path))
-        metadata = read_metadata(_whole(path / FILE), FILE)
+        metadata, attributes = _metadata(path)
         items = Items(path)
         leaves: dict[str, Node] = {}
         problems: list[CkptError] = []
@@ -88,7 +91,11 @@ class DistributedCheckpoint:
         root = nested(leaves, metadata.paths, path.name)
         root = replace(root, items=(*root.items, *_beside(path)))
         return RawTree(
-            format=self.name, root=root, attributes={"files": items.count}, note=note, location=str(path)
+            format=self.name,
+            root=root,
+            attributes={**attributes, "files": items.count},
+            note=note,
+            location=str(path),
         )
 
     def layout(self, raw: RawTree, path: Path) -> Layout:
@@ -97,6 +104,15 @@ class DistributedCheckpoint:
         Raises: usage, and see `lay_folder`.
         """
         return lay_folder(raw, shard_limit(raw))
+
+
+def _metadata(path: Path) -> tuple[Metadata, dict[str, bool | int]]:
+    """The folder's metadata, that of all ranks together where each has its own."""
+    if (path / FILE).exists() or not (path / FIRST).exists():
+        return read_metadata(_whole(path / FILE), FILE), {}
+    parts = [(name, read_metadata(_whole(path / name), name)) for name in ranks_of(path)]
+    metadata, repeated = joined(parts)
+    return metadata, {REPEATED: repeated}
 
 
 def _beside(path: Path) -> Iterator[tuple[str, Node]]:

@@ -67,6 +67,13 @@ def _stands(mark: str, path: Path, names: set[str]) -> bool:
     return any(fnmatchcase(entry.name, last) for below in within for entry in _entries(below))
 
 
+def members(path: Path, names: Iterable[str]) -> frozenset[str]:
+    """Those of the names whose directories are parts of the checkpoint that the folder is. I/O: lists it."""
+    producer = producer_of(path)
+    patterns = () if producer is None else (*producer.below, *producer.parts)
+    return frozenset(name for name in names if any(_same_depth(name, pattern) for pattern in patterns))
+
+
 def only_file(path: Path) -> Path | None:
     """The one file that is a producer's whole folder; None where there are several, or more than that."""
     producer = producer_of(path)

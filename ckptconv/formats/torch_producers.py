@@ -29,10 +29,17 @@ class Producer:
 _FSDP = ("pytorch_model_fsdp_[0-9]*", "optimizer_[0-9]*")
 """accelerate's sharded model and optimizer (utils/fsdp_utils.py)."""
 
+
+def _deepspeed(tag: str) -> tuple[str, ...]:
+    """The directories of one tag in a trainer's folder."""
+    return (tag, f"{tag}/zero", f"{tag}/zero/*")
+
+
 PRODUCERS: tuple[Producer, ...] = (
     Producer(
         name="hf-trainer",
         marks=("trainer_state.json", "training_args.bin"),
+        below=_deepspeed("global_step[0-9]*"),
         parts=_FSDP,
         summary="transformers.Trainer, checkpoint-N/",
         source="transformers 5.24 trainer.py _save_checkpoint",
@@ -40,7 +47,10 @@ PRODUCERS: tuple[Producer, ...] = (
     Producer(
         name="accelerate",
         marks=("random_states_[0-9]*.pkl", "optimizer.bin"),
-        below=("unet", "unet_ema", "transformer", "transformer_ema", "controlnet", "text_encoder"),
+        below=(
+            *("unet", "unet_ema", "transformer", "transformer_ema", "controlnet", "text_encoder"),
+            *_deepspeed("pytorch_model"),
+        ),
         parts=_FSDP,
         summary="accelerate.Accelerator.save_state",
         source="accelerate 1.15 checkpointing.py save_accelerator_state",

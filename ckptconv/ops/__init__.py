@@ -2,5 +2,18 @@
 
 from ckptconv.ops.arithmetic import Add, Cast, Scale, Shift
 from ckptconv.ops.layout import Concat, Permute, Reorder, Reshape, Slice
+from ckptconv.ops.normalized import SpectralNorm, WeightNorm
 
-__all__ = ["Add", "Cast", "Concat", "Permute", "Reorder", "Reshape", "Scale", "Shift", "Slice"]
+__all__ = [
+    "Add",
+    "Cast",
+    "Concat",
+    "Permute",
+    "Reorder",
+    "Reshape",
+    "Scale",
+    "Shift",
+    "Slice",
+    "SpectralNorm",
+    "WeightNorm",
+]

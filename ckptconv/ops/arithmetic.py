@@ -24,7 +24,7 @@ from ckptconv.tensor import (
 )
 
 
-def _within(op: Scale | Shift | Cast | Add, before: Array, after: Array) -> Array:
+def within(op: object, before: Array, after: Array) -> Array:
     """`after`, if no finite value of `before` has left the range of its dtype."""
     lost = int(np.count_nonzero(np.isfinite(before) & ~np.isfinite(after)))
     if lost:
@@ -94,7 +94,7 @@ class Scale(_ByElement):
         """Raises: precision-loss where a finite value would become infinite."""
         with np.errstate(all="ignore"):
             product = np.asarray(part.astype(_wide(part)) * self.factor).astype(part.dtype)
-        return _within(self, part, product)
+        return within(self, part, product)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "scale", "factor": self.factor}
@@ -122,7 +122,7 @@ class Shift(_ByElement):
         """Raises: precision-loss where a finite value would become infinite."""
         with np.errstate(all="ignore"):
             total = np.asarray(part.astype(_wide(part)) + self.offset).astype(part.dtype)
-        return _within(self, part, total)
+        return within(self, part, total)
 
     def to_json(self) -> dict[str, object]:
         return {"op": "shift", "offset": self.offset}
@@ -182,7 +182,7 @@ class Cast(_ByElement):
                 "float",
                 "complex",
             ):
-                return _within(self, part, result)
+                return within(self, part, result)
             back = result.astype(part.dtype)
             # The signs too: -1 comes back equal from the largest unsigned integer.
             changed = int(np.count_nonzero((back != part) | (np.less(result, 0) != np.less(part, 0))))
@@ -221,7 +221,7 @@ class Add(PlainOp):
         with np.errstate(all="ignore"):
             total = reduce(np.add, (part.astype(_wide(part)) for part in parts))
             largest = reduce(np.maximum, (np.abs(part) for part in parts))
-            return _within(self, largest, total.astype(parts[0].dtype))
+            return within(self, largest, total.astype(parts[0].dtype))
 
     def to_json(self) -> dict[str, object]:
         return {"op": "add"}

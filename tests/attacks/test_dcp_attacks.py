@@ -100,6 +100,31 @@ def test_a_data_file_that_is_not_there(run: Path) -> None:
     assert {code for code, _ in problems} == {"missing-file"}
 
 
+OWN = FIXTURES / "own-2-ranks" / "run"
+
+
+def test_a_rank_that_saved_for_itself_and_is_not_there(tmp_path: Path) -> None:
+    """One in the middle is named, the last one leaves holes."""
+    run = shutil.copytree(OWN, tmp_path / "run")
+    (run / "__1.metadata").rename(run / "__2.metadata")
+    assert found(run) == [("missing-file", ("__1.metadata",))]
+    (run / "__2.metadata").unlink()
+    problems = found(run)
+    assert {code for code, _ in problems} == {"corrupt-file"}
+    assert ("corrupt-file", (WEIGHT,)) in [(code, loc[:1]) for code, loc in problems]
+
+
+def test_ranks_of_two_runs(tmp_path: Path) -> None:
+    run = shutil.copytree(OWN, tmp_path / "run")
+    told = read_metadata((run / "__1.metadata").read_bytes(), "__1.metadata")
+    entry, other = told.entries[WEIGHT], told.entries["epoch"]
+    assert isinstance(entry, TensorEntry)
+    for changed in (replace(entry, shape=(5, 4)), replace(entry, dtype=BY_NAME["float64"]), other):
+        entries = {**told.entries, WEIGHT: changed}
+        (run / "__1.metadata").write_bytes(metadata_pickle(replace(told, entries=entries)))
+        assert found(run) == [("corrupt-file", ("__1.metadata", WEIGHT))]
+
+
 def test_a_data_file_cut_anywhere(run: Path) -> None:
     data = (run / SECOND).read_bytes()
     for nbytes in range(0, len(data), 4999):

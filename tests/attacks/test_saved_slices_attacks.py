@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from ckptconv import engine
 from ckptconv.detect import read_raw
 from ckptconv.errors import CkptError
 from ckptconv.formats import protos
@@ -20,6 +19,7 @@ from ckptconv.formats.sstable import MAGIC
 from ckptconv.formats.tensor_bundle import FORMAT
 from ckptconv.formats.varint import write_varint
 from ckptconv.rawtree import DictNode
+from ckptconv.rereading import check_sources
 from ckptconv.tensor import TensorRef
 from tests.support.tables import Entries, assembled, block, entries_of, table_of
 
@@ -90,7 +90,7 @@ def content(path: Path) -> object:
     root = FORMAT.read(path).root
     assert isinstance(root, DictNode)
     tensors = {str(key): node for key, node in root.items if isinstance(node, TensorRef)}
-    engine.check_sources(extent for tensor in tensors.values() for extent in tensor.extents)
+    check_sources(extent for tensor in tensors.values() for extent in tensor.extents)
     return {key: (tensor.spec, tensor.read().tobytes()) for key, tensor in tensors.items()}
 
 

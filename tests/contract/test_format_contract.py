@@ -20,6 +20,7 @@ from ckptconv.formats.table import FORMATS, ROWS
 from ckptconv.ops import Permute, Slice
 from ckptconv.publish import below
 from ckptconv.rawtree import DictNode, Node, RawTree, dict_of, walk
+from ckptconv.rereading import check_sources
 from ckptconv.tensor import Extent, FileSource, StoredTensor, TensorRef, TensorSpec, as_bytes
 
 for _module in pkgutil.iter_modules(ckptconv.formats.__path__):
@@ -157,7 +158,7 @@ def content(tensor: TensorRef) -> tuple[str, tuple[int, ...], bytes]:
 def everything(format_: Format, path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Read all there is, checksums too."""
     found = tensors(format_.read(path))
-    engine.check_sources({e.id: e for t in found.values() for e in t.extents}.values())
+    check_sources({e.id: e for t in found.values() for e in t.extents}.values())
     return {key: content(tensor) for key, tensor in found.items()}
 
 

@@ -15,8 +15,9 @@ from ckptconv.dialects.graph_lower import is_built, unbuilt
 from ckptconv.dialects.table import DIALECTS
 from ckptconv.document import Absent, Checkpoint, Known, Unknown, value_of
 from ckptconv.errors import CkptError
-from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY, variable_key
-from ckptconv.rawtree import DictNode, RawTree, is_tensor, walk
+from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY, ObjectGraph, variable_key
+from ckptconv.formats.string_tensor import of_strings, read_strings
+from ckptconv.rawtree import DictNode, RawTree, dict_of, is_tensor, walk
 from ckptconv.tensor import TensorRef
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
@@ -168,6 +169,41 @@ def test_the_product_of_an_older_nadam_stands_first(where: str) -> None:
     optimizer = ckptconv.open(case / expected(f"{where}/keras-3.6-nadam")["checkpoint"]).optimizers[0]
     truth = expected("keras3/keras-3.6-nadam")["momentum_product"]
     assert value_of(optimizer.scalars["momentum_product"]) == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_keys_say_does_not_matter(case: str) -> None:
+    """TensorFlow restores by edges: under any keys, in any order, everything is what it was."""
+    raw = raw_of(case)
+    assert isinstance(raw.root, DictNode)
+    items = dict(raw.root.items)
+    graph = ObjectGraph.parse(read_strings(items.pop(OBJECT_GRAPH_KEY), ())[0])
+    others = {key: f"{9999 - number}/{key[-40:]}" for number, key in enumerate(map(str, items))}
+    nodes = [
+        replace(
+            node,
+            attributes=tuple(
+                replace(one, checkpoint_key=others.get(one.checkpoint_key, one.checkpoint_key))
+                for one in node.attributes
+            ),
+        )
+        for node in graph.nodes
+    ]
+    new = {others[str(key)]: node for key, node in items.items()}
+    new[OBJECT_GRAPH_KEY] = of_strings([ObjectGraph(nodes=tuple(nodes)).serialize()])
+    renamed = replace(raw, root=dict_of(new))
+    dialect, _ = detect_dialect(renamed)
+    one, other = lifted(case), dialect.lift(renamed)
+    assert {name: sha(param.tensor) for name, param in one.params.items()} == {
+        name: sha(param.tensor) for name, param in other.params.items()
+    }
+    assert [
+        (o.algorithm, value_of(o.step), {s: {n: sha(t) for n, t in by.items()} for s, by in o.slots.items()})
+        for o in one.optimizers
+    ] == [
+        (o.algorithm, value_of(o.step), {s: {n: sha(t) for n, t in by.items()} for s, by in o.slots.items()})
+        for o in other.optimizers
+    ]
 
 
 def test_automatic_names_are_numbered_within_the_model() -> None:

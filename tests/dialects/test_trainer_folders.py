@@ -242,3 +242,98 @@ def test_the_way_back_to_accelerate_is_exact(tmp_path: Path) -> None:
     assert theirs.residue is not None
     assert ours.residue is not None
     assert theirs.residue.root == ours.residue.root
+
+
+# DeepSpeed within
+
+ENGINES = {
+    "hf-trainer/deepspeed-zero2": "global_step8",
+    "hf-trainer/deepspeed-zero3": "global_step8",
+    "accelerate/deepspeed-zero2": "pytorch_model",
+}
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_a_trainer_and_its_engine_are_one_run(case: str) -> None:
+    truth, checkpoint = expected(FIXTURES / case), ckptconv.open(FIXTURES / case / "run")
+    assert checkpoint.provenance.dialect == case.partition("/")[0]
+    for name, value in truth["progress"].items():
+        assert value_of(getattr(checkpoint.progress, name)) == value, name
+    assert {name: digest(param.tensor) for name, param in checkpoint.params.items()} == truth["fp32"]
+    slots = named_slots(checkpoint)
+    assert (slots["first_moment"], slots["second_moment"]) == (truth["exp_avg"], truth["exp_avg_sq"])
+    rates = {value_of(g.hyperparameters["learning_rate"]) for g in checkpoint.optimizers[0].groups}
+    assert rates == {truth["learning_rate"]}
+    (schedule,) = checkpoint.schedules
+    assert value_of(schedule.position) == truth["progress"]["step"]
+    assert not [name for name in checkpoint.extras if name.startswith("model.safetensors")]
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_the_way_back_to_both_is_exact(case: str, tmp_path: Path) -> None:
+    source, dialect = FIXTURES / case / "run", case.partition("/")[0]
+    ckptconv.convert(source, tmp_path / "neutral", to="neutral")
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "back", to=f"pytorch:{dialect}", allow=OPAQUE)
+    theirs, ours = ckptconv.open(source), ckptconv.open(tmp_path / "back")
+    assert [(a, digest(t)) for a, t in theirs.tensors()] == [(a, digest(t)) for a, t in ours.tensors()]
+    assert theirs.residue is not None
+    assert ours.residue is not None
+    assert theirs.residue.root == ours.residue.root
+
+    def names(root: Path) -> set[str]:
+        return {str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()}
+
+    assert names(tmp_path / "back") == names(source)
+
+
+@pytest.mark.parametrize("case", ENGINES)
+def test_the_engine_alone_is_selected(case: str) -> None:
+    source, tag = FIXTURES / case / "run", ENGINES[case]
+    whole, alone = ckptconv.open(source), ckptconv.open(source, select=[tag])
+    assert alone.provenance.dialect == "deepspeed"
+    assert any(tag in oddity and "--select" in oddity for oddity in whole.oddities)
+    assert {n: digest(p.tensor) for n, p in alone.params.items()} == {
+        n: digest(p.tensor) for n, p in whole.params.items()
+    }
+
+
+def test_an_edited_step_moves_the_trainer_and_its_engine(tmp_path: Path) -> None:
+    source = FIXTURES / "hf-trainer" / "deepspeed-zero2" / "run"
+    edits = {"step": "6", "samples": "48"}
+    ckptconv.convert(source, tmp_path / "neutral", to="neutral", set_=edits)
+    ckptconv.convert(tmp_path / "neutral", tmp_path / "back", to="pytorch:hf-trainer", allow=OPAQUE)
+    assert json_of(tmp_path / "back")["global_step"] == 6
+    engine = ckptconv.open(tmp_path / "back", select=["global_step8"])
+    assert (value_of(engine.progress.step), value_of(engine.progress.samples)) == (6, 48)
+    again = ckptconv.open(tmp_path / "back")
+    assert value_of(again.progress.step) == value_of(again.schedules[0].position) == 6
+
+
+def test_of_several_engines_the_tracker_names_the_runs(tmp_path: Path) -> None:
+    source = shutil.copytree(FIXTURES / "hf-trainer" / "deepspeed-zero2" / "run", tmp_path / "run")
+    shutil.copytree(source / "global_step8", source / "global_step6")
+    assert any("'global_step8'" in oddity for oddity in ckptconv.open(source).oddities)
+    (source / "latest").unlink()
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(source)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("checkpoint-ambiguous", ("latest",))]
+
+
+def test_an_engine_of_another_moment_is_a_conflict(tmp_path: Path) -> None:
+    source = shutil.copytree(FIXTURES / "hf-trainer" / "deepspeed-zero3" / "run", tmp_path / "run")
+    state = json_of(source)
+    (source / "trainer_state.json").write_text(json.dumps({**state, "global_step": 9}), encoding="utf-8")
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(source)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [
+        ("progress-conflict", ("trainer_state.json", "global_step"))
+    ]
+
+
+def test_an_engine_without_a_rank_is_not_whole(tmp_path: Path) -> None:
+    source = shutil.copytree(FIXTURES / "accelerate" / "deepspeed-zero2" / "run", tmp_path / "run")
+    gone = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    (source / "pytorch_model" / gone).unlink()
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(source)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("missing-file", ("pytorch_model", gone))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from torch.distributed.checkpoint.state_dict import (  # noqa: E402
 import ckptconv  # noqa: E402
 from ckptconv.detect import read_raw  # noqa: E402
 from ckptconv.document import value_of  # noqa: E402
+from ckptconv.formats.dcp_metadata import read_metadata  # noqa: E402
+from ckptconv.formats.dcp_ranks import FIRST, REPEATED  # noqa: E402
 from ckptconv.rawtree import Node, walk  # noqa: E402
 from ckptconv.tensor import TensorRef, as_bytes  # noqa: E402
 from tests.support.torch_equal import assert_same, bits, tensors  # noqa: E402
@@ -31,6 +34,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures"
 DCP = FIXTURES / "dcp"
 FSDP = DCP / "fsdp-2-ranks" / "run"
 TITAN = DCP / "titan-2-ranks" / "run"
+OWN = DCP / "own-2-ranks" / "run"
 FILES = sorted((FIXTURES / "plain").glob("*/run.pt"))
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,7 +72,10 @@ def assert_equal_items(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
             assert ours[key] == value, key
 
 
-@pytest.mark.parametrize("case", ["fsdp-2-ranks", "titan-2-ranks", "grid-4-ranks", "safetensors-2-ranks"])
+CASES = ["fsdp-2-ranks", "titan-2-ranks", "grid-4-ranks", "safetensors-2-ranks", "own-2-ranks"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_tensor_is_the_one_that_torch_loads(case: str) -> None:
     truth = json.loads((DCP / case / "expected.json").read_text(encoding="utf-8"))["tensors"]
     found = {key: leaf for key, leaf in leaves(DCP / case / "run").items() if isinstance(leaf, TensorRef)}
@@ -96,7 +103,7 @@ def test_values_keep_their_types_and_places() -> None:
     assert found["optim/param_groups/0/amsgrad"] is False
 
 
-@pytest.mark.parametrize("folder", [FSDP, TITAN], ids=["nested", "flat"])
+@pytest.mark.parametrize("folder", [FSDP, TITAN, OWN], ids=["nested", "flat", "own"])
 def test_the_run_is_lifted(folder: Path) -> None:
     truth = json.loads((folder.parent / "expected.json").read_text(encoding="utf-8"))
     checkpoint = ckptconv.open(folder)
@@ -124,6 +131,28 @@ def test_weights_equal_what_torch_consolidates(tmp_path: Path) -> None:
     dcp_to_torch_save(FSDP, tmp_path / "theirs.pt")
     ours = safetensors.load_file(tmp_path / "ours.safetensors")
     assert_equal_items(ours, load(tmp_path / "theirs.pt")["model"])
+
+
+def test_ranks_that_saved_for_themselves_are_one_run(tmp_path: Path) -> None:
+    """What several have is the first one's, and said; torch's own metadata of all ranks comes first."""
+    found = leaves(OWN)
+    assert (found["epoch"], found["rank"]) == (2, 0)
+    raw = read_raw(OWN)
+    entries = read_metadata((OWN / FIRST).read_bytes(), FIRST).entries
+    shared = [
+        key for key, leaf in found.items() if isinstance(leaf, TensorRef) and leaf.shape and "bn.r" not in key
+    ]
+    assert raw.attributes[REPEATED] == len(entries) - len(shared) + len(["rng"])
+    (said,) = [odd for odd in ckptconv.open(OWN).oddities if "lowest rank" in odd]
+    assert str(raw.attributes[REPEATED]) in said
+    ckptconv.convert(OWN, tmp_path / "whole", to="dcp")
+    ckptconv.convert(OWN, tmp_path / "ours.pt")
+    dcp_to_torch_save(tmp_path / "whole", tmp_path / "theirs.pt")
+    theirs = {k: v for k, v in items(load(tmp_path / "theirs.pt")).items() if not k.startswith("/ckptconv.")}
+    assert_equal_items(items(load(tmp_path / "ours.pt")), theirs)
+    both = shutil.copytree(OWN, tmp_path / "both")
+    shutil.copytree(FSDP, both, dirs_exist_ok=True)
+    assert "rank" not in leaves(both)
 
 
 @pytest.mark.parametrize("folder", [FSDP, TITAN, DCP / "grid-4-ranks" / "run"], ids=["fsdp", "titan", "grid"])

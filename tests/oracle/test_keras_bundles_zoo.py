@@ -17,6 +17,7 @@ keras = pytest.importorskip("keras")
 tf_keras = pytest.importorskip("tf_keras")
 
 import ckptconv  # noqa: E402
+from ckptconv.catalog.optimizer_rows import algorithms, row  # noqa: E402
 from ckptconv.detect import read_raw  # noqa: E402
 from ckptconv.document import Checkpoint, value_of  # noqa: E402
 from ckptconv.formats.string_tensor import read_strings  # noqa: E402
@@ -64,13 +65,13 @@ def assert_every_key(path: Path | str, prefix: Path | str) -> None:
             assert (ours.shape, ours.read().tobytes()) == (theirs.shape, theirs.tobytes()), key
 
 
-def opened(path: Path | str, generation: str) -> Checkpoint:
+def opened(path: Path | str, generation: str, algorithm: str = "adam") -> Checkpoint:
     """The document, with the algorithm that the names of its variables may leave open."""
     run = ckptconv.open(path)
     assert (run.provenance.dialect, value_of(run.progress.step)) == (generation, 3)
     if run.optimizers[0].algorithm == "unknown":
-        assert "adam" in run.optimizers[0].algorithm_candidates
-        run = set_fields(run, {"optimizer": "adam"})
+        assert algorithm in run.optimizers[0].algorithm_candidates
+        run = set_fields(run, {"optimizer": algorithm})
     return run
 
 
@@ -151,6 +152,43 @@ def test_onto_another_generation(source: str, target: str, name: str, tmp_path: 
     ]
     for one, wanted in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(one, wanted)
+
+
+def alike(k: Any) -> Any:
+    """Layers of one shape: no slot finds its variable by it."""
+    layers = k.layers
+    return k.Sequential(
+        [layers.Input((4,)), layers.Dense(4), layers.BatchNormalization(), layers.Dense(4), layers.Dense(4)]
+    )
+
+
+ARGUMENTS = {
+    "adam": {"amsgrad": True},
+    "adamw": {"amsgrad": True},
+    "sgd": {"momentum": 0.9},
+    "rmsprop": {"momentum": 0.9, "centered": True},
+}
+CATALOG = [
+    (generation, name)
+    for generation in KERAS
+    for name in algorithms()
+    if row(name, generation.replace("-", "_")) is not None
+]
+
+
+@pytest.mark.parametrize(("generation", "name"), CATALOG)
+def test_each_slot_of_every_optimizer_is_its_variable_s(generation: str, name: str, tmp_path: Path) -> None:
+    """From the checkpoint alone, every value another: lists in a row, dealt in turn, none at all, by name."""
+    k, known = KERAS[generation], row(name, generation.replace("-", "_"))
+    assert known is not None
+    optimizers = k.optimizers.legacy if generation == "tf-keras-legacy" else k.optimizers
+    make = getattr(optimizers, known.class_name.rpartition(".")[2])
+    model = compiled(k, alike(k), make(0.01, **ARGUMENTS.get(name, {})))
+    run = opened(checkpoint(model).save(str(tmp_path / "run")), generation, name)
+    (own,) = run.optimizers
+    assert own.algorithm == name
+    assert own.slots.keys() == known.slots.keys()
+    check(run, model)
 
 
 @pytest.mark.parametrize("generation", KERAS)

@@ -20,7 +20,7 @@ import ckptconv  # noqa: E402
 from ckptconv.document import value_of  # noqa: E402
 from ckptconv.errors import CkptError  # noqa: E402
 from ckptconv.skeleton import write_skeleton  # noqa: E402
-from tests.support.keras_zoo import ZOO, check, compiled, subclassed  # noqa: E402
+from tests.support.keras_zoo import ZOO, check, compiled, state, subclassed  # noqa: E402
 
 Model = Any
 LEGACY = tf_keras.optimizers.legacy
@@ -199,23 +199,38 @@ def test_keras_3_goes_on_in_keras_2(module: Any, suffix: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_keras_2_to_a_bundle_of_keras_3_and_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "suffix"), KINDS, ids=["new-keras", "new-h5", "legacy-h5"])
+def test_keras_2_to_a_bundle_of_keras_3_and_back(module: Any, suffix: str, tmp_path: Path) -> None:
+    """On both sides the run goes on as if it had never been converted."""
     import tensorflow as tf
 
-    model = trained(tf_keras, LEGACY.Adam(0.01))
-    model.save(tmp_path / "run.h5")
+    run, back = tmp_path / f"run{suffix}", tmp_path / f"back{suffix}"
+    model = trained(tf_keras, module.Adam(0.01))
+    model.save(run)
     other = compiled(keras, ZOO["mlp"](keras), keras.optimizers.Adam(0.01), step=0)
     checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
     made = checkpoint.save(str(tmp_path / "template"))
-    ckptconv.convert(tmp_path / "run.h5", tmp_path / "out", template=made)
+    ckptconv.convert(run, tmp_path / "out", template=made)
     checkpoint.restore(str(tmp_path / "out")).assert_consumed()
     assert int(other.optimizer.iterations) == 5
     assert all(np.array_equal(a, b) for a, b in zip(weights(model), weights(other), strict=True))
-    back = ckptconv.convert(tmp_path / "out", tmp_path / "back.h5", template=tmp_path / "run.h5")
-    assert back.progress["step"] == 5
-    again = tf_keras.models.load_model(tmp_path / "back.h5", custom_objects={"Adam": LEGACY.Adam})
-    for one, same in zip(model.optimizer.variables(), again.optimizer.variables(), strict=True):
+    report = ckptconv.convert(tmp_path / "out", back, template=run)
+    assert report.progress["step"] == 5
+    custom = {"Adam": module.Adam} if suffix == ".h5" else {}
+    again = tf_keras.models.load_model(back, custom_objects=custom)
+    for one, same in zip(state(model.optimizer), state(again.optimizer), strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(same))
+    cold = keras.models.clone_model(other)
+    cold.set_weights(other.get_weights())
+    cold.compile(keras.optimizers.Adam(0.01), keras.losses.MeanSquaredError())
+    for each in (model, other, again, cold):
+        go_on(each, 5)
+    far, *near = (
+        max(float(np.abs(a - b).max()) for a, b in zip(weights(model), weights(each), strict=True))
+        for each in (cold, other, again)
+    )
+    assert max(near) < 2e-6
+    assert far > 20 * max(near)
 
 
 def test_a_legacy_optimizer_in_keras_is_said_to_be_lost(tmp_path: Path) -> None:

@@ -37,6 +37,9 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 4)
 
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x)))
+
 model = Mlp()
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-7, weight_decay=0.05)
 """
@@ -105,5 +108,6 @@ def test_from_keras_to_pytorch_and_the_library(place: Path) -> None:
         "keras_optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.05, epsilon=1e-7)\n"
         "keras_optimizer.build(keras_model.trainable_variables)\n"
     )
-    check = "\nassert int(keras_optimizer.iterations) == 9\n" + steps
-    python(torch_names + keras_names + "import ckptconv\n" + live + check, place)
+    batch = "import ckptconv\nimport numpy as np\nbatch = np.ones((2, 8), np.float32)\n"
+    check = "\nassert int(keras_optimizer.iterations) == 9 and found.equal, str(found)\n" + steps
+    python(torch_names + keras_names + batch + live + check, place)

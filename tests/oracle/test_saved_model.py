@@ -83,10 +83,15 @@ def test_an_exported_model_has_its_names_and_kinds(package: str, name: str, tmp_
     assert (run.kind, run.provenance.dialect) == ("weights", {"keras": "keras3"}.get(package, "tf-keras"))
     assert value_of(run.progress.step) is None
     check(run, model)
+    reader = tf.train.load_checkpoint(str(tmp_path / "out/variables/variables"))
+    mine = every_key(tmp_path / "out")
+    assert mine.keys() == reader.get_variable_to_dtype_map().keys()
+    for key, dtype in reader.get_variable_to_dtype_map().items():
+        assert dtype == tf.string or mine[key] == reader.get_tensor(key).tobytes()
     known = ckptconv.open(tf.train.Checkpoint(model=ZOO[name](k)).save(str(tmp_path / "objects")))
     assert [one.role for one in run.params.values()] == [one.role for one in known.params.values()]
-    for (mine, one), (theirs, other) in zip(run.params.items(), known.params.items(), strict=True):
-        assert mine.split("/")[0] == theirs.split("/")[0]
+    for (name_here, one), (there, other) in zip(run.params.items(), known.params.items(), strict=True):
+        assert name_here.split("/")[0] == there.split("/")[0]
         assert (one.layer, one.axes) == (other.layer, other.axes) or other.candidates
     ckptconv.convert(tmp_path / "out", tmp_path / "archive", to="neutral")
     ckptconv.convert(tmp_path / "archive", tmp_path / "back", to="tensorflow")

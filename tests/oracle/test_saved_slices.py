@@ -25,6 +25,7 @@ from ckptconv.formats.string_tensor import read_strings  # noqa: E402
 from ckptconv.formats.tensor_bundle import FORMAT  # noqa: E402
 from ckptconv.ops import Permute, Slice  # noqa: E402
 from ckptconv.rawtree import DictNode  # noqa: E402
+from ckptconv.rereading import check_sources  # noqa: E402
 from ckptconv.tensor import StoredTensor, TensorRef, as_bytes  # noqa: E402
 
 FIXTURE = Path(__file__).parents[2] / "fixtures/tensorflow/v1"
@@ -59,7 +60,7 @@ def test_every_tensor_is_what_tensorflow_restores(name: str) -> None:
         key: {**entry, "dtype": entry["dtype"].replace("half", "float16")} for key, entry in expected.items()
     }
     assert found == half
-    engine.check_sources(extent for tensor in tensors(FIXTURE / name).values() for extent in tensor.extents)
+    check_sources(extent for tensor in tensors(FIXTURE / name).values() for extent in tensor.extents)
 
 
 def test_it_is_written_as_a_bundle_with_its_shards_and_slices(tmp_path: Path) -> None:
