@@ -3,7 +3,8 @@
 A list of layers is written in the model's order, each layer in a group that is named after its class
 (*named*); so are those of a model inside. The attributes of a layer, or of a model of a user's own class, are
 written by name: which order they are trained in tells the table, for classes that it has, and nothing else.
-No flag of training is in such a file; statistics are never trained.
+Since Keras 3.6 a group says what its layer is called, and so the class of one that was given no name. No flag
+of training is in such a file; statistics are never trained.
 
 Source: keras 3.15.1 `keras/src/saving/saving_lib.py` (`_save_container_state`, `_walk_saveable`).
 """
@@ -52,7 +53,7 @@ def model_by_groups(weights: DictNode, framework: str) -> Model:
         one
         for path, _ in owners(weights, ())
         if path[:1] not in [(key,) for key in lists]
-        for one in _numbers(weights, path, "/".join(path) or "model")
+        for one in _attribute(weights, path, "/".join(path) or "model", framework)
     ]
     ordered = not others and all(one.in_order and _is_placed(one.found) for one in listed)
     return Model(variables=distinct((*(one.found for one in listed), *others)), ordered=ordered)
@@ -100,8 +101,22 @@ def _layer(weights: DictNode, at: Path, class_name: str, name: str, framework: s
         return
     own = [path for path, _ in owners(group, ())]
     for path in own:
-        for one in _numbers(weights, (*at, *path), "/".join((name, *path))):
+        for one in _attribute(weights, (*at, *path), "/".join((name, *path)), framework):
             yield _One(one, len(own) == 1)
+
+
+def _attribute(weights: DictNode, at: Path, name: str, framework: str) -> Iterator[Found]:
+    """The variables of a layer that is an attribute: by its class, if Keras named it after that, or by number."""
+    group = below(weights, *at)
+    class_name = _CLASS_OF.get(re.sub(r"_\d+$", "", told(below(group, VARS))), "")
+    if class_name in keras_variables.VARIABLES:
+        known = keras_variables.by_count(class_name, _shapes(group, class_name, framework), framework)
+        layer = Layer(name=name, class_name=class_name)
+        found = list(of_table(weights, at, name, layer, known, "named", framework))
+        if found:
+            yield from (one if one.trainable is False else replace(one, trainable=None) for one in found)
+            return
+    yield from _numbers(weights, at, name)
 
 
 def _shapes(group: Node, class_name: str, framework: str) -> tuple[tuple[int, ...], ...]:

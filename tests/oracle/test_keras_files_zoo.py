@@ -202,7 +202,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("generation", KERAS)
 def test_weights_of_a_subclassed_model(generation: str, tmp_path: Path) -> None:
-    """Every variable is there once; what the order of training is, is not: that is said, and all comes back."""
+    """Every variable is there once, the order of training is not: that is said, and all comes back."""
     k = KERAS[generation]
     model, again = (compiled(k, subclassed(k), adam(k), step) for step in (3, 0))
     run = ckptconv.open(saved(model, tmp_path / "a.weights.h5"))
@@ -210,6 +210,11 @@ def test_weights_of_a_subclassed_model(generation: str, tmp_path: Path) -> None:
     assert not run.optimizers[0].slots
     assert any("order" in said for said in run.oddities)
     check(replace(run, optimizers=()), model, declared=False)
+    if generation == "keras3":
+        kinds = {name: param.layer for name, param in run.params.items()}
+        assert (kinds["embed/embeddings"], kinds["block/norm/gamma"]) == ("embedding", "layer_norm")
+        assert (kinds["encoder/cell/recurrent_kernel"], kinds["heads/dense_1/kernel"]) == ("lstm", "dense")
+        assert "unknown" not in kinds.values()
     ckptconv.convert(tmp_path / "a.weights.h5", tmp_path / "d", to="neutral")
     ckptconv.convert(tmp_path / "d", tmp_path / "b.weights.h5")
     again.load_weights(tmp_path / "b.weights.h5")
