@@ -106,7 +106,7 @@ def _layer(weights: DictNode, at: Path, class_name: str, name: str, framework: s
 
 
 def _attribute(weights: DictNode, at: Path, name: str, framework: str) -> Iterator[Found]:
-    """The variables of a layer that is an attribute: by its class, if Keras named it after that, or by number."""
+    """Variables of a layer that is an attribute: by its class, if it is named after that, or by number."""
     group = below(weights, *at)
     class_name = _CLASS_OF.get(re.sub(r"_\d+$", "", told(below(group, VARS))), "")
     if class_name in keras_variables.VARIABLES:
