@@ -58,7 +58,7 @@ def lacking(checkpoint: Checkpoint, framework: str) -> Iterator[Problem]:
                 code="form-mismatch",
                 loc=("params", name),
                 message=f"'{name}' is of a layer of kind {param.layer} that {other} does not have: {told}",
-                hint="Train a model with another layer.",
+                hint="Train a model with another layer, or leave this one out: --exclude.",
             )
             continue
         for reading in param.candidates:
