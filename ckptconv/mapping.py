@@ -14,7 +14,6 @@ there, what names and counters in names do not match has to fit one partner alon
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from ckptconv.alignment import Fits, by_name, by_order, by_shape, fits_of, is_co
 from ckptconv.catalog import layers
 from ckptconv.catalog.flatten import CHANNELS_FIRST
 from ckptconv.dataflow import by_flow
-from ckptconv.document import Checkpoint, Param, Site
+from ckptconv.document import Checkpoint, Site
 from ckptconv.errors import Problem
 from ckptconv.fitting import Module, may_be_left, modules, parts
 from ckptconv.mapping_rules import Ruled
@@ -202,14 +201,9 @@ def _collect(
     target_only: list[str] = []
     consumed = set(ruled.sources)
     source_only: list[str] = []
-    in_order = not problems  # else what has no partner is a consequence of the problem that is known already
     for j, target in enumerate(targets):
         if j not in chosen:
-            aliases = [p for p in target.params if p.tied_to is not None]
-            free = [p for p in target.params if layers.is_framework_only(p.role)]
-            lacking = [p for p in target.params if p not in aliases and p not in free]
-            target_only += [p.name for p in free]
-            problems += [_unmatched(p, source.params, "source") for p in lacking if in_order]
+            target_only += [p.name for p in target.params if layers.is_framework_only(p.role)]
             continue
         fit = fits(chosen[j], j)
         assert fit is not None
@@ -240,8 +234,6 @@ def _collect(
             continue
         if param.tied_to is not None or layers.is_framework_only(param.role):
             source_only.append(name)
-        elif in_order:
-            problems.append(_unmatched(param, template.params, "template"))
     order = {name: i for i, name in enumerate(template.params)}
     pairs.sort(key=lambda pair: order[pair.target])
     return Cover(
@@ -273,14 +265,3 @@ def _aliases(
             )
             continue
         yield Pair(source=first.source, target=name, ops=first.ops, matched_by="alias", layout=first.layout)
-
-
-def _unmatched(param: Param, others: Mapping[str, Param], side: str) -> Problem:
-    close = difflib.get_close_matches(param.name, list(others), n=1)
-    return Problem(
-        code="param-unmatched",
-        loc=("params", param.name),
-        message=f"'{param.name}' {list(param.tensor.shape)} has no partner in the {side}"
-        + (f" (did you mean '{close[0]}'?)" if close else ""),
-        hint="Use a template of the same model.",
-    )

@@ -6,21 +6,19 @@ parameter without a partner has the other side's that come nearest.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ckptconv.catalog.axes import element_order
-from ckptconv.document import Param
-from ckptconv.fitting import modules, nearest, parts
+from ckptconv.fitting import modules, parts
 from ckptconv.mapping_counters import Item, Names, Patterns, generalized
-from ckptconv.mapping_file import Lonely, MappingFile, Rule, axes_text, parse_axes
+from ckptconv.mapping_file import MappingFile, Rule, axes_text, parse_axes
 from ckptconv.mapping_rules import instances
 from ckptconv.matching import Matching
-from ckptconv.name_pattern import NamePattern, parse_pattern
-from ckptconv.pieces import Cut, Sum
-from ckptconv.telling import Side
+from ckptconv.pieces import Cut
 from ckptconv.ties import Pair
 from ckptconv.told_layout import known_ways
+from ckptconv.unmatched import is_readable, origin_of, unmatched
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,32 +63,28 @@ def draft(found: Matching, begun: MappingFile | None = None) -> MappingFile:
                 return False
             if any(names - known for names, known in here):
                 return False
-        return all(map(_is_readable, patterns))
+        return all(map(is_readable, patterns))
 
     rules = []
     for patterns, members in generalized([Item((*d.left, *d.right), d.kind) for d in drafts], is_exact):
         some = [drafts[n] for n in members]
         rules.append(_rule(some, patterns))
-    unmatched = _unmatched(found)
+    lonely = unmatched((found.source, found.target), found.cover, found.rules)
     begun = begun or MappingFile(rules=())
     if found.rules.is_reversed:
         # The file's own left side is the template's.
         rules = [replace(r, left=r.right, right=r.left, axes=r.axes and r.axes[::-1]) for r in rules]
         rules = [replace(r, choices=tuple(map(_turned, r.choices))) for r in rules]
-        unmatched = (unmatched[1], unmatched[0])
+        lonely = lonely[::-1]
     sides = found.frameworks[::-1] if found.rules.is_reversed else found.frameworks
     return replace(
         begun,
         rules=(*begun.rules, *rules),
         left=begun.left or sides[0],
         right=begun.right or sides[1],
-        left_unmatched=unmatched[0],
-        right_unmatched=unmatched[1],
+        left_unmatched=lonely[0],
+        right_unmatched=lonely[1],
     )
-
-
-def _is_readable(pattern: NamePattern) -> bool:
-    return parse_pattern(str(pattern)) == pattern
 
 
 def _turned(axes: str) -> str:
@@ -120,7 +114,7 @@ def _drafts(found: Matching) -> Iterator[_Draft]:
     for pair in found.cover.pairs:
         if pair.matched_by == "alias" or pair.target in told:
             continue
-        ours, theirs = _origin(found.source, pair.source), _origin(found.target, pair.target)
+        ours, theirs = origin_of(found.source, pair.source), origin_of(found.target, pair.target)
         if ours.is_plain and theirs.is_plain:
             yield _one(found, pair, ours.names, theirs.names)
         elif ours.cut is not None and theirs.is_plain:
@@ -141,31 +135,6 @@ def _drafts(found: Matching) -> Iterator[_Draft]:
                 )
         elif (ours.is_sum and theirs.is_plain) or (theirs.is_sum and ours.is_plain):
             yield _one(found, pair, ours.names, theirs.names, is_sum=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Origin:
-    """What of its file a piece is."""
-
-    names: Names
-    cut: Cut | None = None
-    position: int = 0
-    is_sum: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        return self.cut is None and not self.is_sum
-
-
-def _origin(side: Side, name: str) -> _Origin:
-    if name not in side.made:
-        return _Origin((name,))
-    one, position = side.made[name]
-    if isinstance(one, Sum):
-        return _Origin(tuple(side.file_name(term) for term in one.terms), is_sum=True)
-    if len(one.pieces) == 1:
-        return _Origin((one.whole,)) if one.whole == name else _origin(side, one.whole)
-    return _Origin((one.whole,), cut=one, position=position)
 
 
 def _one(found: Matching, pair: Pair, left: Names, right: Names, *, is_sum: bool = False) -> _Draft:
@@ -212,43 +181,3 @@ def _choices(found: Matching, pair: Pair) -> Iterator[str]:
         if way.axes is not None and order not in seen:
             seen.add(order)
             yield axes_text(way.axes)
-
-
-def _unmatched(found: Matching) -> tuple[tuple[Lonely, ...], tuple[Lonely, ...]]:
-    """The parameters of both sides without a partner, each with those that come nearest."""
-    cover, rules = found.cover, found.rules
-    merged = {merge.source for merge in cover.merged}
-    taken = ({pair.source for pair in cover.pairs} | merged, {pair.target for pair in cover.pairs})
-    out = (rules.source_only.union(cover.source_only), rules.target_only.union(cover.target_only))
-    ours, theirs = (
-        _lonely(side, {name for piece in (*used, *left_out) for name in _origin(side, piece).names})
-        for side, used, left_out in zip((found.source, found.target), taken, out, strict=True)
-    )
-    return _with_nearest(ours, theirs), _with_nearest(theirs, ours)
-
-
-def _lonely(side: Side, gone: Collection[str]) -> dict[str, tuple[Lonely, Param]]:
-    """Pattern of each parameter that is not gone, or of several that differ by numbers -> the first."""
-    whole = side.whole.params
-    names = [name for name, param in whole.items() if name not in gone and param.tied_to is None]
-
-    def is_exact(patterns: Patterns, members: Sequence[int]) -> bool:
-        (pattern,) = patterns
-        found = {name for name in whole if pattern.match(name) is not None}
-        return found == {names[n] for n in members} and _is_readable(pattern)
-
-    result = {}
-    for (pattern,), members in generalized([Item((n,), whole[n].tensor.shape) for n in names], is_exact):
-        first = whole[names[members[0]]]
-        result[str(pattern)] = (Lonely(name=pattern, shape=first.tensor.shape), first)
-    return result
-
-
-def _with_nearest(
-    some: Mapping[str, tuple[Lonely, Param]], others: Mapping[str, tuple[Lonely, Param]]
-) -> tuple[Lonely, ...]:
-    candidates = {pattern: replace(param, name=pattern) for pattern, (_, param) in others.items()}
-    return tuple(
-        replace(one, nearest=nearest(replace(param, name=pattern), candidates))
-        for pattern, (one, param) in some.items()
-    )

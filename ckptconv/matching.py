@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptconv import mapping
 from ckptconv.compounds import compounds
@@ -12,6 +12,7 @@ from ckptconv.mapping import Cover
 from ckptconv.mapping_rules import Ruled
 from ckptconv.pieces import apart
 from ckptconv.telling import Side
+from ckptconv.unmatched import unmatched_problems
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +33,15 @@ def matched(source: Checkpoint, template: Checkpoint, frameworks: tuple[str, str
     """Find for every parameter of the template what makes it. I/O: reads what the template alone ties."""
     ours, theirs = compounds(source, template, frameworks, rules)
     mine, its = apart(source, ours), apart(template, theirs)
+    sides = Side(whole=source, rewrites=ours), Side(whole=template, rewrites=theirs)
+    cover = mapping.match(mine, its, frameworks=frameworks, ruled=rules)
+    cover = replace(cover, problems=(*cover.problems, *unmatched_problems(sides, cover, rules)))
     return Matching(
-        source=Side(whole=source, rewrites=ours),
-        target=Side(whole=template, rewrites=theirs),
+        source=sides[0],
+        target=sides[1],
         source_pieces=mine,
         target_pieces=its,
-        cover=mapping.match(mine, its, frameworks=frameworks, ruled=rules),
+        cover=cover,
         rules=rules,
         frameworks=frameworks,
     )
