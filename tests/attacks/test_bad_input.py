@@ -253,10 +253,10 @@ def test_a_flipped_bit_in_an_archive_is_found_whatever_becomes_of_the_tensor(tmp
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (OTHER_MODEL, {"shape-mismatch"}),
+        (OTHER_MODEL, {"shape-mismatch", "param-unmatched"}),
         (UNBUILT, {"template-unbuilt"}),
-        (WITH_SGD, {"shape-mismatch", "optimizer-mismatch"}),
-        (OTHER_NAMES, {"template-mismatch", "state-dropped"}),
+        (WITH_SGD, {"shape-mismatch", "param-unmatched", "optimizer-mismatch"}),
+        (OTHER_NAMES, {"template-mismatch", "param-unmatched", "state-dropped"}),
         (FIXTURES / "keras3" / "record.py", {"unknown-format"}),
         (Path("nowhere"), {"missing-file"}),
         (Path("/"), {"unknown-format"}),
