@@ -17,6 +17,7 @@ pytest.importorskip("transformers", reason="needs transformers to go on from its
 
 import ckptconv  # noqa: E402
 from ckptconv.document import value_of  # noqa: E402
+from ckptconv.errors import CkptError  # noqa: E402
 from tests.support import fsdp  # noqa: E402
 from tests.support.torch_equal import assert_same, bits  # noqa: E402
 
@@ -39,6 +40,7 @@ OPAQUE = ("opaque-globals",)
 
 
 def make_all(root: Path) -> None:
+    fsdp.save_flattened(root / "flattened")
     fsdp.save_sharded(root / "dcp", AT, LAST)
     for name, (version, kind) in LOOPS.items():
         fsdp.save_loop(root / name, version, kind, AT, LAST)
@@ -179,3 +181,27 @@ def test_an_edited_step_is_in_every_place(theirs: Path, tmp_path: Path) -> None:
     assert value_of(again.progress.step) == value_of(again.schedules[0].position) == 11
     entries = loaded(tmp_path / "back")["optimizer"]["state"].values()
     assert {float(entry["step"]) for entry in entries} == {11.0}
+
+
+@pytest.mark.parametrize("name", ["named-True", "named-False", "numbered"])
+def test_full_states_of_fsdp_1(theirs: Path, name: str) -> None:
+    """By name as FSDP has them, whatever order its dictionaries are in; by number in the model's order."""
+    folder = theirs / "flattened"
+    kind = "True" if name == "numbered" else name.partition("-")[2]
+    truth = torch.load(folder / f"truth-{kind}.pt", weights_only=False)
+    checkpoint = ckptconv.open(folder / f"{name}.pt")
+    (optimizer,) = checkpoint.optimizers
+    assert optimizer.param_order == ("declaration-order" if name == "numbered" else "named")
+    held = {key: param.tensor.read().tobytes() for key, param in checkpoint.params.items()}
+    assert held == {key: bits(tensor) for key, tensor in truth["model"].items()}
+    for slot, key in (("first_moment", "exp_avg"), ("second_moment", "exp_avg_sq")):
+        held = {param: tensor.read().tobytes() for param, tensor in optimizer.slots[slot].items()}
+        assert held == {param: bits(entry[key]) for param, entry in truth["optimizer"]["state"].items()}
+    assert value_of(checkpoint.progress.step) == AT
+
+
+@pytest.mark.parametrize("file", [f"rank-{kind}-{rank}.pt" for kind in (True, False) for rank in range(2)])
+def test_what_one_rank_of_fsdp_1_keeps_is_refused(theirs: Path, file: str) -> None:
+    with pytest.raises(CkptError) as caught:
+        ckptconv.open(theirs / "flattened" / file)
+    assert [(p.code, p.loc[0]) for p in caught.value.problems] == [("unsupported-feature", "model")]

@@ -20,7 +20,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullOptimStateDictConfig,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    StateDictType,
+    fully_shard,
+)
 
 RANKS = 2
 ITEMS, BATCH = 48, 4
@@ -127,6 +134,44 @@ def resume_sharded(folder: Path, at: int, last: int) -> None:
     )
     run.train(at, last)
     keep(run.model, run.optimizer, folder.with_suffix(".pt"))
+
+
+# FSDP 1 in files
+
+
+def save_flattened(folder: Path) -> None:
+    """`named-*.pt` as `FSDP.optim_state_dict` has it, `numbered.pt` of it, `rank-*.pt` what a rank keeps.
+
+    `*-True` with `use_orig_params`; `truth-*.pt` is what `get_state_dict` makes of the same run.
+    """
+    if not dist.get_rank():
+        folder.mkdir()
+    dist.barrier()
+    for original in (True, False):
+        whole = net(0)
+        device = torch.device("cpu")
+        whole.fc1 = FullyShardedDataParallel(whole.fc1, use_orig_params=original, device_id=device)  # type: ignore[assignment]
+        model = FullyShardedDataParallel(whole, use_orig_params=original, device_id=device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+        for number in range(5):
+            optimizer.zero_grad()
+            model(*batch(number))["loss"].backward()
+            optimizer.step()
+        here = FullStateDictConfig(offload_to_cpu=False), FullOptimStateDictConfig(offload_to_cpu=False)
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, *here):
+            state: dict[str, Any] = {"model": model.state_dict()}
+            state["optimizer"] = FullyShardedDataParallel.optim_state_dict(model, optimizer)
+        shares = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        own = {"model": shares, "optimizer": optimizer.state_dict()}
+        torch.save(own, folder / f"rank-{original}-{dist.get_rank()}.pt")
+        if not dist.get_rank():
+            torch.save(state, folder / f"named-{original}.pt")
+        if original:  # torch gives flat parameters no numbers
+            kind = OptimStateKeyType.PARAM_ID
+            again = FullyShardedDataParallel.rekey_optim_state_dict(state["optimizer"], kind, model)
+            if not dist.get_rank():
+                torch.save({**state, "optimizer": again}, folder / "numbered.pt")
+        keep(model, optimizer, folder / f"truth-{original}.pt")
 
 
 # In an accelerate loop
