@@ -181,6 +181,27 @@ def test_a_draft_is_edited_and_serves_both_ways(runs: Runs, tmp_path: Path) -> N
     assert difference.compare(runs.run, back).same
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_what_is_left_out_is_said_so_in_the_ledger(runs: Runs, tmp_path: Path, said: bool) -> None:
+    state = torch.load(runs.run, weights_only=True)
+    state["model"]["blocks.3.attn.mask"] = torch.ones(5, 5)
+    torch.save(state, tmp_path / "run.pt")
+    names = {**json.loads(NAMES.read_text()), "left_only": ["blocks.{i}.attn.mask"] if said else []}
+    arguments = {"to": "tensorflow", "template": runs.fresh, "mapping": names, "dry_run": True}
+    report = ckptconv.convert(tmp_path / "run.pt", tmp_path / "x", **arguments)
+    assert [(p.code, p.loc[-1]) for p in report.problems] == (
+        [] if said else [("param-unmatched", "blocks.3.attn.mask")]
+    )
+    entries = [entry for entry in report.ledger if entry.item == ("param", "blocks.3.attn.mask")]
+    assert [(e.fate, e.allowed_by) for e in entries] == [("left", "--mapping" if said else "param-unmatched")]
+
+
+def test_a_mapping_needs_a_template(runs: Runs, tmp_path: Path) -> None:
+    with pytest.raises(ckptconv.CkptError) as caught:
+        ckptconv.convert(runs.run, tmp_path / "x.safetensors", mapping=NAMES)
+    assert [(p.code, p.loc) for p in caught.value.problems] == [("usage", ("--mapping",))]
+
+
 def test_the_page_shows_the_file_and_its_commands() -> None:
     page = (NAMES.parent / "mapping.md").read_text(encoding="utf-8")
     rules = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
