@@ -92,7 +92,7 @@ From = Annotated[
     typer.Option(
         "--from",
         metavar="FORMAT[:DIALECT]",
-        help="Read SRC as this instead of recognising it, e.g. --from pytorch:plain.",
+        help="Read the checkpoint as this instead of recognising it, e.g. --from pytorch:plain.",
     ),
 ]
 To = Annotated[
@@ -108,8 +108,8 @@ Template = Annotated[
     typer.Option(
         parser=place,
         metavar="PATH",
-        help="A fresh checkpoint of the target model, saved by the target's own code: gives names, layouts "
-        "and optimizer settings, e.g. --template fresh/ckpt-1.",
+        help="A fresh checkpoint of the target model, saved by the target's own code, or its description "
+        "(describe()): gives names, layouts and optimizer settings, e.g. --template fresh/ckpt-1.",
     ),
 ]
 SourceSpec = Annotated[
@@ -287,7 +287,7 @@ NoVerify = Annotated[
         "--no-verify", help="Do not read the result back to compare it, e.g. on slow storage: --no-verify."
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace DST (and FILE) if it exists: --force.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is already there: --force.")]
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show what became of every single item: --verbose.")
 ]

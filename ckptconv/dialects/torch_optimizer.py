@@ -304,6 +304,6 @@ def _order_oddities(order: Order, name: str) -> tuple[str, ...]:
     if order.evidence != "unknown" or not order.names:
         return ()
     return (
-        f"{name} stores its state by number and nothing tells which is which parameter ({order.reason}): a "
+        f"'{name}' stores its state by number and nothing tells which is which parameter ({order.reason}): a "
         "conversion needs --source-spec.",
     )

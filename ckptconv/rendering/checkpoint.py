@@ -61,7 +61,7 @@ _ORDER: Mapping[str, str] = {
     "named": "by the names in the file",
     "declaration-order": "by position and shapes, in the only way that fits the model's parameters",
     "skeleton": "by the template or source spec",
-    "unknown": "not matched",
+    "unknown": "not yet: nothing in the file tells which state is of which parameter",
 }
 
 
@@ -113,7 +113,7 @@ def inspect_view(checkpoint: Checkpoint, *, path: str, all_params: bool = False)
     """What a checkpoint is: progress first, then optimizers, schedules, parameters, and what is odd."""
     views: list[View] = [*_title(checkpoint, path), Text(), *_progress(checkpoint)]
     for optimizer in checkpoint.optimizers:
-        views += [Text(), *_optimizer(optimizer, len(checkpoint.params), all_groups=all_params)]
+        views += [Text(), *_optimizer(optimizer, checkpoint, all_groups=all_params)]
     for schedule in checkpoint.schedules:
         views += [Text(), *_schedule(schedule)]
     if not checkpoint.optimizers:
@@ -168,13 +168,15 @@ def _progress(checkpoint: Checkpoint) -> list[View]:
     return [heading("Progress"), rows]
 
 
-def _optimizer(optimizer: Optimizer, param_count: int, *, all_groups: bool) -> list[View]:
+def _optimizer(optimizer: Optimizer, checkpoint: Checkpoint, *, all_groups: bool) -> list[View]:
     name = "" if optimizer.name == "optimizer" else f" '{clean(optimizer.name)}'"
     title = f"Optimizer{name}: {clean(optimizer.algorithm)} (as in {clean(optimizer.framework)})"
     rows: list[tuple[str, str | Text]] = []
     if optimizer.algorithm_candidates:
         rows.append(("may be", ", ".join(clean(c) for c in optimizer.algorithm_candidates)))
     value, note = _fact("step", optimizer.step)
+    if optimizer.step == checkpoint.progress.step:
+        note = Text("that of the run, see above")
     rows.append(("step", Text.assemble(value, "  ", note)))
     steps = Counter(optimizer.param_steps.values())
     if len(steps) > 1:
@@ -183,7 +185,7 @@ def _optimizer(optimizer: Optimizer, param_count: int, *, all_groups: bool) -> l
     if optimizer.form:
         rows.append(("update rule", ", ".join(f"{clean(k)} {clean(v)}" for k, v in optimizer.form.items())))
     rows += [(_short_label(i, optimizer), text) for i, text in _groups(optimizer, all_groups=all_groups)]
-    covered = len(optimizer.params) or param_count
+    covered = len(optimizer.params) or len(checkpoint.params)
     for slot, by_param in optimizer.slots.items():
         rows.append(("state", f"{clean(slot)} for {len(by_param):,} of {count(covered, 'parameter')}"))
     if not optimizer.slots:
@@ -224,19 +226,24 @@ def _counted_in(unit: str) -> str:
     return "in a unit that the file does not tell" if unit == "unknown" else f"counted in {unit}s"
 
 
-def _of_schedule(name: str, fact: Fact) -> str:
+def _of_schedule(name: str, fact: Fact, *, origin: bool) -> str:
     """A setting of a schedule; its family is its name, and a table is told by its length."""
     value = value_of(fact)
     if name == "family":
         return clean(str(value))
     if isinstance(value, tuple) and len(value) > LISTED:
         return f"{clean(name)} {len(value)} numbers"
+    if isinstance(fact, Known) and not origin:
+        return f"{clean(name)} {value_text(fact.value)}"
     return _short(clean(name), fact)
 
 
 def _schedule(schedule: Schedule) -> list[View]:
     value, note = _fact("position", schedule.position, _counted_in(schedule.unit))
     rows: list[tuple[str, str | Text]] = [("position", Text.assemble(value, "  ", note))]
+    known = [fact for fact in schedule.parameters.values() if isinstance(fact, Known)]
+    origins = {_origin(fact) for fact in known if fact.status != "recorded"}
+    shared = origins.pop() if len(origins) == 1 and len(known) > 1 else ""
     told = dict[str, list[tuple[str, Fact]]]()
     for name, fact in schedule.parameters.items():
         part, dot, own = name.partition(".")
@@ -244,7 +251,9 @@ def _schedule(schedule: Schedule) -> list[View]:
         told.setdefault(place, []).append((own if place else name, fact))
     for place, facts in told.items():
         label = f"part {place}" if place else "settings"
-        rows.append((label, ", ".join(_of_schedule(name, fact) for name, fact in facts)))
+        rows.append((label, ", ".join(_of_schedule(name, fact, origin=not shared) for name, fact in facts)))
+    if shared:
+        rows.append(("origin", shared))
     rows.append(("drives", clean(schedule.optimizer)))
     return [heading(f"Schedule '{clean(schedule.name)}': {clean(schedule.family)}"), fields(rows)]
 
