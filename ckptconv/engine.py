@@ -88,8 +88,8 @@ def write(
         if verify is not None:
             verify(publication.staged, result)
         publication.commit()
-    for step in layout.bookkeeping:
-        step(publication.target)
+        for step in layout.bookkeeping:
+            step(publication.target, publication.staging)
     return result
 
 

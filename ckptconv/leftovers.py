@@ -60,6 +60,24 @@ def locked(staging: Path) -> Iterator[bool]:
         yield True
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Wait until no other run is putting a target into its place in the directory, and keep others waiting.
+
+    Where the file system has no such locks of directories (NFS), nobody waits.
+    """
+    if fcntl is None:
+        yield
+        return
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def clear(target: Path, *, keep: Path | None = None) -> None:
     """Undo what dead runs to the target had half done, and delete what they left; not `keep`.
 

@@ -5,11 +5,11 @@ the files have their final names: a reader takes `<staging>/<target>` for the ta
 process leaves behind is taken away by the next run to the target (`ckptconv.leftovers`).
 
 Replacing (`force`): one file is replaced by one rename, a directory by one exchange where the system has
-that call. Several files cannot be replaced in one step; so the old commit (index, manifest; a directory as a
-whole) is first moved into the staging directory, then the rest of the old files, then the new files are moved
-out, the new commit last. A process that is killed in between leaves no target, never a mixture, and no file of
-either is lost: the next run puts the old one back. Any other failure does so at once. Windows has no fsync of
-directories: there a power failure may undo a publication that was reported.
+that call. Several files cannot be replaced in one step; so the old commit (index, manifest; a directory as
+a whole) is first moved into the staging directory, then the rest of the old files, then the new files are
+moved out, the new commit last. A process that is killed in between leaves no target, never a mixture, and
+no file of either is lost: the next run puts the old one back. Any other failure does so at once. Windows
+has no fsync of directories: there a power failure may undo a publication that was reported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Literal
 
 from ckptconv.errors import Code, Problem, TargetError
-from ckptconv.leftovers import REPLACED, clear, fsync_directory, leftovers, locked, move, staging_path
+from ckptconv.leftovers import (
+    REPLACED,
+    alone_in,
+    clear,
+    fsync_directory,
+    leftovers,
+    locked,
+    move,
+    staging_path,
+)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
@@ -220,11 +229,12 @@ class Publication:
         """Put the written files in the target's place; the staged files are fsynced already."""
         for directory in {self.staging, *(self.path(name).parent for name in self.names)}:
             fsync_directory(directory)
-        if self.kind == "file":
-            self._commit_file()
-        else:
-            self._commit_several()
-        fsync_directory(self.target.parent)
+        with alone_in(self.target.parent):
+            if self.kind == "file":
+                self._commit_file()
+            else:
+                self._commit_several()
+            fsync_directory(self.target.parent)
 
     def _commit_file(self) -> None:
         if self.force:

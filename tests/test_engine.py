@@ -544,10 +544,12 @@ def test_two_runs_with_executors_do_not_share_their_files(tmp_path: Path) -> Non
 def test_bookkeeping_is_done_last(tmp_path: Path) -> None:
     seen = []
     plan = of_kind("prefix")
-    plan = Layout(
-        kind=plan.kind, files=plan.files, bookkeeping=(lambda path: seen.append(tree(path.parent)),)
-    )
-    write(plan, tmp_path / "ck")
+
+    def note(path: Path, scratch: Path) -> None:
+        seen.append({name: data for name, data in tree(path.parent).items() if not name.startswith(".")})
+        assert scratch.parent == path.parent
+
+    write(Layout(kind=plan.kind, files=plan.files, bookkeeping=(note,)), tmp_path / "ck")
     assert seen == [expected_tree("prefix")]
 
 

@@ -51,8 +51,9 @@ class Layout:
     `directory`: the target path is a directory, file names are relative to it."""
     files: tuple[TargetFile, ...]
     """In the order of publication: the last one is the commit (an index, a manifest)."""
-    bookkeeping: tuple[Callable[[Path], None], ...] = field(default=())
-    """What is done beside the target after publication (TensorFlow's `checkpoint` state file)."""
+    bookkeeping: tuple[Callable[[Path, Path], None], ...] = field(default=())
+    """What is done beside the target after publication (TensorFlow's `checkpoint` state file): gets the
+    target, and a directory for what is not whole yet."""
     replaces: tuple[str, ...] = ()
     """Files beside the target that only the one that stands there now has; they make way with it."""
 

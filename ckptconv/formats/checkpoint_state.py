@@ -14,7 +14,6 @@ Source: tensorflow v2.21 `python/checkpoint/checkpoint_management.py`.
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -117,23 +116,21 @@ def read_state(directory: Path) -> CheckpointState | None:
     return CheckpointState.parse(text)
 
 
-def record(directory: Path, name: str) -> None:
-    """Make a checkpoint the newest of its directory's state file; the file is replaced as a whole.
+def record(directory: Path, name: str, scratch: Path) -> None:
+    """Make a checkpoint the newest of its directory's state file, which is replaced as a whole.
 
+    `scratch` is a directory of the same file system.
     Raises: target-unwritable, corrupt-file.
     """
     state = read_state(directory) or CheckpointState(newest="")
     text = state.with_newest(name, time.time()).text()
-    temporary = directory / f".{STATE_FILE}.{os.getpid()}.{secrets.token_hex(4)}"
+    temporary = scratch / f"{STATE_FILE}.new"
     try:
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(directory / STATE_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / STATE_FILE)
     except OSError as error:
         raise TargetError.of(
             "target-unwritable",

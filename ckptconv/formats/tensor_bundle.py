@@ -139,9 +139,9 @@ def _nothing(_: Mapping[str, int]) -> Iterable[tuple[int, bytes]]:
     return ()
 
 
-def _record(path: Path) -> None:
+def _record(path: Path, scratch: Path) -> None:
     prefix = prefix_of(path)
-    record(prefix.directory, prefix.name)
+    record(prefix.directory, prefix.name, scratch)
 
 
 def _note_text(note: TensorRef) -> str:

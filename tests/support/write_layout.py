@@ -45,4 +45,4 @@ def write_layout(layout: Layout, path: Path) -> None:
                 stream.seek(offset)
                 stream.write(data)
     for step in layout.bookkeeping:
-        step(path)
+        step(path, path.parent)
