@@ -165,7 +165,10 @@ def _onto_template(kept: Checkpoint, template: Checkpoint, goal: Goal, wishes: W
         checkpoint=_with_note(result.checkpoint, kept),
         verdicts=tuple(folding.judged(one, file) for one in result.verdicts),
         ledger=tuple(folding.accounted(tuple(rules.accounted(result.ledger)), file)),
-        target_requires=(*result.target_requires, *required(kept, template, cover.pairs, frameworks[1])),
+        target_requires=(
+            *result.target_requires,
+            *required(found.source_pieces, found.target_pieces, cover.pairs, frameworks[1]),
+        ),
     )
 
 
