@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from ckptconv.adapters import keras, pytorch
-from ckptconv.adapters.compare_axes import Axes, channels_last, input_order, is_sequence_first, told_order
+from ckptconv.adapters.compare_axes import (
+    Axes,
+    channels_last,
+    input_order,
+    is_sequence_first,
+    telling,
+    told_order,
+)
 from ckptconv.adapters.compare_layers import matches
 from ckptconv.adapters.compare_rows import Comparison, OutputComparison
 from ckptconv.adapters.compare_runs import Inputs, run_keras, run_torch, running, takers
@@ -103,7 +110,7 @@ def _for_keras(model: torch.nn.Module, keras_model: KerasModel, inputs: Inputs, 
         told = dict(enumerate([axes] if all(isinstance(side, str) for side in axes) else axes))
     formats = {channels_last(layer) for layer in keras_model._flatten_layers()} - {None}
     last = formats.pop() if len(formats) == 1 else None
-    found = takers(model, inputs) if len(told) < len(named) else {}
+    found = takers(model, inputs, telling(model)) if len(told) < len(named) else {}
     result = {}
     for name, tensor in named.items():
         loc = ("inputs", str(name))

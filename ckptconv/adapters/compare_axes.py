@@ -8,7 +8,7 @@ one fits, the output is not compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ckptconv.catalog import layers
@@ -74,6 +74,13 @@ def input_order(
     )
 
 
+def telling(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The modules whose axes are known, by their kind or by what they say themselves."""
+    for module in model.modules():
+        if _kind(module) is not None or isinstance(getattr(module, "batch_first", None), bool):
+            yield module
+
+
 def channels_moved(rank: int) -> Order:
     """From channels second to channels last."""
     return (0, *range(2, rank), 1)
@@ -122,15 +129,21 @@ def model_orders(rank: int, *, sequence_first: bool) -> Iterator[Order]:
         yield channels_moved(rank)
 
 
-def fits(before: Shape, order: Order, after: Shape) -> bool:
-    """Whether the order makes one shape the other; the last axis may be several there, as heads are."""
-    shape = tuple(before[axis] for axis in order)
-    inner = len(shape) - 1
-    return shape == after or (
-        0 < inner < len(after) - 1
-        and shape[:inner] == after[:inner]
-        and shape[inner] == math.prod(after[inner:])
-    )
+def fitting(may: Iterable[Order], before: Shape, after: Shape) -> tuple[Order, ...]:
+    """Those of the orders that make one shape the other; of orders that move elements alike the first.
+
+    Axes of one element count for nothing. The last axis may be several in the other shape, as heads are.
+    """
+    found: dict[Order, Order] = {}
+    wanted = tuple(size for size in after if size != 1)
+    for order in may:
+        moved = tuple(axis for axis in order if before[axis] != 1)
+        shape = tuple(before[axis] for axis in moved)
+        inner = len(shape) - 1
+        is_split = 0 < inner < len(wanted) - 1 and shape[:inner] == wanted[:inner]
+        if shape == wanted or (is_split and shape[inner] == math.prod(wanted[inner:])):
+            found.setdefault(moved, order)
+    return tuple(found.values())
 
 
 def _kind(module: torch.nn.Module | None) -> str | None:

@@ -1,8 +1,9 @@
 """Which live modules of a PyTorch model are which layers of a Keras model, from what makes which parameter.
 
-A module and a layer are compared where the one's parameters make the other's. What is one module here and
-several there is compared where the last of them has run: an nn.LSTM with two stacked layers, a separable
-convolution with two modules. Attention and recurrent modules stand for all that is in them.
+A module and a layer are compared where the one's parameters make the other's. A layer that is several modules,
+as a separable convolution, is compared where the last of them has run; a recurrent module with several layers
+where the last of these has. Attention and recurrent modules stand for all that is in them. A module whose
+output several layers share, such as one product for query, key and value, is compared with none of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ _WHOLE = frozenset({"MultiheadAttention", "RNNBase"})
 """Modules of torch that do the work of several Keras layers by themselves."""
 _AROUND = frozenset({"MultiHeadAttention", "RNN", "Bidirectional"})
 """Keras layers that call others for a part of their work."""
+_REPEATED = frozenset({"TimeDistributed"})
+"""Keras layers that call another at every step of time, where torch's takes all steps at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,8 @@ def matches(
     pairs: Iterable[tuple[str, str]], model: torch.nn.Module, keras_model: Layer, holders: Mapping[str, Layer]
 ) -> Iterator[Match]:
     """What is compared. `pairs`: names of a torch and a Keras parameter; `holders`: the layer of each."""
-    around = list(_enclosing(keras_model))
+    around = list(_enclosing(keras_model, _AROUND))
+    repeated = list(_enclosing(keras_model, _REPEATED))
     mine: dict[str, set[int]] = {}
     found: dict[int, Layer] = {}
     below: dict[int, list[str]] = {}
@@ -46,14 +50,18 @@ def matches(
         path = module_of(parameter)
         module, layer = model.get_submodule(path), holders[variable]
         if _is(module, _WHOLE):
-            layer = next((each for each, inside in around if id(layer) in inside), layer)
+            layer = _outermost(layer, around)
         elif _holds_others(module) or sum(1 for _ in layer._flatten_layers()) > 1:
             continue  # what it gives out is made by others, too
+        layer = _outermost(layer, repeated)
         mine.setdefault(path, set()).add(id(layer))
         found[id(layer)] = layer
         below.setdefault(id(layer), []).append(module_of(variable))
     names = {key: _common(each) for key, each in below.items()}
     for paths, keys in _components(mine):
+        whole = _is(model.get_submodule(paths[0]), _WHOLE)
+        if len(keys) > 1 and not whole:
+            continue  # what it gives out is cut into what several layers do
         yield Match(
             modules={path: model.get_submodule(path) for path in paths},
             layers={names[key]: found[key] for key in keys},
@@ -80,12 +88,17 @@ def _holds_others(module: torch.nn.Module) -> bool:
     return not known and next(module.children(), None) is not None
 
 
-def _enclosing(model: Layer) -> Iterator[tuple[Layer, frozenset[int]]]:
-    """Layers that call others, the outermost first, and the identities of all in them."""
+def _outermost(layer: Layer, around: Iterable[tuple[Layer, frozenset[int]]]) -> Layer:
+    """The first layer that the layer is in, or itself."""
+    return next((each for each, inside in around if id(layer) in inside), layer)
+
+
+def _enclosing(model: Layer, classes: frozenset[str]) -> Iterator[tuple[Layer, frozenset[int]]]:
+    """Layers of some classes, the outermost first, and the identities of all in them."""
     found = [
         (layer, frozenset(map(id, layer._flatten_layers())))
         for layer in model._flatten_layers()
-        if _is(layer, _AROUND)
+        if _is(layer, classes)
     ]
     yield from sorted(found, key=lambda one: -len(one[1]))
 

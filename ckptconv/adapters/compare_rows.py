@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptconv.adapters.compare_axes import Order, fits, model_orders, orders
+from ckptconv.adapters.compare_axes import Order, fitting, model_orders, orders
 from ckptconv.adapters.compare_layers import Match, is_around
 from ckptconv.adapters.compare_runs import Output, Outputs
 
@@ -96,7 +96,8 @@ class Comparison:
                 torch=path, keras=shown, shape=shape, keras_shape=(), differs=False, untold=untold
             )
             return
-        activation = None if is_around(layer) else getattr(layer, "activation", None)
+        inner = getattr(layer, "layer", layer)  # of a TimeDistributed
+        activation = None if is_around(inner) else getattr(inner, "activation", None)
         for call, (first, second) in enumerate(zip(mine, its, strict=True)):
             may = tuple(orders(module, layer, first.ndim, sequence_first=self._sequence_first))
             yield self._row(path, shown, call, first, second, may, activation)
@@ -121,12 +122,12 @@ class Comparison:
         may: Sequence[Order],
         activation: Any,
     ) -> LayerOutput:
-        fitting = {order: None for order in may if fits(first.shape, order, second.shape)}
+        found = fitting(may, first.shape, second.shape)
         apart, largest, untold = np.inf, 1.0, ""
-        if len(fitting) > 1:
+        if len(found) > 1:
             untold = "axes of equal size may stand in more than one order: give a batch whose sizes differ"
-        elif fitting:
-            (order,) = fitting
+        elif found:
+            (order,) = found
             mine = first.transpose(order).reshape(second.shape)
             if callable(activation):  # of a module and the function after it Keras makes one layer
                 mine = np.asarray(activation(mine))

@@ -7,7 +7,7 @@ object while the model runs. Both models run in evaluation mode and are afterwar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,8 +70,10 @@ def called(model: Callable[..., object], inputs: Inputs) -> object:
     return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
-def takers(model: torch.nn.Module, inputs: Inputs) -> dict[int, torch.nn.Module]:
-    """Identity of an input -> the first module with parameters of its own that takes it."""
+def takers(
+    model: torch.nn.Module, inputs: Inputs, telling: Iterable[torch.nn.Module]
+) -> dict[int, torch.nn.Module]:
+    """Identity of an input -> the first of these modules that takes it."""
     import torch
 
     wanted = {id(tensor) for tensor in _flat(inputs)}
@@ -82,11 +84,6 @@ def takers(model: torch.nn.Module, inputs: Inputs) -> dict[int, torch.nn.Module]
             if id(tensor) in wanted:
                 found.setdefault(id(tensor), module)
 
-    telling = [
-        module
-        for module in model.modules()
-        if next(module.parameters(recurse=False), None) is not None or hasattr(module, "batch_first")
-    ]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in telling]
     try:
         with evaluating(model), torch.no_grad(), running("torch"):
