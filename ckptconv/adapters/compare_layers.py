@@ -1,9 +1,9 @@
 """Which live modules of a PyTorch model are which layers of a Keras model, from what makes which parameter.
 
-A module and a layer are compared where the one's parameters make the other's. A layer that is several modules,
-as a separable convolution, is compared where the last of them has run; a recurrent module with several layers
-where the last of these has. Attention and recurrent modules stand for all that is in them. A module whose
-output several layers share, such as one product for query, key and value, is compared with none of them.
+A module and a layer are compared where the one's parameters make the other's. A layer that is several
+modules, as a separable convolution, is compared where the last of them has run; a recurrent module with
+several layers where the last of these has. Attention and recurrent modules stand for all that is in them. A
+module whose output several layers share, such as one product for query, key and value, is compared with none.
 """
 
 from __future__ import annotations
