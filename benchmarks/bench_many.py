@@ -1,6 +1,6 @@
 """What the command line needs for a checkpoint with very many tensors, or for a training run of any size.
 
-    python benchmarks/bench_many.py                                   # 20,000 parameters with AdamW
+    python benchmarks/bench_many.py                                   # 25,000 parameters with AdamW
     python benchmarks/bench_many.py --layers 4 --shape 8192 5504      # 2 GiB in few tensors
 
 Makes the run and the template of its Keras counterpart with ckptconv's own writers (`synthetic.py`), then
@@ -35,6 +35,11 @@ CASES = (
     Case("help", ("--help",)),
     Case("inspect, two parameters", ("inspect", "tiny.pt")),
     Case("inspect, torch state_dict", ("inspect", "weights.pt")),
+    Case(
+        "torch state_dict to shards",
+        ("convert", "weights.pt", "shards", "--to", "safetensors", "--shard-size", "1MB"),
+    ),
+    Case("inspect, safetensors in shards", ("inspect", "shards")),
     Case("inspect, torch run", ("inspect", "run.pt")),
     Case("inspect, Keras bundle", ("inspect", "template")),
     Case("torch run to safetensors", ("convert", "run.pt", "run.safetensors")),
@@ -86,7 +91,7 @@ def fixtures(arguments: argparse.Namespace, here: Path) -> int:
     outputs, inputs = arguments.shape
     layers = synthetic.dense_layers(arguments.layers, outputs, inputs)
     synthetic.write(synthetic.torch_run(synthetic.dense_layers(1, 3, 2)), here / "tiny.pt")
-    wide = synthetic.dense_layers(arguments.state_dict_layers or arguments.layers, outputs, inputs)
+    wide = synthetic.dense_layers(arguments.layers * 4, outputs, inputs)  # as many tensors as the run has
     synthetic.write(synthetic.torch_run(wide, optimizer=False), here / "weights.pt")
     synthetic.write(synthetic.torch_run(layers), here / "run.pt")
     synthetic.write(synthetic.keras_template(layers), here / "template")
@@ -96,8 +101,8 @@ def fixtures(arguments: argparse.Namespace, here: Path) -> int:
 def rows(arguments: argparse.Namespace, here: Path) -> Iterator[str]:
     size = fixtures(arguments, here)
     os.sync()
-    what = f"{2 * arguments.layers:,} parameters, {size / (1 << 20):,.0f} MiB"
-    yield f"| command, run of {what} | s | CPU s | peak RSS, MiB |"
+    what = f"run and state_dict of {8 * arguments.layers:,} tensors, {size / (1 << 20):,.0f} MiB"
+    yield f"| command, {what} | s | CPU s | peak RSS, MiB |"
     yield "|---|---|---|---|"
     for case in CASES:
         results = []
@@ -121,8 +126,7 @@ def remove(here: Path, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=10_000, help="dense layers, with two parameters each")
-    parser.add_argument("--state-dict-layers", type=int, help="layers of the bare state_dict, if others")
+    parser.add_argument("--layers", type=int, default=12_500, help="dense layers, with two parameters each")
     parser.add_argument("--shape", type=int, nargs=2, default=(6, 4), help="outputs and inputs of a layer")
     parser.add_argument("--repeat", type=int, default=2, help="runs of each command; the fastest counts")
     parser.add_argument("--directory", help="where everything is written; needs six times the run's size")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from ckptconv.catalog import flatten, layers
@@ -91,6 +92,7 @@ def modules(
     return [module for module in found if module.params]
 
 
+@lru_cache(maxsize=4096)
 def parts(name: str) -> tuple[str, ...]:
     return tuple(part for part in re.split(r"[./]", name) if part)
 
@@ -172,9 +174,23 @@ def ways(
     target: Param,
     readings_t: Sequence[layers.Candidate],
     frameworks: tuple[str, str],
-) -> Iterator[Way]:
+) -> tuple[Way, ...]:
     """Each way in which the source's axes can be brought into the target's order, with its name."""
-    before, after = source.tensor.shape, target.tensor.shape
+    alike = not readings_s and not readings_t and leaf(source) == leaf(target)
+    shapes = source.tensor.shape, target.tensor.shape
+    return _ways(tuple(readings_s), tuple(readings_t), *shapes, frameworks, alike)
+
+
+@lru_cache(maxsize=4096)  # a model repeats its layers
+def _ways(
+    readings_s: tuple[layers.Candidate, ...],
+    readings_t: tuple[layers.Candidate, ...],
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    frameworks: tuple[str, str],
+    alike: bool,
+) -> tuple[Way, ...]:
+    found: list[Way] = []
     same_framework = frameworks[0] == frameworks[1]
     for reading_t in readings_t:
         for reading_s in readings_s:
@@ -191,15 +207,16 @@ def ways(
                 told = reading_s if len(readings_s) > 1 else reading_t
                 text = f"{told.kind} ({', '.join(told.axes)})"
                 reading = reading_t._replace(axes=axes_t)
-                yield Way(moving(ops, before, after), reading, text, (axes_s, axes_t))
-    if not readings_s and not readings_t and leaf(source) == leaf(target):
+                found.append(Way(moving(ops, before, after), reading, text, (axes_s, axes_t)))
+    if alike:
         ops = layers.layout_ops(numbered(before), before, numbered(after), after)
         if ops is None:
-            return
-        yield Way(ops, None, "the same axes", (numbered(before), numbered(after)))
+            return ()
+        found.append(Way(ops, None, "the same axes", (numbered(before), numbered(after))))
         sizes = [size for size in before if size > 1]
         if not same_framework and len(set(sizes)) < len(sizes):
-            yield Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order")
+            found.append(Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order"))
+    return tuple(found)
 
 
 def numbered(shape: tuple[int, ...]) -> tuple[str, ...]:
