@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("tensorflow")
+tf = pytest.importorskip("tensorflow")
 pytest.importorskip("tf_keras")
 
 from torch import nn  # noqa: E402
@@ -23,14 +23,14 @@ from ckptconv.tensor import StoredTensor  # noqa: E402
 from tests.support.live_twins import keras_adamw, random_torch, torch_adamw  # noqa: E402
 from tests.support.twins import framework  # noqa: E402
 
-Made = Callable[[Any], Any]
+Made = Callable[..., Any]
 
 
 def _old(rule: Callable[..., Any]) -> Made:
-    def made(layer: Any) -> Any:
+    def made(*layer: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated, and what most files are of
-            return rule(layer)
+            return rule(*layer)
 
     return made
 
@@ -140,6 +140,47 @@ def test_within_one_library_it_stays_as_it_is(rule: str) -> None:
     assert {entry.fate for entry in report.ledger if entry.item[0] == "param"} == {"copied"}
     for one, two in zip(ours.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("rule", ["weight", "weight-old"])
+def test_a_matrix_of_a_recurrent_layer(rule: str) -> None:
+    """The state's matrix alone, as AWD-LSTM's followers have it."""
+    ours = random_torch(RULES[rule](nn.GRU(4, 5, batch_first=True), "weight_hh_l0"), 1)
+    k = framework("keras3")
+    theirs = k.Sequential([k.Input((6, 4)), k.layers.GRU(5, return_sequences=True)])
+    ckptconv.keras.restore(ckptconv.pytorch.capture(ours), theirs, allow=["form-mismatch"])
+    x = np.random.default_rng(0).standard_normal((2, 6, 4)).astype(np.float32)
+    expected = ours(torch.from_numpy(x))[0].detach().numpy()
+    np.testing.assert_allclose(np.asarray(theirs(x)), expected, rtol=1e-5, atol=1e-5)
+
+
+class Backwards(nn.Module):
+    """Two layers alike, declared in another order than they are used in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second, self.first = (parametrizations.weight_norm(nn.Linear(4, 4)) for _ in range(2))
+
+    def forward(self, x: Any) -> Any:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_what_is_folded_is_matched_by_what_it_takes(tmp_path: Any) -> None:
+    ours = random_torch(Backwards(), 1)
+    k = framework("keras3")
+    theirs = k.Sequential([k.Input((4,)), k.layers.Dense(4, activation="tanh"), k.layers.Dense(4)])
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    given = torch.from_numpy(x)
+    torch.save(ours.state_dict(), tmp_path / "w.pt")
+    ckptconv.convert(
+        tmp_path / "w.pt",
+        tmp_path / "w",
+        template=ckptconv.keras.describe(theirs, inputs=x),
+        source_spec=ckptconv.pytorch.describe(ours, inputs=given),
+        allow=["form-mismatch"],
+    )
+    tf.train.Checkpoint(model=theirs).read(str(tmp_path / "w")).expect_partial()
+    np.testing.assert_allclose(np.asarray(theirs(x)), ours(given).detach().numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_convolution_that_may_be_transposed(tmp_path: Any) -> None:
