@@ -27,10 +27,17 @@ class FileVariable:
     edge: str
     """Its key in the layer catalog, in the column of Keras 3."""
     flag: str | None = None
-    """Argument of the layer without which it does not exist."""
+    """Argument of the layer without which it does not exist; after a `!` one with which it does not."""
     part: str = ""
     """Object inside the layer that owns it (`cell`)."""
     trained: bool = True
+
+    def made_by(self, config: Mapping[str, object]) -> bool:
+        """Whether a layer with these arguments has it."""
+        if self.flag is None:
+            return True
+        name = self.flag.removeprefix("!")
+        return bool(config.get(name)) is (name == self.flag)
 
     @property
     def leaf(self) -> str:
@@ -70,6 +77,7 @@ VARIABLES: Mapping[str, tuple[FileVariable, ...]] = {
     "SeparableConv1D": _SEPARABLE,
     "SeparableConv2D": _SEPARABLE,
     "Embedding": (_v("_embeddings"),),
+    "ReversibleEmbedding": (_v("_embeddings"), _v("reverse_embeddings", "!tie_weights")),
     "BatchNormalization": (
         *_AFFINE,
         _v("moving_mean", trained=False),
@@ -141,7 +149,7 @@ def variables_of(
     known = _COLUMNS[framework].variables.get(class_name)
     if known is None:
         return None
-    return tuple(variable for variable in known if variable.flag is None or bool(config.get(variable.flag)))
+    return tuple(variable for variable in known if variable.made_by(config))
 
 
 def all_of(class_name: str, framework: str) -> tuple[FileVariable, ...]:
@@ -154,7 +162,7 @@ def by_count(
 ) -> tuple[FileVariable, ...] | None:
     """The variables that a layer with these shapes must have; None where several arguments would do."""
     known = all_of(class_name, framework)
-    flags = sorted({variable.flag for variable in known if variable.flag is not None})
+    flags = sorted({variable.flag.removeprefix("!") for variable in known if variable.flag is not None})
     found = set()
     for values in product((False, True), repeat=len(flags)):
         fit = variables_of(class_name, dict(zip(flags, values, strict=True)), framework) or ()

@@ -6,6 +6,7 @@ Layers that are several of the other library's are in `test_compounds`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,18 @@ def test_outputs_and_slots_cross_both_ways(name: str, kind: str) -> None:
     ckptconv.pytorch.restore(ckptconv.keras.capture(theirs, adam), ours, optimizer)
     for key, parameter in again.named_parameters():
         torch.testing.assert_close(parameter, ours.get_parameter(key), rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+@each
+def test_a_file_of_the_model_tells_as_much(name: str, kind: str, tmp_path: Path) -> None:
+    """What a `.keras` file declares by its config."""
+    it = TWINS[name]
+    ours, theirs = random_state(it.torch(), 1), random_variables(it.keras(framework(kind)), 2)
+    theirs.save(tmp_path / "model.keras")
+    ckptconv.pytorch.restore(tmp_path / "model.keras", ours)
+    ours.eval()
+    assert apart(it, ours, theirs) < 1e-5
 
 
 REFUSED: dict[str, tuple[Twin, str]] = {
