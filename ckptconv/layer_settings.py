@@ -36,7 +36,7 @@ def required(
             found.setdefault((kind, arguments), {})[module_of(pair.target)] = None
     line = _LINES.get(framework, _constructor)
     return tuple(
-        line(layers.class_of(framework, kind), dict(arguments), tuple(names))
+        line(layers.classes_of(framework, kind)[0], dict(arguments), tuple(names))
         for (kind, arguments), names in found.items()
     )
 

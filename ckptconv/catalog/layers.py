@@ -27,7 +27,8 @@ __all__ = [
     "alike",
     "axes_of",
     "candidates",
-    "class_of",
+    "classes_of",
+    "counterpart",
     "declared",
     "in_terms_of",
     "initial_value",
@@ -368,11 +369,15 @@ def told_settings(framework: str, kind: str, read: Callable[[str], object]) -> d
     return {name: value for name, value in found.items() if value is not None}
 
 
-def class_of(framework: str, kind: str) -> str:
-    """The first class of a kind, as its package has it: `keras.BatchNormalization`; empty where none is."""
+def classes_of(framework: str, kind: str) -> tuple[str, ...]:
+    """The classes of a kind, as their packages have them: `keras.BatchNormalization`."""
     entry = _table().kinds.get(kind)
-    names = entry.classes.get(_COLUMN.get(framework, framework), ()) if entry is not None else ()
-    return names[0] if names else ""
+    return entry.classes.get(_COLUMN.get(framework, framework), ()) if entry is not None else ()
+
+
+def counterpart(kind: str) -> str:
+    """The kind whose output it equals; its own name where it has no namesake."""
+    return _table().kinds[kind].counterpart
 
 
 def lacking(kind: str, family: str) -> str | None:
