@@ -41,11 +41,11 @@ def lines() -> Iterator[str]:
     yield ""
     yield "This page is generated: `python -m tests.test_layers_page`."
     yield ""
-    yield "Layers in one row hold the same numbers, in the order of axes that each library has; outputs are equal in"
-    yield "both directions, and so is what an optimizer does next (`tests/oracle/test_layer_kinds.py`,"
-    yield "`test_recurrent_forms.py`, `test_compounds.py`). A class of your own that extends one of these is taken"
-    yield "for it. Parameters of other classes are matched by name, shape and flow where their axes cannot be"
-    yield "mistaken; else a mapping file says what they are (`docs/mapping.md`)."
+    yield "Layers in one row hold the same numbers, in the order of axes that each library has; outputs are"
+    yield "equal in both directions, and so is what an optimizer does next (`tests/oracle/test_layer_kinds.py`,"
+    yield "`test_recurrent_forms.py`, `test_compounds.py`). A class of your own that extends one of these is"
+    yield "taken for it. Parameters of other classes are matched by name, shape and flow where their axes cannot"
+    yield "be mistaken; else a mapping file says what they are (`docs/mapping.md`)."
     yield ""
     yield f"| kind | {' | '.join(COLUMNS.values())} | remarks |"
     yield "|---|" + "---|" * (len(COLUMNS) + 1)
@@ -64,8 +64,8 @@ def lines() -> Iterator[str]:
     for ours, theirs in APART.items():
         yield f"| {ours} | {theirs} |"
     yield ""
-    yield "Slots of optimizers are cut, joined and reordered as their parameters are. A sum has one gradient for all"
-    yield "its terms, which each of them has, too."
+    yield "Slots of optimizers are cut, joined and reordered as their parameters are. A sum has one gradient for"
+    yield "all its terms, which each of them has, too."
 
 
 def remarks(kind: str) -> Iterator[str]:
