@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ckptconv.account import Transfer
-from ckptconv.document import Checkpoint, Optimizer
+from ckptconv.document import Checkpoint, Optimizer, Param
 from ckptconv.errors import Code, Problem
 from ckptconv.ops import Concat
 from ckptconv.pieces import Cut, Sum, of_values
@@ -89,7 +89,9 @@ class _Joiner:
                 tensors[one.terms[0]] = total
                 tensors.update((term, FilledTensor(spec=total.spec)) for term in one.terms[1:])
             else:
-                tensors[one.whole] = _join(one, [tensors.pop(piece.name) for piece in one.pieces])
+                tensors[one.whole] = _join(
+                    one, [tensors.pop(piece.name) for piece in one.pieces], template.params[one.whole]
+                )
         params = {name: replace(param, tensor=tensors[name]) for name, param in template.params.items()}
         optimizers = tuple(self._optimizer(one, template.optimizer(one.name)) for one in made.optimizers)
         return replace(made, params=params, optimizers=optimizers)
@@ -134,7 +136,7 @@ class _Joiner:
             parts = {piece.name: tensors.pop(piece.name) for piece in one.pieces if piece.name in tensors}
             what = _in_the_way(one, slot, list(parts.values()))
             if parts and not what:
-                tensors[one.whole] = _join(one, list(parts.values()))
+                tensors[one.whole] = _join(one, list(parts.values()), self._target.whole.params[one.whole])
                 continue
             if parts:
                 code: Code = "form-mismatch" if len(parts) == len(one.pieces) else "slots-missing"
@@ -156,9 +158,12 @@ def _in_the_way(cut: Cut, slot: str, parts: Sequence[TensorRef]) -> str:
     return f"has no {slot} that follows from those of its {len(parts)} parts"
 
 
-def _join(cut: Cut, parts: Sequence[TensorRef]) -> TensorRef:
+def _join(cut: Cut, parts: Sequence[TensorRef], whole: Param) -> TensorRef:
     """The whole: of one number per parameter any piece's."""
     first, *others = parts
     if not others or not first.shape or (first.spec.numel == 1 and cut.pieces[0].size != 1):
         return first
-    return first.apply(Concat(cut.axis), *others)
+    joined = first.apply(Concat(cut.axis), *others)
+    for op in cut.opened(whole.tensor.shape):
+        joined = joined.apply(op.inverse())
+    return joined

@@ -38,8 +38,9 @@ class Rule:
     right: tuple[NamePattern, ...]
     axes: tuple[Axes, Axes] | None = None
     """Of the left and of the right side; None leaves them to the layer catalog."""
-    cut: int | None = None
-    """The axis along which the one is cut into the several of the other side."""
+    cut: int | str | None = None
+    """The axis along which the one is cut into the several of the other side: its place, or its name in
+    `axes`."""
     is_sum: bool = False
     """Whether the several act through their sum, which is the one."""
     overrides: bool = False
@@ -216,6 +217,14 @@ class _Reader:
         if isinstance(axes, str):
             self._wrong((*loc, "axes"), axes, "Write both sides' axes, as in 'out in -> in out'.")
             axes = None
+        named = rule["cut"] if isinstance(rule.get("cut"), str) else None
+        if named is not None and several:
+            sides_with = [side for side in axes or () if any(named in atoms(axis) for axis in side)]
+            if not axes or sides_with != [axes[0 if len(left) == 1 else 1]]:
+                message = (
+                    f"'cut' names '{named}', which is no axis of the one parameter, or one of the several"
+                )
+                self._wrong(loc, message, "Name it in 'axes' of the one, as in 'heads*part*width in -> ...'.")
         if rule.get("overrides") and "axes" not in rule:
             self._wrong(loc, "the rule overrides nothing: it has no axes", "Add 'axes', or leave it out.")
         return Rule(

@@ -11,16 +11,16 @@ where both would do.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptconv.catalog.axes import Axes
 from ckptconv.document import Checkpoint, Param
 from ckptconv.errors import Loc, Problem
+from ckptconv.mapping_cuts import cut_at, cut_within, piece_axes
 from ckptconv.mapping_file import MappingFile, Rule
 from ckptconv.name_pattern import NamePattern
-from ckptconv.pieces import Cut, Piece, Rewrite, Sum
+from ckptconv.pieces import Piece, Rewrite, Sum
 from ckptconv.report import Entry
 
 BY_MAPPING = "--mapping"
@@ -334,28 +334,27 @@ class _Compiler:
             self.rewrites[1 - one].append(Sum(whole=total, terms=terms))
             pieces = [(total.name, whole)]
         else:
-            cut = self._cut(rule, k, whole, several, one)
-            if cut is None:
+            shape = self._sides[one][whole].tensor.shape
+            parts = {name: self._sides[1 - one][name].tensor.shape for name in several}
+            if isinstance(rule.cut, str):
+                axes = self._axes(rule, one)
+                cut = cut_within(whole, shape, rule.cut, axes, parts)
+                own = piece_axes(axes[0], rule.cut)
+                rule = replace(rule, axes=(own, axes[1]) if one == 0 else (axes[1], own))
+            else:
+                cut = cut_at(whole, shape, rule.cut or 0, parts)
+            if isinstance(cut, str):
+                self._misfit(whole, cut, k)
                 return
             self.rewrites[one].append(cut)
             pieces = [(name, piece.name) for name, piece in zip(several, cut.pieces, strict=True)]
         for theirs, ours in pieces:
             self._pair(rule, k, *((ours, theirs) if one == 0 else (theirs, ours)))
 
-    def _cut(self, rule: Rule, k: int, whole: str, several: Names, one: int) -> Cut | None:
-        shape = self._sides[one][whole].tensor.shape
-        axis = rule.cut or 0
-        if axis >= len(shape):
-            self._misfit(whole, f"'{whole}' {list(shape)} has no axis {axis} to be cut along", k)
-            return None
-        slab = math.prod(shape[:axis]) * math.prod(shape[axis + 1 :])
-        numels = [math.prod(self._sides[1 - one][name].tensor.shape) for name in several]
-        if not slab or any(n % slab for n in numels) or sum(numels) != slab * shape[axis]:
-            told = ", ".join(f"'{name}' {list(self._sides[1 - one][name].tensor.shape)}" for name in several)
-            self._misfit(whole, f"'{whole}' {list(shape)}, cut along axis {axis}, does not make {told}", k)
-            return None
-        pieces = tuple(Piece(name=f"{whole}[{n}]", size=numel // slab) for n, numel in enumerate(numels))
-        return Cut(whole=whole, axis=axis, pieces=pieces)
+    def _axes(self, rule: Rule, one: int) -> tuple[Axes, Axes]:
+        """The axes of the one and of the several."""
+        assert rule.axes is not None  # the file is refused otherwise
+        return rule.axes if one == 0 else (rule.axes[1], rule.axes[0])
 
     def _misfit(self, name: str, message: str, k: int) -> None:
         rule = self.reading.mapping.rules[k]

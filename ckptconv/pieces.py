@@ -20,8 +20,8 @@ from typing import TypeVar
 from ckptconv.catalog.optimizer_rows import row
 from ckptconv.catalog.wrappers import AVERAGE
 from ckptconv.document import Checkpoint, Evidence, Optimizer, Param, Site, module_of
-from ckptconv.ops import Add, Slice
-from ckptconv.tensor import MissingTensor, TensorRef, TensorSpec
+from ckptconv.ops import Add, Reshape, Slice
+from ckptconv.tensor import MissingTensor, Op, TensorRef, TensorSpec
 
 T = TypeVar("T")
 
@@ -51,6 +51,12 @@ class Cut:
     whole: str
     axis: int
     pieces: tuple[Piece, ...]
+    within: tuple[int, ...] | None = None
+    """The parameter's shape with the axis on its own, where it is part of another one."""
+
+    def opened(self, shape: tuple[int, ...]) -> tuple[Reshape, ...]:
+        """What gives a tensor of the parameter's shape the axis that is cut, where it has it not as it is."""
+        return () if self.within is None or self.within == shape else (Reshape(shape, self.within),)
 
     @property
     def slices(self) -> tuple[Slice, ...]:
@@ -64,7 +70,9 @@ class Cut:
         """The pieces of a tensor of the parameter's shape."""
         if len(self.pieces) == 1:
             return (tensor,)
-        return tuple(_sliced(tensor, op) for op in self.slices)
+        for opening in self.opened(tensor.shape):
+            tensor = _through(tensor, opening)
+        return tuple(_through(tensor, op) for op in self.slices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +93,8 @@ def apart(checkpoint: Checkpoint, rewrites: Sequence[Rewrite]) -> Checkpoint:
     return _summed(_cut(checkpoint, cuts), sums)
 
 
-def _sliced(tensor: TensorRef, op: Slice) -> TensorRef:
-    """The slice; one of a tensor without values has none either."""
+def _through(tensor: TensorRef, op: Op) -> TensorRef:
+    """The tensor after the op; one without values has none then either."""
     if isinstance(tensor, MissingTensor):
         return replace(tensor, spec=op.spec((tensor.spec,)))
     return tensor.apply(op)

@@ -103,7 +103,9 @@ def _origins(item: Path, source: Side) -> Iterator[tuple[Path, Steps | None]]:
         return
     one, position = made
     if isinstance(one, Cut):
-        yield (*item[:-1], one.whole), (one.slices[position].to_json(),) if len(one.pieces) > 1 else ()
+        opened = one.opened(source.whole.params[one.whole].tensor.shape)
+        steps = (*(op.to_json() for op in opened), one.slices[position].to_json())
+        yield (*item[:-1], one.whole), steps if len(one.pieces) > 1 else ()
         return
     gradient = item[0] == "slot" and not of_values(source.whole.optimizer(str(item[1])), str(item[2]))
     for i, term in enumerate(one.terms):
@@ -126,7 +128,8 @@ def _place(entry: Entry, target: Side) -> tuple[str, Steps]:
     whole = target.file_name(name)
     ops: Steps = ()
     if isinstance(one, Cut) and len(one.pieces) > 1:
-        ops = ({**Concat(one.axis).to_json(), "part": position, "of": len(one.pieces)},)
+        closed = (op.inverse().to_json() for op in one.opened(target.whole.params[one.whole].tensor.shape))
+        ops = ({**Concat(one.axis).to_json(), "part": position, "of": len(one.pieces)}, *closed)
     return f"{whole}/{slot}" if slot else whole, ops
 
 

@@ -93,6 +93,25 @@ def test_a_cut_is_made_of_pieces_of_any_size() -> None:
         assert values[name].tobytes() == whole[low:high].T.reshape(shape).tobytes()
 
 
+def test_an_axis_within_another_one_is_cut() -> None:
+    """GPT-NeoX has query, key and value side by side for each head."""
+    heads, width, inputs = 3, 2, 4
+    ours = torch({"qkv.weight": (heads * 3 * width, inputs), "qkv.bias": (heads * 3 * width,)})
+    theirs = keras(dict.fromkeys("qkv", (inputs, heads, width)) | {f"{n}b": (heads, width) for n in "qkv"})
+    value = mapping(
+        rule("qkv.weight", list("qkv"), cut="part", axes="heads*part*width in -> in heads width"),
+        rule("qkv.bias", ["qb", "kb", "vb"], cut="part", axes="heads*part*width -> heads width"),
+    )
+    values = made(value, ours, theirs)
+    whole = ours.params["qkv.weight"].read().reshape(heads, 3, width, inputs)
+    bias = ours.params["qkv.bias"].read().reshape(heads, 3, width)
+    for n, name in enumerate("qkv"):
+        assert values[name].tobytes() == np.ascontiguousarray(whole[:, n].transpose(2, 0, 1)).tobytes()
+        assert values[f"{name}b"].tobytes() == np.ascontiguousarray(bias[:, n]).tobytes()
+    wrong = mapping(rule("qkv.weight", ["q", "k"], cut="part", axes="heads*part*width in -> in heads width"))
+    assert ("shape-mismatch", ("params", "qkv.weight")) in found(check_mapping(wrong, ours, theirs))
+
+
 def test_a_flattened_image_is_said_by_its_sizes() -> None:
     ours, theirs = torch({"fc.weight": (5, 3 * 2 * 4)}), keras({"out/kernel": (2 * 4 * 3, 5)})
     value = mapping(rule("fc.weight", "out/kernel", axes="out in*h=2*w=4 -> h=2*w=4*in out"))

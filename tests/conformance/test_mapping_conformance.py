@@ -23,8 +23,8 @@ def case(path: Path) -> dict[str, Any]:
 
 
 def test_the_corpus_is_not_empty() -> None:
-    assert len(VALID) >= 9
-    assert len(INVALID) >= 36
+    assert len(VALID) >= 10
+    assert len(INVALID) >= 40
     names = [case(path)["name"] for path in VALID + INVALID]
     assert len(set(names)) == len(names)
 

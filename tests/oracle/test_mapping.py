@@ -202,6 +202,66 @@ def test_a_mapping_needs_a_template(runs: Runs, tmp_path: Path) -> None:
     assert [(p.code, p.loc) for p in caught.value.problems] == [("usage", ("--mapping",))]
 
 
+class Projections(torch.nn.Module):
+    """Query, key and value as three layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(4, 6) for _ in range(3))
+
+
+class SideBySide(torch.nn.Module):
+    """The same as one, side by side for each of three heads, as GPT-NeoX has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(4, 18)
+
+
+def stepped(model: Any, path: Path) -> Path:
+    optimizer = torch.optim.AdamW(model.named_parameters(), 0.1)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loss = sum((torch.randn_like(p) * p * p).sum() for p in model.parameters())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return save(path, model, optimizer)
+
+
+def test_query_key_and_value_side_by_side_for_each_head(tmp_path: Path) -> None:
+    one, three = stepped(SideBySide(), tmp_path / "one.pt"), stepped(Projections(), tmp_path / "three.pt")
+    names = {
+        "schema": "ckptconv/mapping",
+        "schema_version": "1.0.0",
+        "rules": [
+            {
+                "left": f"qkv.{name}",
+                "right": [f"{part}.{name}" for part in "qkv"],
+                "cut": "part",
+                "axes": axes,
+            }
+            for name, axes in (
+                ("weight", "heads=3*part*width in -> heads*width in"),
+                ("bias", "heads=3*part*width -> heads*width"),
+            )
+        ],
+    }
+    there, back = tmp_path / "there.pt", tmp_path / "back.pt"
+    ckptconv.convert(one, there, template=three, mapping=names)
+    before, after = (torch.load(path, weights_only=True) for path in (one, there))
+    for which, key in (("q", 0), ("k", 1), ("v", 2)):
+        whole = before["model"]["qkv.weight"].reshape(3, 3, 2, 4)
+        assert torch.equal(after["model"][f"{which}.weight"], whole[:, key].reshape(6, 4))
+        square = before["optimizer"]["state"][1]["exp_avg_sq"].reshape(3, 3, 2)
+        assert torch.equal(after["optimizer"]["state"][2 * key + 1]["exp_avg_sq"], square[:, key].reshape(6))
+    ckptconv.convert(there, back, template=one, mapping=names)
+    assert difference.compare(one, back).same
+    report = ckptconv.convert(one, tmp_path / "x.pt", template=three, mapping=names, dry_run=True)
+    (entry,) = [e for e in report.ledger if e.item == ("param", "qkv.bias") and e.target == "k.bias"]
+    assert [op["op"] for op in entry.ops][:2] == ["reshape", "slice"]
+
+
 def test_the_page_shows_the_file_and_its_commands() -> None:
     page = (NAMES.parent / "mapping.md").read_text(encoding="utf-8")
     rules = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
