@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,16 +37,25 @@ APART = {
 """What is several of the other library's: PyTorch's and Keras' words for it."""
 
 
+ABOVE = """\
+Layers in one row hold the same numbers, in the order of axes that each library has; outputs are equal in both
+directions, and so is what an optimizer does next (`tests/oracle/test_layer_kinds.py`,
+`test_recurrent_forms.py`, `test_compounds.py`). A class of your own that extends one of these is taken for it.
+Parameters of other classes are matched by name, shape and flow where their axes cannot be mistaken; else a
+mapping file says what they are (`docs/mapping.md`).
+"""
+BELOW = """\
+Slots of optimizers are cut, joined and reordered as their parameters are. A sum has one gradient for all its
+terms, which each of them has, too.
+"""
+
+
 def lines() -> Iterator[str]:
     yield "# Layers"
     yield ""
     yield "This page is generated: `python -m tests.test_layers_page`."
     yield ""
-    yield "Layers in one row hold the same numbers, in the order of axes that each library has; outputs are"
-    yield "equal in both directions, and so is what an optimizer does next (`tests/oracle/test_layer_kinds.py`,"
-    yield "`test_recurrent_forms.py`, `test_compounds.py`). A class of your own that extends one of these is"
-    yield "taken for it. Parameters of other classes are matched by name, shape and flow where their axes cannot"
-    yield "be mistaken; else a mapping file says what they are (`docs/mapping.md`)."
+    yield from textwrap.wrap(ABOVE, 110)
     yield ""
     yield f"| kind | {' | '.join(COLUMNS.values())} | remarks |"
     yield "|---|" + "---|" * (len(COLUMNS) + 1)
@@ -64,8 +74,7 @@ def lines() -> Iterator[str]:
     for ours, theirs in APART.items():
         yield f"| {ours} | {theirs} |"
     yield ""
-    yield "Slots of optimizers are cut, joined and reordered as their parameters are. A sum has one gradient for"
-    yield "all its terms, which each of them has, too."
+    yield from textwrap.wrap(BELOW, 110)
 
 
 def remarks(kind: str) -> Iterator[str]:
