@@ -27,6 +27,7 @@ from ckptconv.remote import place as reached
 from ckptconv.report import REPORT_VERSION, Entry, place
 from ckptconv.selection import selected
 from ckptconv.strictjson import Json
+from ckptconv.supply import set_fields
 from ckptconv.tensor import TensorRef
 
 _ARRAYS = frozenset({"param", "slot"})
@@ -175,21 +176,38 @@ def _alone(address: Address, tensor: TensorRef, kind: str) -> TensorDifference:
 def _carried(checkpoint: Checkpoint, onto: Checkpoint, wishes: Wishes) -> _As:
     """The document under another one's names and in its layouts.
 
-    Raises: every problem of such a conversion.
+    Optimizers that do not convert into one another are left as they are: they differ.
+    Raises: every other problem of such a conversion.
     """
     provenance = onto.provenance
     goal = Goal(
         path=Path(provenance.source or "second"),
         format=format_named(provenance.format),
         dialect=dialect_named(provenance.format, provenance.dialect),
-        template=replace(onto, extras={}),  # they are of no parameter, and are not compared
+        # What is of no parameter is not compared, and bare counters of the file are not written.
+        template=replace(onto, extras={}, residue=None),
     )
-    result = plan(replace(checkpoint, extras={}), goal, wishes)
-    # A counter that could not be filled is no matter here: both sides' counters are compared as they stand.
-    problems = [problem for problem in result.problems if problem.code != "progress-unknown"]
-    if problems:
-        raise MappingError(*problems)
+    source = replace(checkpoint, extras={})
+    result = plan(source, goal, wishes)
+    if any(problem.code == "progress-unknown" for problem in result.problems):
+        # A counter that cannot be filled is no matter: both sides' are compared as they stand.
+        result = plan(set_fields(source, {"step": 0}), goal, wishes)
+        result = replace(result, checkpoint=_as_counted(result.checkpoint, checkpoint))
+    if result.problems and all(problem.loc[:1] == ("optimizers",) for problem in result.problems):
+        bare = _carried(replace(source, optimizers=()), replace(onto, optimizers=()), wishes)
+        return replace(bare, checkpoint=replace(bare.checkpoint, optimizers=checkpoint.optimizers))
+    if result.problems:
+        raise MappingError(*result.problems)
     return _As(result.checkpoint, result.ledger, checkpoint)
+
+
+def _as_counted(carried: Checkpoint, source: Checkpoint) -> Checkpoint:
+    """The carried document with the source's own counters."""
+    steps = {optimizer.name: optimizer.step for optimizer in source.optimizers}
+    if len(carried.optimizers) == len(source.optimizers) == 1:
+        steps[carried.optimizers[0].name] = source.optimizers[0].step
+    optimizers = (replace(one, step=steps.get(one.name, one.step)) for one in carried.optimizers)
+    return replace(carried, progress=source.progress, optimizers=tuple(optimizers))
 
 
 def _compared(

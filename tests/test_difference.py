@@ -276,3 +276,30 @@ def test_parts_of_both_sides_are_selected(tmp_path: Path) -> None:
     assert invoke("diff", folder, folder, "--select", "checkpoint-1")[0] == 0
     assert invoke("diff", folder, RUN, "--select-a", "checkpoint-1")[0] == 0
     assert run("diff", folder, RUN, "--select-a", "checkpoint-7").returncode == 2
+
+
+def test_optimizers_that_do_not_convert_are_a_difference_and_no_trouble() -> None:
+    theirs = replace(open(TEMPLATE), residue=None)
+    (optimizer,) = theirs.optimizers
+    sgd = replace(theirs, optimizers=(replace(optimizer, algorithm="sgd", slots={}),))
+    found = compare(RUN, sgd)
+    assert {field.field for field in found.fields} >= {"optimizer.algorithm", "step"}
+    kinds = {(t.address[0], t.kind) for t in found.tensors}
+    assert kinds == {("param", "values"), ("slot", "only-first")}
+    without = compare(RUN, replace(theirs, optimizers=()))
+    assert ("optimizer.algorithm", "adamw", None) in [(f.field, f.first, f.second) for f in without.fields]
+    assert {t.kind for t in without.tensors if t.address[0] == "slot"} == {"only-first"}
+
+
+def test_an_unknown_step_is_compared_as_it_stands(converted: Path) -> None:
+    run, unknown = open(RUN), Unknown(reason="not stored")
+    (optimizer,) = run.optimizers
+    uncounted = replace(
+        run,
+        progress=replace(run.progress, step=unknown),
+        optimizers=(replace(optimizer, step=unknown, param_steps={}),),
+        residue=None,
+    )
+    found = compare(uncounted, converted)
+    assert [(f.field, f.first, f.second) for f in found.fields] == [("step", None, 9)]
+    assert found.compared == found.equal == 12
