@@ -6,6 +6,7 @@ bit for bit what it was, except where two biases have become one.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from torch import nn  # noqa: E402
 
 import ckptconv  # noqa: E402
 from ckptconv.adapters.pytorch import describe  # noqa: E402
+from ckptconv.rendering.plan import expression  # noqa: E402
+from ckptconv.schema import report_to_json, schema_problems  # noqa: E402
 from tests.support.live_twins import (  # noqa: E402
     Twin,
     apart,
@@ -300,3 +303,30 @@ def test_an_average_of_the_weights_is_summed_as_they_are() -> None:
     assert (slots[AVERAGE]["rnn.l0.bias"].read() == 3 + 4).all()
     moment = slots["first_moment"]["rnn.l0.bias"].read()
     np.testing.assert_array_equal(moment, optimizer.state[ours.rnn.bias_ih_l0]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "expected"),
+    [
+        ("lstm", "cell/bias", "sum(rnn.bias_ih_l0, rnn.bias_hh_l0)"),
+        ("gru", "cell/kernel", "transpose(reorder(rnn.weight_ih_l0))"),
+        ("gru", "cell/bias", "concat(reorder(rnn.bias_ih_l0), reorder(rnn.bias_hh_l0))"),
+        ("attention", "key_dense/kernel", "transpose(attention.in_proj_weight[8:16])"),
+        ("attention", "key_dense/bias", "reshape(attention.in_proj_bias[8:16])"),
+        ("separable-2d", "pointwise_kernel", "transpose(1.weight)"),
+    ],
+)
+def test_a_plan_says_what_is_taken_apart_and_joined(
+    name: str, place: str, expected: str, tmp_path: Path
+) -> None:
+    _, ours, theirs = built(name, "keras3")
+    source, template = ckptconv.pytorch.capture(ours), ckptconv.keras.capture(theirs)
+    report = ckptconv.convert(source, tmp_path / "ckpt-1", template=template, dry_run=True)
+    assert schema_problems(report_to_json(report), "report") == []
+    assert report.plan is not None
+    (row,) = [row for row in report.plan.rows if str(row.target[-1]).endswith(place)]
+    assert expression(row.producers) == expected
+    back = ckptconv.convert(template, tmp_path / "back.pt", template=source, dry_run=True)
+    assert schema_problems(report_to_json(back), "report") == []
+    assert back.plan is not None
+    assert {row.target for row in back.plan.rows} == {address for address, _ in source.tensors()}
