@@ -40,9 +40,9 @@ APART = {
 ABOVE = """\
 Layers in one row hold the same numbers, in the order of axes that each library has; outputs are equal in both
 directions, and so is what an optimizer does next (`tests/oracle/test_layer_kinds.py`,
-`test_recurrent_forms.py`, `test_compounds.py`). A class of your own that extends one of these is taken for it.
-Parameters of other classes are matched by name, shape and flow where their axes cannot be mistaken; else a
-mapping file says what they are (`docs/mapping.md`).
+`test_recurrent_forms.py`, `test_compounds.py`). A class of your own that extends one of these is taken for
+it. Parameters of other classes are matched by name, shape and flow where their axes cannot be mistaken; else
+a mapping file says what they are (`docs/mapping.md`).
 """
 BELOW = """\
 Slots of optimizers are cut, joined and reordered as their parameters are. A sum has one gradient for all its
