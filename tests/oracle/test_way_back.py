@@ -48,7 +48,10 @@ COUNTERS = {
     "tf-keras": "optimizer/_iterations",
     "tf-keras-legacy": "optimizer/iter",
 }
-INNER = {"keras3/loss-scale-adam": "optimizer/inner_optimizer/_iterations"}
+INNER = {
+    "keras3/loss-scale-adam": "optimizer/inner_optimizer/_iterations",
+    "keras3/keras-3.3-amsgrad": "optimizer/iterations",
+}
 COUPLED = {"keras3/subclassed-lists": {"step": EDITED + 1}}
 """Case -> the run's own variables that count updates, this one from 1."""
 NO_UPDATES = {"keras3/adam-accumulating", "tf-keras-legacy/adam-unbuilt", "tf-module/module"}
