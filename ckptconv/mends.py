@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 from ckptconv.catalog.restores import KindOfFile, TemplateRecipe, frameworks, recipe_for
+from ckptconv.dialects.torch_objects import NAMES_CODE
 from ckptconv.document import Checkpoint, Known, Optimizer, Unknown, value_of
 from ckptconv.formats.bundle_path import is_saved_model, locate
+from ckptconv.rawtree import Lifted, walk
+from ckptconv.rawtree import Path as Keys
 
 _DESCRIBED = (
     "# in the program that wrote the checkpoint, with its model and optimizer:",
@@ -53,10 +56,12 @@ def mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: Named) -> Iter
     """The restoring call that brings everything back, conversions, and what else helps."""
     best = next((restore for restore in kind.restores if restore.whole), None) if kind else None
     if best is not None:
-        lines = best.call.split("; ")
+        call, words = best.call, _words(checkpoint, named.path)
+        if any(said.startswith(NAMES_CODE) for said in checkpoint.oddities):
+            call = call.replace("torch.load(PATH)", "torch.load(PATH, weights_only=False)")
         yield Mend(
             text=f"In {best.framework}, this brings all of it back:",
-            code=tuple(_filled(line, _restorable(checkpoint, named.path)) for line in lines),
+            code=tuple(_filled(line, words) for line in call.split("; ")),
         )
     if checkpoint.is_skeleton:
         return
@@ -82,10 +87,27 @@ def mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: Named) -> Iter
         )
 
 
-def _filled(call: str, path: str) -> str:
-    """A call with the paths of this checkpoint in place of the words that stand for them."""
-    words = {"PATH": path, "FOLDER": str(Path(path).parent), "NAME": Path(path).name}
-    return re.sub(r"\b(PATH|FOLDER|NAME)\b", lambda match: json.dumps(words[match[1]]), call)
+def _filled(line: str, words: Mapping[str, str]) -> str:
+    """A line of a call with what this checkpoint has in place of the words that stand for it."""
+    return re.sub(r"\b[A-Z]{4,}\b", lambda match: words.get(match[0], match[0]), line)
+
+
+def _words(checkpoint: Checkpoint, path: Path) -> dict[str, str]:
+    """The paths that the framework's call takes, and the parts of a file that `torch.load` gives as `run`."""
+    where = _restorable(checkpoint, path)
+    words = {"PATH": where, "FOLDER": str(Path(where).parent), "NAME": Path(where).name}
+    found = {word: json.dumps(text) for word, text in words.items()}
+    leaves = walk(checkpoint.residue.root) if checkpoint.residue else ()
+    for keys, leaf in leaves:
+        if isinstance(leaf, Lifted) and leaf.to[0] == "param":
+            found.setdefault("MODEL", _part(keys[:-1]))
+        elif isinstance(leaf, Lifted) and leaf.to[0] == "hyperparameter" and "param_groups" in keys:
+            found.setdefault("OPTIMIZER", _part(keys[: keys.index("param_groups")]))
+    return found
+
+
+def _part(keys: Keys) -> str:
+    return "run" + "".join(f"[{json.dumps(key)}]" for key in keys)
 
 
 def _recipes(checkpoint: Checkpoint, kind: KindOfFile | None) -> Iterator[tuple[TemplateRecipe, ...]]:

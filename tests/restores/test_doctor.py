@@ -214,6 +214,32 @@ def test_the_call_that_it_names_is_for_this_file(made: Made) -> None:
     assert json.dumps(str(folder / "ckpt-1")) in doctor.diagnose(folder).mends[0].code[0]
 
 
+PLAIN = next(kind for kind in kinds_of_file() if kind.name == "torch-adam")
+WRAPPED = {"imagenet": "module", "open-clip": "module", "nanogpt": "_orig_mod"}
+"""Programs that save a model inside of another module."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [case for case, row in PRODUCERS.items() if row[0] in PLAIN.dialects])
+def test_the_lines_for_torch_are_those_of_the_file(case: str, tmp_path: Path) -> None:
+    """They name its parts, and are run as they are."""
+    _, save, _, per_epoch = PRODUCERS[case]
+    run, again = TorchRun(per_epoch=per_epoch), TorchRun(seed=1)
+    path = save(run, tmp_path)
+    best = doctor.diagnose(path).mends[0]
+    assert best.text.startswith("In PyTorch")
+    model: Any = again.model
+    if wrapper := WRAPPED.get(case):
+        model = torch.nn.Module()
+        model.add_module(wrapper, again.model)
+    exec("\n".join(best.code), {"torch": torch, "model": model, "optimizer": again.optimizer})
+    for mine, theirs in zip(again.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        ours, wanted = again.optimizer.state[mine], run.optimizer.state[theirs]
+        assert torch.equal(ours["exp_avg"], wanted["exp_avg"])
+        assert ours["step"] == wanted["step"] > 0
+
+
 def test_the_command_line_shows_both_forms(made: Made) -> None:
     path, _ = made("checkpoint-legacy")
     text = run_command("doctor", str(path))
