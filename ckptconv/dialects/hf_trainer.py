@@ -162,8 +162,7 @@ def _held(root: DictNode, raw: RawTree, lifter: Lifter) -> Held:
             loc=(raw.location.rpartition("/")[2],),
         )
     module = lift_weights(root, model[1], lifter)
-    named = {key: module.params[name] for key, name in module.raw_names.items()}
-    lift_copies(root, model[0], named, lifter)
+    lift_copies(root, model[0], module.params, lifter)
     optimizer, odd = _optimizer(root, module, has_order(model[0]), lifter)
     return Held(
         params=module.params,

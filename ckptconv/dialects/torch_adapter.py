@@ -38,9 +38,10 @@ _PLAIN = frozenset({"weight", "bias"})
 
 
 def saved_names(names: Sequence[str]) -> Sequence[str]:
-    """The names of a training model's state_dict, the prefix gone, as `save_pretrained` has them."""
-    if not any(f".{_BASE}." in name or f".{_SAVED}." in name for name in names):
-        return names
+    """The names of a training model's state_dict, the prefix gone, as `save_pretrained` has them.
+
+    They may be those of the adapter alone, which is what FSDP saves of a model that PEFT trains.
+    """
     adapters = {found[1] for found in map(_TUNED.search, names) if found is not None} - _PLAIN
     if len(adapters) != 1:
         return names

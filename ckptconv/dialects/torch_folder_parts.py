@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from ckptconv.dialects.dcp_members import MODEL
 from ckptconv.dialects.residue import Lifter
-from ckptconv.dialects.torch_modules import Module, lift_module
+from ckptconv.dialects.torch_modules import Module, bare_names, lift_module
 from ckptconv.dialects.torch_note import with_note
 from ckptconv.dialects.torch_values import layout_of, tensor_of
 from ckptconv.document import Param
@@ -92,16 +92,16 @@ def lift_weights(
 def lift_copies(root: DictNode, model: str, params: Mapping[str, Param], lifter: Lifter) -> None:
     """Take what an export repeats of the model: tensors of the same names and specs are parameters too.
 
-    `model`: the file that the model was taken from; `params`: by their names in files.
+    `model`: the file that the model was taken from.
     """
     exported = weights_of(root, tuple(name for name in WEIGHTS if not name.startswith(MODEL)))
     for file in exported[1] if exported is not None and model not in exported[1] else ():
         node = root.get(file)
-        for key, value in node.items if isinstance(node, DictNode) else ():
-            found, param = tensor_of(value), params.get(key) if isinstance(key, str) else None
-            if found is not None and param is not None and found[0].spec == param.tensor.spec:
-                assert isinstance(key, str)
-                lifter.take((file, key, *found[1]), ("param", param.name), **layout_of(found[0]))
+        raws = [key for key in node.keys if isinstance(key, str)] if isinstance(node, DictNode) else []
+        for raw, name in zip(raws, bare_names(raws), strict=True):
+            found = tensor_of(node.get(raw)) if isinstance(node, DictNode) else None
+            if found is not None and name in params and found[0].spec == params[name].tensor.spec:
+                lifter.take((file, raw, *found[1]), ("param", name), **layout_of(found[0]))
 
 
 class _Spread(Lifter):

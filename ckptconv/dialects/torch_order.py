@@ -15,7 +15,7 @@ from typing import Literal
 
 from ckptconv.dialects import torch_keys
 from ckptconv.dialects.torch_groups import GroupRule, in_groups
-from ckptconv.dialects.torch_modules import optimizable
+from ckptconv.dialects.torch_modules import bare_names, optimizable
 from ckptconv.dialects.torch_values import dotted, tensor_of
 from ckptconv.document import Param
 from ckptconv.errors import FormatError
@@ -184,7 +184,8 @@ def _named(
             names.update({index: str(index) for index in numbers})
         else:
             return None
-    named = {index: raw_names.get(name, name) for index, name in names.items()}
+    bare = dict(zip(names.values(), bare_names(list(names.values())), strict=True))
+    named = {index: raw_names.get(name, bare[name]) for index, name in names.items()}
     if not named or len(set(named.values())) < len(named):
         return None
     return named

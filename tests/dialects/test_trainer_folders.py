@@ -36,7 +36,10 @@ def json_of(folder: Path) -> dict[str, Any]:
     return state
 
 
-@pytest.mark.parametrize("case", ["two-groups", "sharded", "fsdp-sharded", "fsdp-full"])
+FSDP = ["fsdp-sharded", "fsdp-full", "fsdp-adapter-sharded", "fsdp-adapter-full"]
+
+
+@pytest.mark.parametrize("case", ["two-groups", "sharded", *FSDP])
 def test_the_run_is_what_the_trainer_told(case: str) -> None:
     truth, checkpoint = expected(TRAINER / case), ckptconv.open(TRAINER / case / "checkpoint")
     assert checkpoint.provenance.dialect == "hf-trainer"
@@ -70,7 +73,7 @@ def named_slots(checkpoint: ckptconv.Checkpoint) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("case", ["fsdp-sharded", "fsdp-full"])
+@pytest.mark.parametrize("case", FSDP)
 def test_a_trainer_with_fsdp_names_its_parameters(case: str) -> None:
     truth, checkpoint = expected(TRAINER / case), ckptconv.open(TRAINER / case / "checkpoint")
     assert [list(group.params) for group in checkpoint.optimizers[0].groups] == truth["groups"]
