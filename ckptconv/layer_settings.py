@@ -22,10 +22,8 @@ def required(
     """Lines of code of the target's framework, one for all layers of a kind with the same settings."""
     found: dict[tuple[str, tuple[tuple[str, float], ...]], dict[str, None]] = {}
     for pair in pairs:
-        told = source.layer_settings.get(module_of(pair.source), {})
-        if not told:
-            continue  # among them pieces, which are no parameters of the template's
         kind = pair.reading.kind if pair.reading is not None else template.params[pair.target].layer
+        told = source.layer_settings.get(module_of(pair.source), {})
         own = template.layer_settings.get(module_of(pair.target), {})
         arguments = tuple(
             (setting.key, setting.argument(told[name]))

@@ -243,7 +243,7 @@ Select = Annotated[
     typer.Option(
         metavar="NAME",
         help="Take this one of several checkpoints in a folder, or this part of one, e.g. --select best, "
-        "checkpoint-500, ema, model:generator or optimizer:0. May be repeated.",
+        "checkpoint-500, ema, unet, model:generator or optimizer:0. May be repeated.",
     ),
 ]
 ShardSize = Annotated[
