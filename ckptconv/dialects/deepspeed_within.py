@@ -65,7 +65,7 @@ class Held:
     def of_engine(cls, engine: Engine, root: DictNode, lifter: Lifter) -> Held:
         """The engine's part of the run; weights that the trainer exported beside it are copies."""
         run = engine.run
-        lift_copies(root, engine.tag, run.params, lifter)
+        copies = lift_copies(root, engine.tag, run.params, lifter)
         said = (
             f"Model, optimizer and loss scale are those of '{engine.tag}', DeepSpeed's part of the folder; "
             f"--select {engine.tag} takes it alone."
@@ -75,7 +75,7 @@ class Held:
             optimizers=run.optimizers,
             extras=run.extras,
             described=run.described,
-            oddities=(said, *run.oddities),
+            oddities=(said, *copies, *run.oddities),
             progress=run.progress,
             schedules=run.schedules,
             loss_scaling=run.loss_scaling,

@@ -162,14 +162,14 @@ def _held(root: DictNode, raw: RawTree, lifter: Lifter) -> Held:
             loc=(raw.location.rpartition("/")[2],),
         )
     module = lift_weights(root, model[1], lifter)
-    lift_copies(root, model[0], module.params, lifter)
+    copies = lift_copies(root, model[0], module.params, lifter)
     optimizer, odd = _optimizer(root, module, has_order(model[0]), lifter)
     return Held(
         params=module.params,
         optimizers=() if optimizer is None else (optimizer,),
         extras=module.parts,
         described=module.described,
-        oddities=odd,
+        oddities=(*odd, *copies),
     )
 
 

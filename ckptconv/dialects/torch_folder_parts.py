@@ -89,19 +89,30 @@ def lift_weights(
     return lift_module(merged, (files[0],), spread, prefix=prefix, seen=seen)
 
 
-def lift_copies(root: DictNode, model: str, params: Mapping[str, Param], lifter: Lifter) -> None:
+def lift_copies(root: DictNode, model: str, params: Mapping[str, Param], lifter: Lifter) -> tuple[str, ...]:
     """Take what an export repeats of the model: tensors of the same names and specs are parameters too.
 
-    `model`: the file that the model was taken from.
+    `model`: the file that the model was taken from. A sentence about those of other specs, which stay.
     """
+    others: list[str] = []
     exported = weights_of(root, tuple(name for name in WEIGHTS if not name.startswith(MODEL)))
     for file in exported[1] if exported is not None and model not in exported[1] else ():
         node = root.get(file)
         raws = [key for key in node.keys if isinstance(key, str)] if isinstance(node, DictNode) else []
         for raw, name in zip(raws, bare_names(raws), strict=True):
             found = tensor_of(node.get(raw)) if isinstance(node, DictNode) else None
-            if found is not None and name in params and found[0].spec == params[name].tensor.spec:
+            if found is None or name not in params:
+                continue
+            if found[0].spec == params[name].tensor.spec:
                 lifter.take((file, raw, *found[1]), ("param", name), **layout_of(found[0]))
+            else:
+                others.append(f"'{raw}' of '{file}'")
+    if not others:
+        return ()
+    return (
+        f"{others[0]} and {len(others) - 1} more have other dtypes or shapes than the run's parameters of the "
+        "same names: a copy for use without the run, kept as it stands and not written anew.",
+    )
 
 
 class _Spread(Lifter):

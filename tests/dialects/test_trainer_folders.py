@@ -340,3 +340,15 @@ def test_an_engine_without_a_rank_is_not_whole(tmp_path: Path) -> None:
     with pytest.raises(CkptError) as caught:
         ckptconv.open(source)
     assert [(p.code, p.loc) for p in caught.value.problems] == [("missing-file", ("pytorch_model", gone))]
+
+
+def test_an_export_in_another_dtype_is_no_copy(tmp_path: Path) -> None:
+    """It is said, and stays as it stands."""
+    source = shutil.copytree(FIXTURES / "hf-trainer" / "deepspeed-zero2" / "run", tmp_path / "run")
+    name, file = "fc1.weight", source / "model.safetensors"
+    torch, library = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    library.save_file({k: v.half() for k, v in library.load_file(file).items()}, file, {"format": "pt"})
+    checkpoint = ckptconv.open(source)
+    assert checkpoint.params[name].tensor.dtype.name == "float32"
+    assert checkpoint.extras[f"model.safetensors/{name}"].dtype.name == str(torch.float16)[6:]
+    assert any("'model.safetensors'" in oddity for oddity in checkpoint.oddities)
