@@ -110,7 +110,7 @@ def lift_copies(root: DictNode, model: str, params: Mapping[str, Param], lifter:
     if not others:
         return ()
     return (
-        f"{others[0]} and {len(others) - 1} more have other dtypes or shapes than the run's parameters of the "
+        f"{others[0]} and {len(others) - 1} more have other dtypes or shapes than the parameters of the "
         "same names: a copy for use without the run, kept as it stands and not written anew.",
     )
 
