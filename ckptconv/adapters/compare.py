@@ -31,7 +31,7 @@ from ckptconv.fitting import parts
 from ckptconv.mapping_file import MappingLike, mapping_of
 from ckptconv.mapping_rules import Ruled, ruled
 from ckptconv.matching import framework_of, matched
-from ckptconv.report import Report
+from ckptconv.report import Plan, Report
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ _HARMLESS = frozenset({"flatten-layout", "tie-mismatch", "layout-ambiguous"})
 def compare_outputs(
     torch_model: torch.nn.Module,
     keras_model: KerasModel,
-    plan_or_mapping: Report | MappingLike | None = None,
+    plan_or_mapping: Report | Plan | MappingLike | None = None,
     inputs: Inputs = None,
     *,
     axes: Axes | Sequence[Axes] | Mapping[str, Axes] | None = None,
@@ -56,8 +56,8 @@ def compare_outputs(
 ) -> OutputComparison:
     """Run both models on one batch, and compare what each layer gives out.
 
-    `plan_or_mapping`: the report of a conversion between the two, or a mapping file; None matches them by
-    `describe()`.
+    `plan_or_mapping`: the report or the plan of a conversion between the two, or a mapping file; None matches
+    them by `describe()`.
     `inputs`: as torch takes them: an array, a tuple of arguments, or a dictionary of those with names; Keras
     gets the array, a list, or the dictionary.
     `axes`: torch's and Keras' axes of the input, `("nchw", "nhwc")`; of each, where there are several. Where
@@ -129,11 +129,11 @@ def _several(inputs: Inputs) -> tuple[Any, ...]:
 
 
 def _pairs(
-    told: Report | MappingLike | None, source: Checkpoint, template: Checkpoint
+    told: Report | Plan | MappingLike | None, source: Checkpoint, template: Checkpoint
 ) -> Iterable[tuple[str, str]]:
     """Names of parameters of the torch and of the Keras model of which one makes the other."""
-    if isinstance(told, Report):
-        return tuple(_of_report(told, source, template))
+    if isinstance(told, (Report, Plan)):
+        return tuple(_of_conversion(told, source, template))
     frameworks = (framework_of(source), framework_of(template))
     rules = Ruled() if told is None else ruled(mapping_of(told), source, template, frameworks)
     found = matched(source, template, frameworks, rules)
@@ -146,14 +146,14 @@ def _pairs(
     ]
 
 
-def _of_report(report: Report, source: Checkpoint, template: Checkpoint) -> Iterator[tuple[str, str]]:
+def _of_conversion(
+    told: Report | Plan, source: Checkpoint, template: Checkpoint
+) -> Iterator[tuple[str, str]]:
     """The pairs of a conversion in either direction. Raises: mapping-invalid."""
     ours = {parts(name): name for name in source.params}
     theirs = {parts(name): name for name in template.params}
-    for entry in report.ledger:
-        if entry.item[0] != "param" or not entry.target:
-            continue
-        pair = parts(str(entry.item[1])), parts(entry.target)
+    for made_from, made in _of_plan(told) if isinstance(told, Plan) else _of_report(told):
+        pair = parts(made_from), parts(made)
         for first, second in (pair, pair[::-1]):
             if first in ours and second in theirs:
                 yield ours[first], theirs[second]
@@ -161,7 +161,19 @@ def _of_report(report: Report, source: Checkpoint, template: Checkpoint) -> Iter
         else:
             raise MappingError.of(
                 "mapping-invalid",
-                f"the report pairs '{entry.item[1]}' with '{entry.target}', which these models do not have",
+                f"the conversion pairs '{made_from}' with '{made}', which these models do not have",
                 "Pass the report of a conversion between these two, or None to match them by describe().",
-                loc=("plan_or_mapping", entry.target),
+                loc=("plan_or_mapping", made),
             )
+
+
+def _of_report(report: Report) -> Iterator[tuple[str, str]]:
+    for entry in report.ledger:
+        if entry.item[0] == "param" and entry.target:
+            yield str(entry.item[1]), entry.target
+
+
+def _of_plan(plan: Plan) -> Iterator[tuple[str, str]]:
+    for row in plan.rows:
+        if row.target[0] == "param":
+            yield from ((str(producer.item[-1]), str(row.target[1])) for producer in row.producers)

@@ -95,6 +95,22 @@ def test_equal_models_are_equal_in_every_layer(net: Net, kind: str) -> None:
     assert not any("call" in vars(layer) for layer in keras_model.layers)
 
 
+def test_a_plan_pairs_what_its_report_does(net: Net, tmp_path: Any) -> None:
+    """Also of a compiled model, whose optimizer has no variables yet."""
+    keras_model = keras_net("keras3")
+    restored(net, keras_model)
+    keras_model.compile("adam", "mse")
+    report = ckptconv.convert(
+        ckptconv.pytorch.capture(net),
+        tmp_path / "ckpt-1",
+        template=ckptconv.keras.describe(keras_net("keras3"), inputs=np.zeros((1, 6, 8, 2), np.float32)),
+        dry_run=True,
+    )
+    found = ckptconv.compare_outputs(net, keras_model, report.plan, IMAGES)
+    assert found.equal, str(found)
+    assert len(found.rows) == 9
+
+
 def restored(net: Net, keras_model: Any) -> Any:
     spec = ckptconv.pytorch.describe(net, inputs=torch.zeros(1, 2, 6, 8))
     return ckptconv.keras.restore(ckptconv.pytorch.capture(net), keras_model, source_spec=spec)
