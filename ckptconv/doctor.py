@@ -21,6 +21,7 @@ from ckptconv.formats.object_graph import OBJECT_GRAPH_KEY
 from ckptconv.formats.table import FORMATS
 from ckptconv.formats.weights_shards import index_of
 from ckptconv.mends import Mend, Named, mends, options
+from ckptconv.note import SOURCE as NOTE
 from ckptconv.rawtree import DictNode, Lifted, walk
 from ckptconv.report import REPORT_VERSION
 from ckptconv.skeleton import is_skeleton_file
@@ -153,6 +154,8 @@ def said(fact: Fact) -> str:
             return f"Not as a number, but it follows from what is there: {fact.value} ({fact.formula})."
         if fact.status == "supplied":
             return f"Not in the file's own content, but beside it: {fact.value}, from {fact.source}."
+        if fact.source == NOTE:
+            return f"Yes: {fact.value}, in the note of ckptconv that is in it, which no framework reads."
         return f"Yes: {fact.value}, under the name {fact.source}."
     if isinstance(fact, Absent):
         return f"There is none: {fact.reason}." if fact.reason else "There is none."

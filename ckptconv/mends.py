@@ -208,7 +208,7 @@ def _told_step(checkpoint: Checkpoint) -> tuple[str, str]:
         return "accumulation=B", "B is the number of batches per update (gradient_accumulation_steps)."
     facts = (progress.step, *(optimizer.step for optimizer in checkpoint.optimizers))
     hints = [hint for fact in facts if isinstance(fact, Unknown) for hint in fact.candidates]
-    maybe = " or ".join(dict.fromkeys(f"{hint.value} if {hint.condition}" for hint in hints))
+    maybe = " or ".join(dict.fromkeys(f"{hint.value} ({hint.condition})" for hint in hints))
     return "step=N", f"N is the number of updates that were done{maybe and f', perhaps {maybe}'}."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ torch = pytest.importorskip("torch")
 for needed in ("tensorflow", "tf_keras", "h5py", "lightning", "transformers", "accelerate"):
     pytest.importorskip(needed)
 
+import ckptconv  # noqa: E402
 from ckptconv import doctor  # noqa: E402
 from ckptconv.catalog.restores import KindOfFile, kinds_of_file  # noqa: E402
 from ckptconv.document import Known  # noqa: E402
+from ckptconv.note import SOURCE  # noqa: E402
 from ckptconv.schema import schema_problems  # noqa: E402
 from tests.restores.calls import Kept, load_weights  # noqa: E402
 from tests.restores.files import slots  # noqa: E402
@@ -212,6 +215,16 @@ def test_the_call_that_it_names_is_for_this_file(made: Made) -> None:
     assert all(np.array_equal(a, b) for a, b in zip(slots(run), saved.slots, strict=True))
     folder = FIXTURES / "tf-keras-legacy/sequential-adam/artifact"
     assert json.dumps(str(folder / "ckpt-1")) in doctor.diagnose(folder).mends[0].code[0]
+
+
+def test_a_step_in_a_note_is_one_that_no_framework_reads(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    ckptconv.convert(torch_file(tmp_path / "run.pt"), path, allow=["state-dropped"])
+    found = doctor.diagnose(path)
+    assert isinstance(found.step, Known)
+    assert (found.step.value, found.step.source) == (STEPS, SOURCE)
+    assert {restore.step for restore in found.restores} == {"zero"}
+    assert doctor.said(found.step) != doctor.said(replace(found.step, source="step"))
 
 
 PLAIN = next(kind for kind in kinds_of_file() if kind.name == "torch-adam")
