@@ -110,41 +110,33 @@ def _rule(drafts: Sequence[_Draft], patterns: Patterns) -> Rule:
 def _drafts(found: Matching) -> Iterator[_Draft]:
     """A rule for each parameter that is matched by itself, in the target's order."""
     told = {one.target for one in found.rules.told}
-    cuts: dict[tuple[int, str], dict[int, tuple[str, Pair]]] = {}
+    cuts: dict[tuple[bool, str], dict[int, tuple[str, Pair]]] = {}
     for pair in found.cover.pairs:
         if pair.matched_by == "alias" or pair.target in told:
             continue
         ours, theirs = origin_of(found.source, pair.source), origin_of(found.target, pair.target)
+        one, other = (ours, theirs) if ours.cut is not None else (theirs, ours)
         if ours.is_plain and theirs.is_plain:
             yield _one(found, pair, ours.names, theirs.names)
-        elif ours.cut is not None and theirs.is_plain:
-            pieces = cuts.setdefault((0, ours.cut.whole), {})
-            pieces[ours.position] = (theirs.names[0], pair)
-            if len(pieces) == len(ours.cut.pieces):
+        elif one.cut is not None and other.is_plain:
+            pieces = cuts.setdefault((one is ours, one.cut.whole), {})
+            pieces[one.position] = (other.names[0], pair)
+            if len(pieces) == len(one.cut.pieces):
                 several = tuple(pieces[n][0] for n in range(len(pieces)))
-                yield from _cut(
-                    found, [pieces[n][1] for n in range(len(pieces))], ours.names, several, ours.cut
-                )
-        elif theirs.cut is not None and ours.is_plain:
-            pieces = cuts.setdefault((1, theirs.cut.whole), {})
-            pieces[theirs.position] = (ours.names[0], pair)
-            if len(pieces) == len(theirs.cut.pieces):
-                several = tuple(pieces[n][0] for n in range(len(pieces)))
-                yield from _cut(
-                    found, [pieces[n][1] for n in range(len(pieces))], several, theirs.names, theirs.cut
-                )
+                names = (one.names, several) if one is ours else (several, one.names)
+                yield from _cut(found, [pieces[n][1] for n in range(len(pieces))], *names, one.cut)
         elif (ours.is_sum and theirs.is_plain) or (theirs.is_sum and ours.is_plain):
             yield _one(found, pair, ours.names, theirs.names, is_sum=True)
 
 
 def _one(found: Matching, pair: Pair, left: Names, right: Names, *, is_sum: bool = False) -> _Draft:
-    axes, choices = _axes(found, [pair])
+    axes, choices = _axes(found, pair)
     return _Draft(left, right, axes, choices, None, is_sum, _note(found, pair))
 
 
 def _cut(found: Matching, pairs: Sequence[Pair], left: Names, right: Names, cut: Cut) -> Iterator[_Draft]:
-    axes, choices = _axes(found, pairs)
-    if axes or choices:
+    if len({pair.axes for pair in pairs}) == 1:  # else no one rule says it, and it is matched without
+        axes, choices = _axes(found, pairs[0])
         yield _Draft(left, right, axes, choices, cut.axis, False, _note(found, pairs[0]))
 
 
@@ -155,12 +147,11 @@ def _note(found: Matching, pair: Pair) -> str:
     return "; ".join((f"matched by {pair.matched_by}, axes {pair.layout}", *doubts))
 
 
-def _axes(found: Matching, pairs: Sequence[Pair]) -> tuple[str, tuple[str, ...]]:
-    """What a rule says of the axes, or what there is to choose from."""
-    said = {pair.axes for pair in pairs}
-    axes = said.pop() if len(said) == 1 else None
-    if any(pair.layout == "assumed" for pair in pairs):
-        return "", tuple(_choices(found, pairs[0]))
+def _axes(found: Matching, pair: Pair) -> tuple[str, tuple[str, ...]]:
+    """What a rule says of the axes, or what there is to choose from; nothing of a vector."""
+    if pair.layout == "assumed":
+        return "", tuple(_choices(found, pair))
+    axes = pair.axes
     if axes is None or (axes[0] == axes[1] and len(axes[0]) < 2 and "(" not in "".join(axes[0])):
         return "", ()
     return axes_text(axes), ()
