@@ -39,7 +39,7 @@ def shown(block: str) -> str:
         if code:
             with contextlib.redirect_stderr(io.StringIO()):
                 _, told = invoke(command, *words, "--json")
-            lines += re.findall(r'"code": "(.+)"', told)
+            lines += dict.fromkeys(re.findall(r'"code": "(.+)"', told))
         elif command != TIMED:
             lines += text.rstrip("\n").split("\n")
     return "".join(f"{line}\n" for line in lines)
