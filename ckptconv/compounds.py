@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ckptconv.catalog import layers
 from ckptconv.catalog.compounds import CutRow, cut_rows, family, home, sum_rows
-from ckptconv.document import Checkpoint, Param
+from ckptconv.document import Checkpoint, Param, module_of
 from ckptconv.errors import Problem
 from ckptconv.fitting import leaf_of, parts
 from ckptconv.mapping_rules import Ruled
@@ -29,7 +29,10 @@ def compounds(
         return ruled.source_rewrites, ruled.target_rewrites
     sides = [_Apart(source, frameworks[0]), _Apart(template, frameworks[1])]
     common = frozenset.intersection(*(frozenset(map(leaf_of, side.alone)) for side in sides))
-    ours, theirs = ((*side.rewrites, *_alone(side.alone, common)) for side in sides)
+    ours, theirs = (
+        (*side.rewrites, *_alone(side.alone, common), *(side.fused() if other.tells_projections else ()))
+        for side, other in (sides, sides[::-1])
+    )
     ours = tuple(_without(ours, ruled.source_names | ruled.source_only))
     theirs = tuple(_without(theirs, ruled.target_names | ruled.target_only))
     return (*ours, *ruled.source_rewrites), (*theirs, *ruled.target_rewrites)
@@ -81,6 +84,7 @@ class _Apart:
         self.rewrites: list[Rewrite] = []
         self.alone: list[str] = []
         """Parameters that no layer of the catalog has."""
+        self._checkpoint = checkpoint
         self._framework = framework
         self._homes = {name: home(framework, name) for name in checkpoint.params}
         self._shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}
@@ -104,6 +108,40 @@ class _Apart:
             current.update(dict.fromkeys((piece.name for piece in cut.pieces), current.pop(name)))
             self.rewrites.append(cut)
         self.rewrites += _sums(current, framework)
+
+    @property
+    def tells_projections(self) -> bool:
+        """Whether query, key and value of some attention are parameters of their own, or have become so."""
+        pieces = (piece for one in self.rewrites if isinstance(one, Cut) for piece in one.pieces)
+        alone = {site.part for site in self._checkpoint.flow}.union(piece.part for piece in pieces)
+        return any(part and "," not in part for part in alone)
+
+    def fused(self) -> Iterator[Cut]:
+        """Parameters of which a run tells that they make several projections, a piece for each."""
+        told = {
+            module_of(site.param): site.part.split(",") for site in self._checkpoint.flow if "," in site.part
+        }
+        gone = {one.whole for one in self.rewrites if isinstance(one, Cut)}
+        for name, param in self._checkpoint.params.items():
+            module = module_of(name)
+            axes, count = param.axes or (), len(told.get(module, ()))
+            axis = axes.index("out") if "out" in axes else None
+            if name in gone or not count or axis is None or param.tensor.shape[axis] % count:
+                continue
+            size = param.tensor.shape[axis] // count
+            pieces = (
+                Piece(
+                    name=f"{module}.{part}.{leaf_of(name)}",
+                    size=size,
+                    layer=param.layer,
+                    role=param.role,
+                    axes=axes,
+                    evidence=param.evidence,
+                    part=part,
+                )
+                for part in told[module]
+            )
+            yield Cut(whole=name, axis=axis, pieces=tuple(pieces))
 
     def _kinds(self, param: Param) -> set[str]:
         """The kinds of layers that a parameter may be of: the one that is told, or all that fit."""

@@ -129,7 +129,7 @@ def _signature(module: Module) -> Hashable:
         module.direction,
         *(
             (leaf(p), p.tensor.spec, p.role, p.layer, p.axes, p.evidence, p.candidates, p.tied_to is None)
-            for p in module.params
+            for p in (*module.params, *module.shared)
         ),
         *((leaf(p), p.tensor.shape) for p in module.beside),
     )

@@ -145,7 +145,7 @@ class Site:
     one are left out."""
     part: str = ""
     """What is done with the result, where it tells one of several alike from the others: `query`, `key` or
-    `value` of an attention."""
+    `value` of an attention; of a fused projection all of them, in the order of its output's equal parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ckptconv.catalog import flatten, layers
 from ckptconv.catalog.axes import element_order
-from ckptconv.catalog.compounds import direction
+from ckptconv.catalog.compounds import direction, family
 from ckptconv.document import Evidence, Param
 from ckptconv.errors import Problem
 from ckptconv.ops import Permute
@@ -35,6 +35,8 @@ class Module:
     framework: str
     beside: tuple[Param, ...] = ()
     """Those that a mapping file has matched: they still tell what kind of layer it is."""
+    shared: tuple[Param, ...] = ()
+    """Names of other modules for its parameters: an output layer's kernel may be an embedding, too."""
 
     @property
     def label(self) -> str:
@@ -78,7 +80,10 @@ def modules(
 ) -> list[Module]:
     """The modules that have parameters left to match beside those that are `matched`."""
     grouped: dict[tuple[str, ...], list[Param]] = {}
+    shared: dict[str, list[Param]] = {}
     for name, param in params.items():
+        if param.tied_to is not None:
+            shared.setdefault(param.tied_to, []).append(param)
         grouped.setdefault(parts(name)[:-1], []).append(param)
     found = [
         Module(
@@ -86,6 +91,7 @@ def modules(
             params=tuple(param for param in group if param.name not in matched),
             framework=framework,
             beside=tuple(param for param in group if param.name in matched),
+            shared=tuple(other for param in group for other in shared.get(param.name, ())),
         )
         for key, group in grouped.items()
     ]
@@ -160,8 +166,13 @@ def fitting(source: Module, target: Module) -> Fit | None:
 def readings(param: Param, module: Module) -> tuple[layers.Candidate, ...]:
     """What the parameter may be: what is declared, else every catalog row that fits its name and rank."""
     if param.evidence in ("declared", "named") and param.axes is not None:
-        reading = layers.Candidate(kind=param.layer, role=param.role, axes=param.axes)
-        return layers.alike(module.framework, reading)
+        others = (one for one in module.shared if one.tied_to == param.name)
+        told = {
+            layers.Candidate(kind=one.layer, role=one.role, axes=one.axes): None
+            for one in (param, *others)
+            if one.axes is not None
+        }
+        return tuple(alike for reading in told for alike in layers.alike(module.framework, reading))
     if param.candidates:
         return tuple(layers.Candidate(c.layer, c.role, c.axes) for c in param.candidates)
     siblings = {parts(other.name)[-1]: other.tensor.shape for other in (*module.params, *module.beside)}
@@ -192,6 +203,10 @@ def _ways(
 ) -> tuple[Way, ...]:
     found: list[Way] = []
     same_framework = frameworks[0] == frameworks[1]
+    if _is_as_written(source, target) and family(frameworks[0]) == family(frameworks[1]):
+        for reading in (readings_t or readings_s)[:1]:
+            yield Way((), reading, "as it is written", (reading.axes, reading.axes))
+            return
     for reading_t in readings_t:
         for reading_s in readings_s:
             if reading_s.role != reading_t.role or not layers.same_layer(reading_s.kind, reading_t.kind):
@@ -217,6 +232,13 @@ def _ways(
         if not same_framework and len(set(sizes)) < len(sizes):
             found.append(Way((_UNKNOWN_ORDER,), None, "axes of equal size in another order"))
     return tuple(found)
+
+
+def _is_as_written(source: Param, target: Param) -> bool:
+    """Whether a variable has one name and shape on both sides, and a file alone tells one of its layers: what
+    the file makes of its class is no reason to move its axes within a library."""
+    alike = leaf(source) == leaf(target) and source.tensor.shape == target.tensor.shape
+    return alike and (source.evidence == "declared") != (target.evidence == "declared")
 
 
 def numbered(shape: tuple[int, ...]) -> tuple[str, ...]:

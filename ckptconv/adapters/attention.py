@@ -2,7 +2,8 @@
 
 The product of two tensors that depend on the input has the axes of both. Where one of its axes is normalized,
 the tensor that the axis comes from is the key and the other is the query; what the result is multiplied with
-is the value. Parameters of a fused projection are all three, and get no name here.
+is the value. A fused projection makes all three: where its output is split in equal parts, it is told which
+part is which.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ Names = frozenset[str]
 QUERY, KEY, VALUE = "query", "key", "value"
 
 
+class Factor(NamedTuple):
+    """A tensor that is multiplied, and the parameters that made it."""
+
+    key: Hashable
+    givers: Names
+
+
 class _Axis(NamedTuple):
     """Where an axis of a product comes from."""
 
     factor: int
-    givers: tuple[Names, Names]
-    """The parameters that made each factor."""
+    factors: tuple[Factor, Factor]
 
 
 class Attention:
@@ -31,28 +38,39 @@ class Attention:
         """Product -> where each axis comes from; None for an axis of both factors."""
         self._weights: set[Hashable] = set()
         """Normalized products."""
-        self.parts: dict[str, str] = {}
-        """Parameter -> what it makes; empty for one that makes several."""
+        self._shares: dict[Hashable, tuple[int, int]] = {}
+        """Tensor -> which of how many equal parts of the last axis of what its parameters made."""
+        self._made: dict[str, dict[str, set[tuple[int, int] | None]]] = {}
+        """Parameter -> what it makes, of which share of its output; None for all of it."""
+
+    def part(self, name: str) -> str:
+        """What a parameter makes: one of the three, or several in the order of its output's parts."""
+        made = self._made.get(name, {})
+        if len(made) == 1:
+            return next(iter(made))
+        told = {share: part for part, shares in made.items() for share in shares}
+        parts = [told.get((i, len(made)), "") for i in range(len(made))]
+        return ",".join(parts) if all(parts) and len(told) == len(made) else ""
 
     def multiplied(
-        self,
-        factors: tuple[Hashable, Hashable],
-        givers: tuple[Names, Names],
-        made: Hashable,
-        origins: Sequence[int | None],
+        self, factors: tuple[Factor, Factor], made: Hashable, origins: Sequence[int | None]
     ) -> None:
-        """Two tensors make a third. `givers`: the parameters that made each; `origins`: of each axis of the
-        product its factor, 0 or 1, None for an axis of both."""
-        for one, other in ((0, 1), (1, 0)):
-            if factors[one] in self._weights:
-                self._name(givers[other], VALUE)
+        """Two tensors make a third. `origins`: of each of its axes the factor, 0 or 1, None for both."""
+        for one, other in (factors, factors[::-1]):
+            if one.key in self._weights:
+                self._name(other, VALUE)
                 return
-        self._axes[made] = tuple(None if i is None else _Axis(i, givers) for i in origins)
+        self._axes[made] = tuple(None if i is None else _Axis(i, factors) for i in origins)
 
-    def attended(self, query: Names, key: Names, value: Names) -> None:
+    def attended(self, query: Factor, key: Factor, value: Factor) -> None:
         """One operation does it all."""
-        for names, part in ((query, QUERY), (key, KEY), (value, VALUE)):
-            self._name(names, part)
+        for factor, part in ((query, QUERY), (key, KEY), (value, VALUE)):
+            self._name(factor, part)
+
+    def split(self, tensor: Hashable, made: Sequence[Hashable]) -> None:
+        """The last axis of a tensor is cut into equal parts."""
+        if tensor not in self._shares:
+            self._shares.update((one, (i, len(made))) for i, one in enumerate(made))
 
     def normalized(self, tensor: Hashable, made: Hashable, axis: int) -> None:
         """A softmax along one axis."""
@@ -60,12 +78,12 @@ class Attention:
         along = axes[axis] if axes is not None else None
         if along is not None:
             self._weights.add(made)
-            self._name(along.givers[along.factor], KEY)
-            self._name(along.givers[1 - along.factor], QUERY)
+            self._name(along.factors[along.factor], KEY)
+            self._name(along.factors[1 - along.factor], QUERY)
 
-    def _name(self, names: Names, part: str) -> None:
-        for name in names:
-            self.parts[name] = part if self.parts.setdefault(name, part) == part else ""
+    def _name(self, factor: Factor, part: str) -> None:
+        for name in factor.givers:
+            self._made.setdefault(name, {}).setdefault(part, set()).add(self._shares.get(factor.key))
 
     def permuted(self, tensor: Hashable, made: Hashable, order: Sequence[int]) -> None:
         """Axis `i` of what is made is axis `order[i]` of the tensor."""
@@ -106,3 +124,5 @@ class Attention:
     def _same(self, tensor: Hashable, made: Hashable) -> None:
         if tensor in self._weights:
             self._weights.add(made)
+        if tensor in self._shares:
+            self._shares.setdefault(made, self._shares[tensor])

@@ -61,8 +61,7 @@ class Run:
 
     def sites(self) -> tuple[Site, ...]:
         """Every site with the parameters before it that reach it through no other one."""
-        parts = self.attention.parts
+        part = self.attention.part
         return tuple(
-            Site(param=name, after=after, part=parts.get(name, ""))
-            for name, after in self._after.reduced().items()
+            Site(param=name, after=after, part=part(name)) for name, after in self._after.reduced().items()
         )

@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
+from ckptconv.adapters.attention import Factor
 from ckptconv.adapters.flow import CONSTANT, INPUT, Origin, Run
 
 _CONVOLUTIONS = frozenset(
     {"Conv2D", "Conv3D", "DepthwiseConv2dNative", "Conv2DBackpropInput", "Conv3DBackpropInputV2"}
 )
+_SPLITS = {"Split": (1, 0), "SplitV": (0, 2)}
+"""Operation -> which of its inputs are the tensor and the axis."""
 _PRODUCTS = frozenset({"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum"})
 
 
@@ -62,7 +65,20 @@ def run_of(model: Callable[..., object], inputs: object, names: Mapping[int, str
             origins.setdefault(tensor.ref(), origin)
             _attention(run, operation, known, tensor)
             _axes(run, operation, tensor)
+        if operation.type in _SPLITS:
+            _split(run, operation)
     return run
+
+
+def _split(run: Run, operation: _Operation) -> None:
+    """Equal parts of a last axis."""
+    import tensorflow as tf
+
+    tensor, axis = (operation.inputs[i] for i in _SPLITS[operation.type])
+    told, sizes = tf.get_static_value(axis), [part.shape.as_list() for part in operation.outputs]
+    rank = tensor.shape.rank
+    if told is not None and rank and int(told) % rank == rank - 1 and all(s == sizes[0] for s in sizes):
+        run.attention.split(tensor.ref(), [part.ref() for part in operation.outputs])
 
 
 def _attention(run: Run, operation: _Operation, known: Sequence[Origin], made: _Tensor) -> None:
@@ -70,14 +86,17 @@ def _attention(run: Run, operation: _Operation, known: Sequence[Origin], made: _
     if operation.type == "Softmax":
         run.attention.normalized(operation.inputs[0].ref(), made.ref(), -1)
     elif operation.type in _PRODUCTS and len(known) == 2 and made.shape.rank is not None:
-        one, other = (origin.given for origin in known)
-        if one is None or other is None:
+        factors = [
+            Factor(t.ref(), o.given)
+            for t, o in zip(operation.inputs, known, strict=True)
+            if o.given is not None
+        ]
+        if len(factors) != 2:
             return
         axes: Sequence[int | None] = [*(None for _ in range(made.shape.rank - 2)), 0, 1]
         if operation.type == "Einsum":
             axes = _factors(operation.get_attr("equation"))
-        keys = tuple(tensor.ref() for tensor in operation.inputs)
-        run.attention.multiplied((keys[0], keys[1]), (one, other), made.ref(), axes)
+        run.attention.multiplied((factors[0], factors[1]), made.ref(), axes)
 
 
 def _factors(equation: object) -> list[int | None]:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from ckptconv.adapters.attention import Factor
 from ckptconv.adapters.flow import CONSTANT, INPUT, Origin, Run
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _RESHAPES = frozenset(
 )
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1}
 """Operation -> which of its tensors is the first factor; the second is the next."""
+_SPLITS = frozenset({"aten::split", "aten::split_with_sizes"})
 _SOFTMAX = frozenset({"aten::_softmax", "aten::_safe_softmax"})
 _ATTENTION = "aten::_scaled_dot_product"
 """What the operations begin with that take query, key and value."""
@@ -63,6 +65,8 @@ def run_of(model: torch.nn.Module, inputs: Inputs, names: Collection[str]) -> Ru
             for tensor in _tensors(result):
                 note(tensor, origin)
                 _follow(run, func._schema.name, args, taken, tensor)
+            if func._schema.name in _SPLITS:
+                _split(run, args, given[0], list(_tensors(result)))
             return result
 
     for name, tensor in (
@@ -90,6 +94,18 @@ class _Taken(NamedTuple):
     shape: tuple[int, ...]
     given: frozenset[str] | None
 
+    @property
+    def factor(self) -> Factor | None:
+        """As one of a product, where it depends on the input."""
+        return None if self.given is None else Factor(self.key, self.given)
+
+
+def _split(run: Run, args: tuple[Any, ...], tensor: torch.Tensor, made: list[torch.Tensor]) -> None:
+    """Equal parts of a last axis."""
+    axis = args[2] if len(args) > 2 else 0
+    if axis % tensor.ndim == tensor.ndim - 1 and len({part.shape for part in made}) == 1:
+        run.attention.split(id(tensor), [id(part) for part in made])
+
 
 def _follow(run: Run, operation: str, args: tuple[Any, ...], taken: list[_Taken], made: torch.Tensor) -> None:
     """What an operation does to the axes of images, and to the scores of an attention."""
@@ -97,14 +113,13 @@ def _follow(run: Run, operation: str, args: tuple[Any, ...], taken: list[_Taken]
     if operation == "aten::convolution":
         run.images.convolved(id(made), rank, channels_last=False)
     elif operation.startswith(_ATTENTION):
-        query, key, value = (one.given for one in taken[:3])
-        if query is not None and key is not None and value is not None:
-            run.attention.attended(query, key, value)
+        factors = [factor for one in taken[:3] if (factor := one.factor) is not None]
+        if len(factors) == 3:
+            run.attention.attended(*factors)
     elif operation in _PRODUCTS:
-        one, other = taken[_PRODUCTS[operation] :][:2]
-        if one.given is not None and other.given is not None:
-            axes = [*(None for _ in shape[:-2]), 0, 1]
-            run.attention.multiplied((one.key, other.key), (one.given, other.given), id(made), axes)
+        one, other = (each.factor for each in taken[_PRODUCTS[operation] :][:2])
+        if one is not None and other is not None:
+            run.attention.multiplied((one, other), id(made), [*(None for _ in shape[:-2]), 0, 1])
     elif operation in _SOFTMAX:
         run.attention.normalized(taken[0].key, id(made), args[1])
     for follower in run.followers:

@@ -202,7 +202,46 @@ def test_keras_attention_is_seen_by_what_it_does(kind: str, dropout: float) -> N
     assert names == {"query": "query", "key": "key", "value": "value", "output": ""}
 
 
-def test_a_fused_projection_is_none_of_the_three() -> None:
+class Fused(nn.Module):
+    """One linear layer for all three, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.d = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Any:
+        k, q, v = (one.unflatten(-1, (2, 4)).transpose(1, 2) for one in self.a(x).relu().split(8, dim=-1))
+        return self.d(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_the_parts_of_a_fused_projection_are_told_in_their_order() -> None:
+    described = ckptconv.pytorch.describe(Fused(), inputs=torch.zeros(2, 7, 8))
+    parts = {site.param: site.part for site in described.flow}
+    assert parts["a.weight"] == parts["a.bias"] == "key,query,value"
+    assert parts["d.weight"] == ""
+
+
+def test_the_parts_of_a_fused_projection_in_keras() -> None:
+    keras = framework("keras3")
+    inputs = keras.Input((7, 8))
+    q, v, k = keras.ops.split(keras.layers.Dense(24, name="a")(inputs), 3, axis=-1)
+    weights = keras.ops.softmax(keras.ops.matmul(q, keras.ops.transpose(k, (0, 2, 1))))
+    model = keras.Model(inputs, keras.ops.matmul(weights, v))
+    described = ckptconv.keras.describe(model, inputs=np.zeros((2, 7, 8), np.float32))
+    assert {site.param: site.part for site in described.flow}["a/bias"] == "query,value,key"
+
+
+def test_unequal_parts_tell_nothing() -> None:
+    class Grouped(Fused):
+        def forward(self, x: Any) -> Any:
+            q, k, v = self.a(x).split((8, 12, 4), dim=-1)
+            return self.d((q @ k[..., :8].mT).softmax(-1) @ v.repeat(1, 1, 2))
+
+    described = ckptconv.pytorch.describe(Grouped(), inputs=torch.zeros(2, 7, 8))
+    assert {site.part for site in described.flow} == {""}
+
+
+def test_a_fused_projection_that_is_not_split_is_none_of_the_three() -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True)
     x = torch.zeros(2, 7, 8)
     described = ckptconv.pytorch.describe(model, inputs=(x, x, x))

@@ -18,7 +18,9 @@ def torch_variant(model: nn.Module, seed: int) -> tuple[nn.Module, dict[str, str
     """
     rng = random.Random(seed)
     model = copy.deepcopy(model)
-    old = {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()}
+    old: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        old.setdefault(id(tensor), name)  # the first of those that are tied
     for module in list(model.modules()):
         if not module._modules or isinstance(module, nn.ModuleList):
             continue

@@ -89,5 +89,6 @@ def _transformers(encoders: encoder.Size, gpt: gpt2.Size, images_of: vit.Size) -
     )
 
 
-TRANSFORMERS = _transformers(encoder.BASE, gpt2.BASE, vit.BASE)
+ENCODERS = _transformers(encoder.BASE, gpt2.BASE, vit.BASE)[:2]
+LARGE = _transformers(encoder.BASE, gpt2.BASE, vit.BASE)[2:]
 SMALL_TRANSFORMERS = _transformers(encoder.SMALL, gpt2.SMALL, vit.SMALL)

@@ -255,6 +255,41 @@ def test_a_ledger_names_the_files_parameters_and_their_parts() -> None:
     assert {entry.item[0] for entry in joined} == {"param"}
 
 
+class FusedByHand(nn.Module):
+    """One linear layer for all projections, keys first: no name and no shape tells which is which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixed, self.last = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Any) -> Any:
+        k, q, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in self.mixed(x).chunk(3, -1))
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.last(out.transpose(1, 2).flatten(2))
+
+
+def test_a_fused_projection_comes_apart_as_its_run_splits_it(tmp_path: Path) -> None:
+    """With the state of its optimizer, there and back."""
+    twin = attention(FusedByHand)
+    ours, theirs = random_torch(twin.torch(), 1), random_keras(twin.keras(framework("keras3")), 2)
+    train_torch(twin, ours, optimizer := torch_adamw(ours), 3)
+    adam = keras_adamw("keras3", theirs)
+    x = twin.inputs()
+    here = ckptconv.pytorch.describe(ours, optimizer, inputs=torch.from_numpy(x))
+    there = ckptconv.keras.describe(theirs, adam, inputs=x)
+    captured = ckptconv.pytorch.capture(ours, optimizer)
+    ckptconv.convert(captured, tmp_path / "made", template=there, source_spec=here)
+    ckptconv.keras.restore(tmp_path / "made", theirs, adam)
+    assert apart(twin, ours, theirs) < 1e-5
+    made = ckptconv.keras.capture(theirs, adam)
+    ckptconv.convert(made, tmp_path / "back.pt", template=here, source_spec=there)
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back["model"][name], tensor)
+    for state, own in zip(back["optimizer"]["state"].values(), optimizer.state.values(), strict=True):
+        assert all(torch.equal(state[slot], own[slot]) for slot in ("exp_avg", "exp_avg_sq", "step"))
+
+
 @pytest.mark.parametrize("kind", BOTH)
 def test_a_gru_that_resets_before_is_refused(kind: str) -> None:
     twin = recurrent("GRU", reset_after=False)
