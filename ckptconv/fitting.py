@@ -187,6 +187,9 @@ def ways(
     frameworks: tuple[str, str],
 ) -> tuple[Way, ...]:
     """Each way in which the source's axes can be brought into the target's order, with its name."""
+    if _is_as_written(source, target) and family(frameworks[0]) == family(frameworks[1]):
+        reading = (*readings_t, *readings_s)[0]  # one side's is declared
+        return (Way((), reading, "as it is written", (reading.axes, reading.axes)),)
     alike = not readings_s and not readings_t and leaf(source) == leaf(target)
     shapes = source.tensor.shape, target.tensor.shape
     return _ways(tuple(readings_s), tuple(readings_t), *shapes, frameworks, alike)
@@ -203,10 +206,6 @@ def _ways(
 ) -> tuple[Way, ...]:
     found: list[Way] = []
     same_framework = frameworks[0] == frameworks[1]
-    if _is_as_written(source, target) and family(frameworks[0]) == family(frameworks[1]):
-        for reading in (readings_t or readings_s)[:1]:
-            yield Way((), reading, "as it is written", (reading.axes, reading.axes))
-            return
     for reading_t in readings_t:
         for reading_s in readings_s:
             if reading_s.role != reading_t.role or not layers.same_layer(reading_s.kind, reading_t.kind):

@@ -365,3 +365,22 @@ def test_a_plan_says_what_is_taken_apart_and_joined(
     assert schema_problems(report_to_json(back), "report") == []
     assert back.plan is not None
     assert {row.target for row in back.plan.rows} == {address for address, _ in source.tensors()}
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_file_of_the_same_library_needs_no_skeleton(kind: str, tmp_path: Path) -> None:
+    """Its names tell another kind of layer than the live ones, whose axes stand where they stood."""
+    import tensorflow
+
+    def model() -> Any:
+        k = framework(kind)
+        inputs = k.Input((7, 8))
+        x = k.layers.MultiHeadAttention(2, 4)(inputs, inputs)
+        x = k.layers.EinsumDense("abc,dc->abd", output_shape=(7, 8), bias_axes="d")(x)
+        return k.Model(inputs, k.layers.EinsumDense("abc,cde->abde", output_shape=(7, 2, 4))(x))
+
+    written, restored = random_keras(model(), 1), random_keras(model(), 2)
+    path = tensorflow.train.Checkpoint(model=written).write(str(tmp_path / "run"))
+    ckptconv.keras.restore(path, restored)
+    for one, other in zip(written.get_weights(), restored.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
