@@ -187,9 +187,9 @@ def ways(
     frameworks: tuple[str, str],
 ) -> tuple[Way, ...]:
     """Each way in which the source's axes can be brought into the target's order, with its name."""
-    if _is_as_written(source, target) and family(frameworks[0]) == family(frameworks[1]):
-        reading = (*readings_t, *readings_s)[0]  # one side's is declared
-        return (Way((), reading, "as it is written", (reading.axes, reading.axes)),)
+    told = (*readings_t, *readings_s)
+    if told and _is_as_written(source, target) and family(frameworks[0]) == family(frameworks[1]):
+        return (Way((), told[0], "as it is written", (told[0].axes, told[0].axes)),)
     alike = not readings_s and not readings_t and leaf(source) == leaf(target)
     shapes = source.tensor.shape, target.tensor.shape
     return _ways(tuple(readings_s), tuple(readings_t), *shapes, frameworks, alike)
