@@ -70,18 +70,18 @@ class JobResult:
 def plan_steps(placements: Sequence[Placement]) -> dict[str, Step]:
     """By placement key: each source extent is checked exactly once, on the way where that is possible."""
     inline: dict[Hashable, str] = {}
-    for placement in placements:
-        if recorded_whole(placement.tensor) is not None:
+    recorded_by = [recorded_whole(placement.tensor) for placement in placements]
+    for placement, recorded in zip(placements, recorded_by, strict=True):
+        if recorded is not None:
             inline.setdefault(placement.tensor.extents[0].id, placement.key)
     seen = set(inline)
     steps = {}
-    for placement in placements:
+    for placement, recorded in zip(placements, recorded_by, strict=True):
         before = []
         for extent in (part.checked for part in placement.tensor.extents):
             if extent.checksum is not None and extent.id not in seen:
                 seen.add(extent.id)
                 before.append(extent)
-        recorded = recorded_whole(placement.tensor)
         if recorded is not None and inline[placement.tensor.extents[0].id] != placement.key:
             recorded = None
         assert placement.key not in steps, f"two placements have the key {placement.key!r}"

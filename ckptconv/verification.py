@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,11 @@ def checker(
             raise _failed(*differing)
         if again.note != raw.note:
             raise _failed((NOTE_KEY,), "the embedded note is another text")
+        absolute = cache(os.path.abspath)
         keys = {
-            (os.path.abspath(below(layout.kind, staged, file.name)), placement.offset): placement.key
+            (path, placement.offset): placement.key
             for file in layout.files
+            for path in (absolute(below(layout.kind, staged, file.name)),)
             for placement in file.placements
             if placement.tensor.spec.nbytes  # one without bytes lies where the next one begins
         }
@@ -60,7 +63,7 @@ def checker(
             source = extent.source
             if not isinstance(source, FileSource):
                 continue  # an array within a pickle: _differences compares it
-            key = keys.get((os.path.abspath(source.path), extent.offset))
+            key = keys.get((absolute(source.path), extent.offset))
             if key is None:
                 raise _failed(
                     (source.name,), f"bytes at {extent.offset} belong to no tensor that was written"
