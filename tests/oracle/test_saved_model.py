@@ -130,6 +130,20 @@ def test_an_exported_model_serves_the_weights_that_are_written_into_it(package: 
             assert any(np.array_equal(variable, w) for w in held)
 
 
+@pytest.mark.parametrize("package", ["keras", "tf_keras"])
+def test_an_exported_model_computes_the_same_in_torch(package: str, tmp_path: Path) -> None:
+    k, torch = pytest.importorskip(package), pytest.importorskip("torch")
+    layers = [k.layers.Input((5,)), k.layers.Dense(3), k.layers.BatchNormalization(), k.layers.Dense(2)]
+    folder = exported(k, compiled(k, k.Sequential(layers), k.optimizers.Adam(0.01)), tmp_path / "out")
+    net = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3, eps=1e-3), torch.nn.Linear(3, 2))
+    torch.save(net.state_dict(), tmp_path / "fresh.pt")
+    ckptconv.convert(folder, tmp_path / "weights.pt", template=tmp_path / "fresh.pt")
+    net.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype("float32")
+    served = tf.saved_model.load(str(folder))
+    np.testing.assert_allclose(net.eval()(torch.tensor(x)).detach().numpy(), served.serve(x), atol=1e-5)
+
+
 def test_a_subclassed_export_is_parted_into_layers(tmp_path: Path) -> None:
     """All of its kernels are `net/kernel`; its lists are there, which no checkpoint of its objects holds."""
     keras = pytest.importorskip("keras")
