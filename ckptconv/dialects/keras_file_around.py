@@ -53,9 +53,12 @@ def _lists(
     """
     if arguments is not None:
         return tuple(slot for name, slot in _ARGUMENTS.items() if arguments.get(name))
+    possible = _WITHOUT_CONFIG.get(framework, ((),))
+    if row is None and (UNTOLD,) not in possible:
+        return ()  # lists may be slots of an unknown class, and the counter counts updates in any case
     rows = rows_of_framework(framework) if row is None else (row,)
     count, fits = len(params), []
-    for lists in _WITHOUT_CONFIG.get(framework, ((),)):
+    for lists in possible:
         rest = variables[len(lists) * count :]
         alike = all(list(variables[i * count :][:count]) == list(params) for i in range(len(lists)))
         whole = len(rest) + len(lists) * count == len(variables)
@@ -63,7 +66,7 @@ def _lists(
             fits.append(lists)
     if not fits or () in fits:
         return ()
-    return fits[0] if len(fits) == 1 else None
+    return fits[0] if len(fits) == 1 and (row is not None or fits[0] == (UNTOLD,)) else None
 
 
 def settings_of(

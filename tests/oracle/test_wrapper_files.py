@@ -13,6 +13,7 @@ pytest.importorskip("tensorflow")
 pytest.importorskip("tf_keras")
 pytest.importorskip("h5py")
 
+import h5py
 import torch
 
 import ckptconv
@@ -138,6 +139,12 @@ def test_lists_without_a_config(tmp_path: Path) -> None:
         keras_file(again, back, load=True)
         assert int(again.optimizer._iterations) == STEPS
         same(again.weights(), side.weights())
+        with h5py.File(written, "r+") as file:
+            del file["optimizer/vars"].attrs["name"]  # before Keras 3.6 nothing tells the class either
+        document = ckptconv.open(written)
+        assert document.optimizers[0].algorithm == "unknown"
+        assert isinstance(document.progress.step, Unknown)
+        assert value_of(document.progress.micro_steps) == STEPS
     side = run(Keras(kind="keras3", seed=1, around={"average": True, "accumulate": 3}), range(STEPS + 1))
     document = ckptconv.open(keras_file(side, tmp_path / "two.weights.h5"))
     assert {"moving_average", "accumulated_gradient", "momentum"} == set(document.optimizers[0].slots)
