@@ -210,7 +210,8 @@ def _in_directory(directory: Path) -> Located:
         slices = () if prefix.index.is_file() else slice_files(directory / name)
         others = ", ".join(other for other in names if other != name)
         other = f"; --select takes another: {others}" if others else ""
-        return Located(prefix=prefix, slices=slices, why=f"'{name or INDEX_SUFFIX}' was taken: it is {why}{other}.")
+        why = f"'{name or INDEX_SUFFIX}' was taken: it is {why}{other}."
+        return Located(prefix=prefix, slices=slices, why=why)
     if names:
         raise FormatError.of(
             "usage",
