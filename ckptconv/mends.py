@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ckptconv.catalog.restores import KindOfFile, TemplateRecipe, frameworks, recipe_for
+from ckptconv.dialects.torch_adapter import EXTENSION as ADAPTER
 from ckptconv.dialects.torch_objects import NAMES_CODE
 from ckptconv.document import Checkpoint, Known, Optimizer, Unknown, value_of
 from ckptconv.formats.bundle_path import is_saved_model, locate
@@ -74,6 +75,8 @@ def mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: Named) -> Iter
                 command=named.command("doctor", more=("--select", f"optimizer:{position}")),
             )
         return
+    if ADAPTER in checkpoint.extensions:
+        return  # no other framework has a place for it before it is merged, which is said
     for recipes in _recipes(checkpoint, kind):
         yield _conversion(recipes, checkpoint, named, unknown=unknown)
     if unknown and checkpoint.optimizers:

@@ -34,6 +34,7 @@ NO_TWIN = {
     "deepspeed/zero1-fp16/run": "keras",
     "deepspeed/zero2-fp32/run": "keras",
     "deepspeed/zero3-bf16/run": "keras",
+    "hf-trainer/fsdp-adapter-sharded/checkpoint": "keras",
     "hf-trainer/sharded/checkpoint": "keras",
     "keras-file/dtypes/artifact/dtypes.weights.h5": "keras torch",
     "megatron/gpt-2-ranks": "keras",
