@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 MAGIC = b"\x89HDF\r\n\x1a\n"
+_GLOBAL_HEAP = b"GCOL"
 Object = Any
 """A group, dataset or file of h5py, which has no types."""
 
@@ -87,8 +88,30 @@ class _Reading(io.RawIOBase):
         count = max(min(len(out), self._extent.nbytes - self._at), 0)
         if count:
             self._extent.read_into(self._at, out[:count])
+            if out[:4] == _GLOBAL_HEAP and count >= 16:
+                self._check_global_heap(nbytes=int.from_bytes(out[8:16], "little"))
         self._at += count
         return count
+
+    def _check_global_heap(self, nbytes: int) -> None:
+        """Refuse a collection of texts, here, whose parts do not lie one behind the other.
+
+        The HDF5 library walks from part to part by the sizes that they give, and never ends where free space
+        says that it has none. Layout (lengths of 8 bytes, as in all of Keras' files): signature, version, 3
+        bytes, size; then parts of number (2 bytes, 0 for free space), references (2), 4 bytes, size, data to a
+        multiple of 8.
+        Source: HDF5 File Format Specification 3.0, III.E "Disk Format: Level 1E - Global Heap".
+        """
+        start, end = self._at, min(self._at + nbytes, self._extent.nbytes)
+        place, part = start + 16, bytearray(16)
+        while place + 16 <= end:
+            self._extent.read_into(place, memoryview(part))
+            number, nbytes = int.from_bytes(part[:2], "little"), int.from_bytes(part[8:], "little")
+            step = 16 + (nbytes + 7) // 8 * 8 if number else nbytes
+            if step < 16:
+                message = f"free space at byte {place} says that it has {nbytes} bytes, it takes at least 16"
+                raise failure("corrupt-file", self._extent.source.name, message)
+            place += step
 
 
 class Handle:

@@ -283,3 +283,20 @@ def test_memory_stays_small(tmp_path: Path) -> None:
             change(file)
         assert code_of(tmp_path / "a.weights.h5") == code
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+@pytest.mark.parametrize("free", [0, 8, 15])
+def test_a_heap_in_which_the_library_would_walk_forever(tmp_path: Path, free: int) -> None:
+    """Texts of attributes stand in a heap; its free space, told to be smaller than its own header, never ends."""
+    path = tmp_path / "model.h5"
+    model(path).close()
+    data = bytearray(path.read_bytes())
+    start = data.index(b"GCOL")
+    place, end = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
+    while number := int.from_bytes(data[place : place + 2], "little"):
+        assert number
+        place += 16 + -(-int.from_bytes(data[place + 8 : place + 16], "little") // 8) * 8
+    assert place < end
+    data[place + 8 : place + 16] = free.to_bytes(8, "little")
+    path.write_bytes(data)
+    assert code_of(path) == "corrupt-file"
