@@ -97,8 +97,8 @@ class _Reading(io.RawIOBase):
         """Refuse a collection of texts, here, whose parts do not lie one behind the other.
 
         The HDF5 library walks from part to part by the sizes that they give, and never ends where free space
-        says that it has none. Layout (lengths of 8 bytes, as in all of Keras' files): signature, version, 3
-        bytes, size; then parts of number (2 bytes, 0 for free space), references (2), 4 bytes, size, data to a
+        says that it has none. Layout (lengths of 8 bytes, as in Keras' files): signature, version, 3 bytes,
+        size; then parts of number (2 bytes, 0 for free space), references (2), 4 bytes, size, data to a
         multiple of 8.
         Source: HDF5 File Format Specification 3.0, III.E "Disk Format: Level 1E - Global Heap".
         """

@@ -287,7 +287,7 @@ def test_memory_stays_small(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("free", [0, 8, 15])
 def test_a_heap_in_which_the_library_would_walk_forever(tmp_path: Path, free: int) -> None:
-    """Texts of attributes stand in a heap; its free space, told to be smaller than its own header, never ends."""
+    """Texts of attributes stand in a heap, whose free space is told to be smaller than its own header."""
     path = tmp_path / "model.h5"
     model(path).close()
     data = bytearray(path.read_bytes())
