@@ -14,6 +14,8 @@ from ckptconv.catalog.restores import (
 from ckptconv.complaints import complaints
 from ckptconv.detect import PathLike, choose, open_chosen
 from ckptconv.dialects.graph_bundle import graph_of_bytes
+from ckptconv.dialects.graph_export import lists_of_export
+from ckptconv.dialects.object_paths import Graph
 from ckptconv.document import Absent, Checkpoint, Fact, Known
 from ckptconv.facts import fact_to_json
 from ckptconv.formats.bundle_path import is_saved_model
@@ -104,7 +106,7 @@ def _variant(checkpoint: Checkpoint, container: str, path: Path) -> str | None:
     """What tells it from other files of its dialect, as in `KindOfFile.variant`."""
     match container:
         case "tensorflow":
-            return "saved-model" if is_saved_model(path) else _root(checkpoint)
+            return _saved_model(checkpoint) if is_saved_model(path) else _root(checkpoint)
         case "weights-h5":
             return "shards" if index_of(path) is not None else None
         case "dcp" if checkpoint.optimizers and checkpoint.provenance.dialect == "plain":
@@ -116,12 +118,22 @@ def _variant(checkpoint: Checkpoint, container: str, path: Path) -> str | None:
 
 def _root(checkpoint: Checkpoint) -> str | None:
     """Whether the root of the object graph is a model or a checkpoint of named objects."""
+    graph = _graph(checkpoint)
+    if graph is None:
+        return None
+    return "model" if any(edge.startswith(_LAYERS) for edge in graph.edges(0)) else "checkpoint"
+
+
+def _saved_model(checkpoint: Checkpoint) -> str:
+    """Whether a SavedModel is a model, or lists of variables for inference alone."""
+    graph = _graph(checkpoint)
+    return "export" if graph is not None and lists_of_export(graph) else "saved-model"
+
+
+def _graph(checkpoint: Checkpoint) -> Graph | None:
     residue = checkpoint.residue
     data = residue.root.get(OBJECT_GRAPH_KEY) if residue and isinstance(residue.root, DictNode) else None
-    if not isinstance(data, bytes):
-        return None
-    edges = graph_of_bytes(data).edges(0)
-    return "model" if any(edge.startswith(_LAYERS) for edge in edges) else "checkpoint"
+    return graph_of_bytes(data) if isinstance(data, bytes) else None
 
 
 def _goes_by_name(checkpoint: Checkpoint) -> bool:

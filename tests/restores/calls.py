@@ -79,13 +79,24 @@ def inference_layer(endpoint: str) -> Call:
     return call
 
 
-def exported_weights(path: Path, kept: Kept) -> Run:
+def exported_weights(generation: str) -> Call:
     """`model.set_weights` from what `tf.saved_model.load` returns."""
-    import tensorflow as tf
 
-    run = fresh("keras3", built=True)
-    run.model.set_weights([variable.numpy() for variable in tf.saved_model.load(str(path)).variables])
-    return run
+    def call(path: Path, kept: Kept) -> Run:
+        import tensorflow as tf
+
+        run = fresh(generation, built=True)
+        run.model.set_weights([variable.numpy() for variable in tf.saved_model.load(str(path)).variables])
+        return run
+
+    return call
+
+
+def exported_object(path: Path, kept: Kept) -> Run:
+    """tf_keras' `load_model` of an export: an object without `fit`, with the model's variables."""
+    loaded = keras_of("tf_keras").models.load_model(str(path))
+    assert not hasattr(loaded, "fit")
+    return Run(None, None, weights=[variable.numpy() for variable in loaded.variables])
 
 
 MODEL_ONLY = {"model": "model"}
@@ -147,7 +158,10 @@ CALLS: Mapping[str, tuple[str, Call]] = {
     "saved-new-inference-layer": ("saved-model-tf-keras", inference_layer("serving_default")),
     "saved-bare-load-model": ("saved-model-without-optimizer", load_model("tf_keras")),
     "saved-bare-load-model-keras3": ("saved-model-without-optimizer", load_model("keras3")),
-    "export-weights": ("saved-model-export", exported_weights),
+    "export-weights": ("saved-model-export", exported_weights("keras3")),
+    "export-tf-keras-weights": ("saved-model-export-tf-keras", exported_weights("tf_keras")),
+    "export-tf-keras-load-model": ("saved-model-export-tf-keras", exported_object),
+    "export-tf-keras-load-model-keras3": ("saved-model-export-tf-keras", load_model("keras3")),
     "export-inference-layer": ("saved-model-export", inference_layer("serve")),
     "export-load-model": ("saved-model-export", load_model("keras3")),
     "export-as-checkpoint": (

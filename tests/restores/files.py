@@ -162,6 +162,7 @@ FILES: Mapping[str, Callable[[Path], tuple[Path, Run]]] = {
     "saved-model-tf-keras": saved("tf_keras", "saved", save_format="tf"),
     "saved-model-without-optimizer": bare("tf_keras", "saved", save_format="tf"),
     "saved-model-export": saved("keras3", "exported", "export", verbose=False),
+    "saved-model-export-tf-keras": saved("tf_keras", "exported", "export"),
     "weights-h5-keras3": saved("keras3", "run.weights.h5", "save_weights"),
     "weights-h5-shards": saved("keras3", "run.weights.json", "save_weights", max_shard_size=1e-6),
     "weights-h5-tf-keras": saved("tf_keras", "run.weights.h5", "save_weights"),
