@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager, contextmanager
@@ -50,10 +51,9 @@ def _unreachable(text: str, error: Exception) -> CkptError:
 
 @contextmanager
 def _dask(address: str) -> Iterator[Executor]:
-    from distributed import Client
-
+    distributed: Any = importlib.import_module("distributed")
     try:
-        client = Client(address)
+        client = distributed.Client(address)
     except (OSError, ValueError) as error:
         raise _unreachable(f"dask:{address}", error) from error
     with client:
@@ -63,8 +63,7 @@ def _dask(address: str) -> Iterator[Executor]:
 
 @contextmanager
 def _ray(address: str) -> Iterator[Executor]:
-    import ray
-
+    ray: Any = importlib.import_module("ray")
     ours = not ray.is_initialized()
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
