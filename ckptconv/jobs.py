@@ -25,6 +25,9 @@ from ckptconv.tensor import Bytes, Checksum, Extent, Index, StoredTensor, Tensor
 _CRC32C_NBYTES = 64 << 10
 """crc32c takes only `bytes`: windows are handed over in copies small enough to stay in the cache."""
 
+_COPIED_NBYTES = 64 << 20
+"""What the system is asked to copy at once: it cannot be interrupted meanwhile."""
+
 Advance = Callable[[int], None]
 
 
@@ -166,9 +169,7 @@ def _located(error: CkptError, key: str) -> CkptError:
 def _write(step: Step, fd: int, job: Job, result: JobResult, advance: Advance | None) -> None:
     placement = step.placement
     kind = placement.checksum or ("crc32c" if job.contents else None)
-    if kind is None and step.inline is None and not job.digests and _copied(placement, fd):
-        if advance is not None:
-            advance(placement.tensor.spec.nbytes)
+    if kind is None and step.inline is None and not job.digests and _copied(placement, fd, advance):
         return
     tiles = None if step.inline or job.digests else placement.tensor.tiles(job.panel_nbytes)
     if tiles is not None:
@@ -179,13 +180,21 @@ def _write(step: Step, fd: int, job: Job, result: JobResult, advance: Advance | 
         result.contents[placement.key] = Checksum(kind=kind, value=content)
 
 
-def _copied(placement: Placement, fd: int) -> bool:
+def _copied(placement: Placement, fd: int, advance: Advance | None) -> bool:
     """Whether the system copied the tensor, whose bytes are in the source as they are in the target."""
     tensor = placement.tensor
     if not is_as_stored(tensor) or not isinstance(tensor.extent.source, FileSource):
         return False
-    start = tensor.extent.offset + tensor.offset * max(tensor.dtype.itemsize, 1)
-    return tensor.extent.source.copy_into(start, tensor.spec.nbytes, fd, placement.offset)
+    start, nbytes = tensor.extent.offset + tensor.offset * max(tensor.dtype.itemsize, 1), tensor.spec.nbytes
+    for done in range(0, nbytes, _COPIED_NBYTES):
+        count = min(_COPIED_NBYTES, nbytes - done)
+        if not tensor.extent.source.copy_into(start + done, count, fd, placement.offset + done):
+            return False
+        if advance is not None:
+            advance(0)  # nobody may want it any more
+    if advance is not None:
+        advance(nbytes)
+    return True
 
 
 def _write_windows(

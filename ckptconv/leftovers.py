@@ -84,8 +84,10 @@ def clear(target: Path, *, keep: Path | None = None) -> None:
     I/O: lists the target's directory.
     """
     for staging in leftovers(target) if fcntl is not None else ():
-        # Another run may take it away at the same moment.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # Another run may take it away at the same moment; it may be another user's, or none of ours.
+        with contextlib.suppress(OSError):
+            if staging.is_symlink():
+                continue
             if not (staging / _LOCK).exists() and time.time() - staging.stat().st_mtime < _NEW_SECONDS:
                 continue
             with locked(staging) as alone:

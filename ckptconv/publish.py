@@ -209,7 +209,7 @@ class Publication:
 
         Raises: target-busy where another run writes the same target with an executor.
         """
-        self.staging.mkdir(mode=0o700, exist_ok=self.resumable)
+        self.staging.mkdir(mode=0o700, exist_ok=self.resumable and not self.staging.is_symlink())
         with locked(self.staging) as alone:
             if not alone:
                 message = f"another run is writing '{self.target}' at this moment"

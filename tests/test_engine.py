@@ -483,11 +483,16 @@ def test_what_a_dead_run_left_is_taken_away_and_what_a_living_one_has_is_not(tmp
         (staging / "ck").write_bytes(b"half")
     new, strange = (leftovers.staging_path(tmp_path / "ck", word) for word in ("new", "strange"))
     new.mkdir()  # its run has not got to its lock yet
+    link, elsewhere = leftovers.staging_path(tmp_path / "ck", "link"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link.symlink_to(elsewhere)
     strange.write_bytes(b"no directory")
     with leftovers.locked(living) as alone:
         assert alone
         write(of_kind("file"), tmp_path / "ck")
-    assert {path.name for path in tmp_path.iterdir()} == {"ck", living.name, new.name, strange.name}
+    left = {path.name for path in (living, new, strange, link, elsewhere)}
+    assert {path.name for path in tmp_path.iterdir()} == {"ck", *left}
+    assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -539,6 +544,16 @@ def test_two_runs_with_executors_do_not_share_their_files(tmp_path: Path) -> Non
         fcntl.flock(lock, fcntl.LOCK_UN)
         write(single(array(0, (4,))), tmp_path / "out", executor=pool)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_finished_files_are_not_looked_for_behind_a_link(tmp_path: Path) -> None:
+    staging = publish.Publication.of("file", tmp_path / "out", [""], False, resumable=True).staging
+    (tmp_path / "elsewhere").mkdir()
+    staging.symlink_to(tmp_path / "elsewhere")
+    with ThreadPoolExecutor(1) as pool, pytest.raises(CkptError) as caught:
+        write(single(array(0, (4,))), tmp_path / "out", executor=pool)
+    assert codes(caught) == [("target-unwritable", ("out",))]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_bookkeeping_is_done_last(tmp_path: Path) -> None:
