@@ -6,9 +6,8 @@ order and strides, what comes out is C-order and little-endian.
 
 A tensor whose axes lie in another order than in the file is streamed in panels: as much of it as
 `panel_nbytes` holds is read in the file's order, in runs as long as the panel allows, and is turned in
-memory. Runs of bytes too short to be worth a read each are read together with the gaps between them. A long
-matrix leaves runs of a few elements whichever panel is taken: `tiles` cuts it into boxes about as wide as
-high, for a writer that can put down their rows one by one.
+memory. A long matrix leaves runs of a few elements whichever panel is taken: `tiles` cuts it into boxes about
+as wide as high, for a writer that can put down their rows one by one.
 """
 
 from __future__ import annotations
@@ -16,14 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
 from ckptconv import dtypes
 from ckptconv.dtypes import DType
 from ckptconv.errors import FormatError, Problem
-from ckptconv.source import BufferSource, ByteSource, FileSource, ends_early
+from ckptconv.extent import Checksum, Extent, gather
+from ckptconv.source import BufferSource, ByteSource, FileSource
 from ckptconv.strided import (
     Array,
     Bytes,
@@ -35,7 +35,6 @@ from ckptconv.strided import (
     dense,
     dense_strides,
     same_layout,
-    word_of,
 )
 
 __all__ = [
@@ -66,11 +65,8 @@ WINDOW_NBYTES = 4 << 20
 PANEL_NBYTES = 32 << 20
 """Default size of what is read at once of a tensor whose axes do not lie in the file's order."""
 
-_SCRATCH_NBYTES = 1 << 20
 _SHORT_NBYTES = 4 << 10
 """Runs shorter than this cost more to read than a box's rows cost to write."""
-_GAP_NBYTES = 8 << 10
-"""What a read of its own costs about as much as: gaps up to this are read along, into scratch memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,48 +89,6 @@ class TensorSpec:
         if self.encoded_nbytes is not None:
             return self.encoded_nbytes
         return self.numel * self.dtype.itemsize
-
-
-class Checksum(NamedTuple):
-    """A checksum that the source records of one extent."""
-
-    kind: Literal["crc32", "crc32c"]
-    """`crc32` as in zip; `crc32c` Castagnoli, unmasked."""
-    value: int
-
-
-class Extent(NamedTuple):
-    """A run of raw bytes that belongs together: a storage, a record, a tensor."""
-
-    source: ByteSource
-    offset: int
-    nbytes: int
-    big_endian: bool = False
-    checksum: Checksum | None = None
-    """Covers exactly the extent, in file byte order."""
-    within: Extent | None = None
-    """The run that this one is a part of, where a checksum is recorded of that alone."""
-
-    @property
-    def checked(self) -> Extent:
-        """The run to stream for the checksum that covers this one."""
-        return self if self.within is None else self.within
-
-    @property
-    def id(self) -> Hashable:
-        """Equal for tensors that share memory."""
-        return (id(self.source), self.offset, self.nbytes)
-
-    def read_into(self, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` bytes into the extent on."""
-        if offset < 0 or offset + len(out) > self.nbytes:
-            raise ends_early(self.source.name, offset, len(out), self.nbytes)
-        self.source.read_into(self.offset + offset, out)
-
-    def prefetch(self) -> None:
-        """Announce that the whole extent will be read, in no order."""
-        if isinstance(self.source, FileSource):
-            self.source.prefetch(self.offset, self.nbytes)
 
 
 class Op(Protocol):
@@ -365,47 +319,12 @@ class StoredTensor(TensorRef):
         order.sort(key=lambda axis: -self.strides[axis])
         sizes, steps = [shape[a] for a in order], [self.strides[a] for a in order]
         raw = np.empty(math.prod(sizes) * item, np.uint8)
-        self._gather(raw, first, sizes, steps)
+        gather(self.extent, raw, item, first, sizes, steps)
         self._to_little(raw)
         strides = [0] * len(shape)
         for axis, step in zip(order, dense_strides(tuple(sizes)), strict=True):
             strides[axis] = step * item
         return np.ndarray(shape, self.dtype.numpy, raw.data, 0, strides)
-
-    def _gather(self, out: Bytes, first: int, sizes: list[int], steps: list[int]) -> None:
-        """Read elements at `first + sum(index * steps)` into `out`, C-order; `steps` do not ascend."""
-        item, read = self.dtype.itemsize, self.extent.read_into
-        outer = len(sizes)
-        run = 1
-        while outer and steps[outer - 1] == run:
-            outer -= 1
-            run *= sizes[outer]
-        if outer == 0:
-            read(first * item, out.data)
-            return
-        row_span = 1 + sum((n - 1) * s for n, s in zip(sizes[1:], steps[1:], strict=True))
-        gaps = row_span + (sizes[0] - 1) * steps[0] - math.prod(sizes)
-        row_nbytes = len(out) // sizes[0]
-        if gaps * item <= _GAP_NBYTES * math.prod(sizes[:outer]) and row_span * item <= _SCRATCH_NBYTES:
-            count = 1 + (_SCRATCH_NBYTES // item - row_span) // steps[0]
-            strides = [step * item for step in steps]
-            target = out.view(word_of(item)).reshape(sizes)
-            for low in range(0, sizes[0], count):
-                rows = min(count, sizes[0] - low)
-                scratch = np.empty(((rows - 1) * steps[0] + row_span) * item, np.uint8)
-                read((first + low * steps[0]) * item, scratch.data)
-                target[low : low + rows] = np.ndarray(
-                    (rows, *sizes[1:]), target.dtype, scratch.data, 0, strides
-                )
-            return
-        if outer == 1:
-            rest = out.data
-            for row in range(sizes[0]):
-                read((first + row * steps[0]) * item, rest[row * row_nbytes : (row + 1) * row_nbytes])
-            return
-        for row in range(sizes[0]):
-            part = out[row * row_nbytes : (row + 1) * row_nbytes]
-            self._gather(part, first + row * steps[0], sizes[1:], steps[1:])
 
     def _to_little(self, raw: Bytes) -> None:
         if self.extent.big_endian and self.dtype.swap > 1:

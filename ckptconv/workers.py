@@ -87,7 +87,7 @@ class Workers:
         progress: Progress | None = None,
         done: Callable[[T], None] | None = None,
     ) -> list[R]:
-        """The results, in no order; `done` is told of each task, one call at a time.
+        """The results, in the order of the tasks; `done` is told of each task, one call at a time.
 
         Raises: every problem of the tasks, together; worker-lost where an executor does not do its work.
         """
@@ -96,12 +96,11 @@ class Workers:
             own = self.executor is None
             futures = {pool.submit(work, task, *[meter.advance] * own): task for task in tasks}
             try:
-                results: list[R] = []
                 failures: list[CkptError] = []
                 lost: list[Exception] = []
                 for future in as_completed(futures):
                     try:
-                        results.append(future.result())
+                        future.result()
                     except CkptError as error:
                         failures.append(error)
                         continue
@@ -126,7 +125,7 @@ class Workers:
         if failures:
             problems = [problem for failure in failures for problem in failure.problems]
             raise type(failures[0])(*sorted(problems, key=lambda problem: tuple(map(str, problem.loc))))
-        return results
+        return [future.result() for future in futures]
 
     @contextmanager
     def _pool(self, meter: _Meter) -> Iterator[Executor]:

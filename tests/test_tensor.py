@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptconv import dtypes, strided, tensor
+from ckptconv import dtypes, extent, strided, tensor
 from ckptconv.errors import CkptError
 from ckptconv.ops import Cast, Permute
 from ckptconv.strided import box_slices
@@ -81,8 +81,8 @@ def test_any_strides_agree_with_numpy(case, big_endian, dtype, sizes, limits) ->
         tuple(s * row.itemsize for s in strides),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor, "_GAP_NBYTES", limits[0])
-        patch.setattr(tensor, "_SCRATCH_NBYTES", limits[1])
+        patch.setattr(extent, "_GAP_NBYTES", limits[0])
+        patch.setattr(extent, "_SCRATCH_NBYTES", limits[1])
         lazy = stored(raw.tobytes(), dtype, shape, strides, offset, big_endian=big_endian)
         assert lazy.read().shape == shape
         assert lazy.read().dtype == row.numpy
