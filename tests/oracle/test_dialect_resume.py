@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -255,14 +256,15 @@ def alone(name: str, *path: str, **stubs: Any) -> ModuleType:
 
 
 @pytest.fixture
-def timm_files(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def timm_files() -> Iterator[tuple[Any, Any]]:
     """`CheckpointSaver` and `resume_checkpoint` of timm."""
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     model = ModuleType("timm_alone.model")
     model.unwrap_model = lambda module: module  # type: ignore[attr-defined]
     model.get_state_dict = lambda module, unwrap: unwrap(module).state_dict()  # type: ignore[attr-defined]
     saver = alone("checkpoint_saver", "utils", "checkpoint_saver.py", model=model)
-    return saver.CheckpointSaver, alone("_helpers", "models", "_helpers.py").resume_checkpoint
+    yield saver.CheckpointSaver, alone("_helpers", "models", "_helpers.py").resume_checkpoint
+    for name in [name for name in sys.modules if name.startswith("timm_alone")]:
+        del sys.modules[name]
 
 
 class Scaler:
