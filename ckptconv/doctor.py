@@ -15,6 +15,7 @@ from ckptconv.complaints import complaints
 from ckptconv.detect import PathLike, choose, open_chosen
 from ckptconv.dialects.graph_bundle import graph_of_bytes
 from ckptconv.dialects.graph_export import lists_of_export
+from ckptconv.dialects.keras_optimizers import has_unlisted_slots, is_bare_counter, optimizer_nodes
 from ckptconv.dialects.object_paths import Graph
 from ckptconv.document import Absent, Checkpoint, Fact, Known
 from ckptconv.facts import fact_to_json
@@ -103,7 +104,7 @@ def _is_recorded(step: Fact) -> bool:
 
 
 def _variant(checkpoint: Checkpoint, container: str, path: Path) -> str | None:
-    """What tells it from other files of its dialect, as in `KindOfFile.variant`."""
+    """What tells it from other files of its dialect, as in `KindOfFile.variants`."""
     match container:
         case "tensorflow":
             return _saved_model(checkpoint) if is_saved_model(path) else _root(checkpoint)
@@ -117,11 +118,18 @@ def _variant(checkpoint: Checkpoint, container: str, path: Path) -> str | None:
 
 
 def _root(checkpoint: Checkpoint) -> str | None:
-    """Whether the root of the object graph is a model or a checkpoint of named objects."""
+    """What the object graph begins with, or what is odd about its optimizer."""
     graph = _graph(checkpoint)
     if graph is None:
         return None
-    return "model" if any(edge.startswith(_LAYERS) for edge in graph.edges(0)) else "checkpoint"
+    if any(edge.startswith(_LAYERS) for edge in graph.edges(0)):
+        return "model"
+    for node in optimizer_nodes(graph):
+        if is_bare_counter(graph, node):
+            return "counter"
+        if has_unlisted_slots(graph, node):
+            return "unlisted"
+    return "checkpoint"
 
 
 def _saved_model(checkpoint: Checkpoint) -> str:

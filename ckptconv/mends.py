@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from ckptconv.catalog.optimizers import row
 from ckptconv.catalog.restores import KindOfFile, TemplateRecipe, frameworks, recipe_for
 from ckptconv.dialects.torch_adapter import EXTENSION as ADAPTER
 from ckptconv.dialects.torch_objects import NAMES_CODE
@@ -164,7 +165,7 @@ def _conversion(
     if checkpoint.schedules:
         arguments += ["--allow", "schedule-unsupported"]
         notes.append("Leave --allow schedule-unsupported out if the new optimizer follows the same schedule.")
-    if not checkpoint.optimizers:
+    if not checkpoint.optimizers or any(map(_lacks_state, checkpoint.optimizers)):
         arguments += ["--allow", "slots-missing"]
         notes.append("The optimizer begins anew.")
     what = "To go on" if checkpoint.optimizers else "To use the weights"
@@ -185,6 +186,13 @@ def _untold(checkpoint: Checkpoint, framework: str) -> Iterator[str]:
     square = [p for p in kernels if len(p.tensor.shape) == 2 and p.tensor.shape[0] > 1]
     if checkpoint.provenance.format in _OF_TORCH and framework != "torch" and square:
         yield "which side of a square weight is its input"
+
+
+def _lacks_state(optimizer: Optimizer) -> bool:
+    """Whether it has counted updates and kept nothing of them that its rule needs."""
+    known = row(optimizer.algorithm, optimizer.framework)
+    keeps = known is not None and bool(known.slots_present({}))
+    return keeps and not optimizer.slots and bool(value_of(optimizer.step))
 
 
 def _lacks_rate(optimizer: Optimizer) -> bool:

@@ -10,7 +10,7 @@ lines that make the template of a conversion.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ckptconv.catalog.loading import Record, load, names
@@ -40,6 +40,8 @@ class Restore:
     why: str
     source: str = ""
     """Where it was read what the call does; empty where that was measured."""
+    variant: str | None = None
+    """The variant of its kind of file that it is said of; None for all of them."""
 
     @property
     def whole(self) -> bool:
@@ -55,11 +57,12 @@ class KindOfFile:
     what: str
     format: str
     dialects: tuple[str, ...]
-    variant: str | None
+    variants: tuple[str, ...]
     """What tells files of one dialect apart, as `doctor` finds it: of a TensorFlow checkpoint what it begins
-    with (`checkpoint`, `model`, or the folder of a `saved-model`), of a plain `dcp` folder whether optimizer
-    state goes `by-name` or `by-number`, of a PyTorch file whether a tool made `texts` of such numbers, of
-    weights whether they are in `shards`."""
+    with (`checkpoint`, `model`, or the folder of a `saved-model`), or that its optimizer has a `counter`
+    under its old name alone, or `unlisted` slots; of a plain `dcp` folder whether optimizer state goes
+    `by-name` or `by-number`, of a PyTorch file whether a tool made `texts` of such numbers, of weights
+    whether they are in `shards`. Some kinds have several."""
     optimizer: bool
     """Whether it holds an optimizer's state."""
     step: bool | None
@@ -67,6 +70,10 @@ class KindOfFile:
     restores: tuple[Restore, ...]
     goes_on_in: tuple[str, ...]
     """Frameworks for which a conversion is what helps."""
+
+    def of_variant(self, variant: str | None) -> KindOfFile:
+        """The kind with the calls that are said of this variant."""
+        return replace(self, restores=tuple(one for one in self.restores if one.variant in (None, variant)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +129,7 @@ def _kind(name: str, entry: Record) -> KindOfFile:
         what=entry.text("what"),
         format=entry.text("format"),
         dialects=entry.texts("dialects"),
-        variant=entry.optional_text("variant"),
+        variants=entry.texts("variants"),
         optimizer=entry.flag("optimizer", True),
         step=entry.flag("step", True) if entry.has("step") else None,
         restores=tuple(_restore(call, row) for call, row in entry.records("calls")),
@@ -143,6 +150,7 @@ def _restore(name: str, row: Record) -> Restore:
         framework=row.text("in"),
         call=row.text("call"),
         why=row.text("why"),
+        variant=row.optional_text("variant"),
         source=row.optional_text("source") or "",
         **outcomes,
     )
@@ -181,9 +189,9 @@ def kind_of_file(
         if (
             kind.format == format_
             and dialect in kind.dialects
-            and kind.variant == variant
+            and (variant in kind.variants or (variant is None and not kind.variants))
             and kind.optimizer == optimizer
             and kind.step in (step, None)
         ):
-            return kind
+            return kind.of_variant(variant)
     return None

@@ -9,9 +9,10 @@ Three generations, told apart by the edges of the optimizer's node:
 | slots | lists beside `_trainable_variables` | full name `[scope/]slot/variable` | `slot_variables` |
 
 Under a schedule there is no learning rate. A Keras 3 optimizer that was built has its variables in
-`_trainable_variables`. tf_keras keeps no such list, and its slot lists (`_momentums`) are not always edges,
-so the names of the slots decide there. `LossScaleOptimizer` of Keras 3 wraps an inner optimizer and never
-counts itself; that of tf_keras is transparent.
+`_trainable_variables`; an object with nothing but `iterations` is its counter, saved alone. tf_keras
+keeps no list of its variables, and its slot lists (`_momentums`) are not always edges, so the names of the
+slots decide there. `LossScaleOptimizer` of Keras 3 wraps an inner optimizer and never counts itself; that of
+tf_keras is transparent.
 
 Source: keras 3.15.1 `keras/src/optimizers/base_optimizer.py`, `loss_scale_optimizer.py`; tf_keras 2.21
 `tf_keras/src/optimizers/optimizer.py`, `legacy/optimizer_v2.py`, `mixed_precision/loss_scale_optimizer.py`.
@@ -120,13 +121,31 @@ def _is_optimizer(graph: Graph, node: int) -> bool:
     edges = graph.edges(node)
     if graph.graph.nodes[node].slot_variables or "_iterations" in edges:
         return True
-    if "iterations" in edges and "_variables" in edges:
+    if ("iterations" in edges and "_variables" in edges) or is_bare_counter(graph, node):
         return True
     step = edges.get("iter")
     return step in graph.variables and edges.keys() - {"iter"} <= _LEGACY_MARKS | {
         "loss_scale",
         "base_optimizer",
     }
+
+
+def is_bare_counter(graph: Graph, node: int) -> bool:
+    """Whether a node holds a Keras 3 counter under its old name, and no variables of an optimizer.
+
+    No Keras writes it: people do, with `tf.train.Checkpoint(iterations=optimizer.iterations)`.
+    """
+    edges = graph.edges(node)
+    return edges.get("iterations") in graph.variables and edges.keys() <= _SETTINGS
+
+
+def has_unlisted_slots(graph: Graph, node: int) -> bool:
+    """Whether slots of a Keras 3 optimizer stand in `_variables` alone: before 3.10 its lists are empty."""
+    edges = graph.edges(node)
+    lists = [child for edge, child in edges.items() if edge not in _BOOKKEEPING]
+    singles = {child for child in lists if child in graph.variables}
+    slots = set(graph.elements(edges.get("_variables"))) - singles
+    return generation_of(graph, node) == "keras3" and bool(slots) and not any(map(graph.elements, lists))
 
 
 def optimizers(graph: Graph, model_variables: Sequence[int], shapes: Shapes) -> tuple[OptimizerNode, ...]:

@@ -41,6 +41,16 @@ def restore(generation: str, *, built: bool, roots: Mapping[str, str] | None = N
     return call
 
 
+def restore_counter(path: Path, kept: Kept) -> Run:
+    """`tf.train.Checkpoint(...).restore` into the model, and into the counter of the optimizer alone."""
+    import tensorflow as tf
+
+    run = fresh("keras3", built=True)
+    alone = tf.train.Checkpoint(iterations=run.optimizer.iterations)
+    kept.status = tf.train.Checkpoint(model=run.model, optimizer=alone).restore(str(path))
+    return run
+
+
 def load_weights(
     generation: str, *, compiled: bool = True, built: bool = False, compile_after: bool = False
 ) -> Call:
@@ -127,6 +137,12 @@ CALLS: Mapping[str, tuple[str, Call]] = {
     "keras3-into-tf-keras-built": ("checkpoint-keras3", restore("tf_keras", built=True)),
     "keras3-into-tf-keras-unbuilt": ("checkpoint-keras3", restore("tf_keras", built=False)),
     "keras3-into-legacy": ("checkpoint-keras3", restore("tf_keras_legacy", built=True)),
+    "unlisted-into-tf-keras-unbuilt": ("checkpoint-unlisted", restore("tf_keras", built=False)),
+    "counter-alone": ("checkpoint-counter", restore_counter),
+    "counter-same": ("checkpoint-counter", restore("keras3", built=True)),
+    "counter-unbuilt": ("checkpoint-counter", restore("keras3", built=False)),
+    "counter-into-tf-keras": ("checkpoint-counter", restore("tf_keras", built=True)),
+    "counter-into-legacy": ("checkpoint-counter", restore("tf_keras_legacy", built=True)),
     "prefix-compiled": ("weights-prefix-legacy", load_weights("tf_keras_legacy")),
     "prefix-uncompiled": ("weights-prefix-legacy", load_weights("tf_keras_legacy", compiled=False)),
     "prefix-compile-after": (
@@ -241,6 +257,7 @@ def observed(name: str, path: Path, saved: Run) -> Outcome:
     """Make the call on the file and look at what it did."""
     _, call = CALLS[name]
     kept = Kept()
+    gc.collect()  # what earlier calls left behind is logged before anybody listens
     with _listening() as log, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -149,12 +149,35 @@ def bare(
     return make
 
 
+def unlisted(here: Path) -> tuple[Path, Run]:
+    """The same with the optimizer's lists empty, as Keras 3.1 to 3.9 left them when it was built."""
+    import tensorflow as tf
+
+    run = trained("keras3")
+    run.optimizer._momentums, run.optimizer._velocities = [], []
+    path = tf.train.Checkpoint(model=run.model, optimizer=run.optimizer).write(str(here / "ckpt"))
+    return Path(path), run
+
+
+def counter(here: Path) -> tuple[Path, Run]:
+    """`tf.train.Checkpoint` of a Keras 3 model and of the counter of its optimizer, under its old name."""
+    import tensorflow as tf
+
+    run, model = trained("keras3"), fresh("keras3", 2).model
+    model.set_weights(run.weights)
+    alone = tf.train.Checkpoint(iterations=run.optimizer.iterations)
+    path = tf.train.Checkpoint(model=model, optimizer=alone).write(str(here / "ckpt"))
+    return Path(path), Run(model, None, run.weights)
+
+
 FILES: Mapping[str, Callable[[Path], tuple[Path, Run]]] = {
     "checkpoint-legacy": checkpoint("tf_keras_legacy"),
     "checkpoint-without-optimizer": checkpoint("tf_keras_legacy", 0),
     "checkpoint-keras3-without-optimizer": bare("keras3", "ckpt", "checkpoint"),
     "checkpoint-tf-keras": checkpoint("tf_keras"),
     "checkpoint-keras3": checkpoint("keras3"),
+    "checkpoint-unlisted": unlisted,
+    "checkpoint-counter": counter,
     "weights-prefix-legacy": weights_prefix("tf_keras_legacy"),
     "weights-prefix-tf-keras": weights_prefix("tf_keras"),
     "weights-prefix-without-optimizer": bare("tf_keras", "weights", "save_weights"),

@@ -20,8 +20,9 @@ for needed in ("torch", "tensorflow", "tf_keras", "h5py", "lightning", "transfor
 
 import ckptconv  # noqa: E402
 from ckptconv import doctor  # noqa: E402
+from ckptconv.catalog.restores import Restore  # noqa: E402
 from ckptconv.document import Known, value_of  # noqa: E402
-from tests.restores import calls, files, torch_calls, twins_of_files  # noqa: E402
+from tests.restores import calls, files, outcome, torch_calls  # noqa: E402
 from tests.restores.outcome import STEPS, Outcome  # noqa: E402
 from tests.restores.test_mends import Program  # noqa: E402
 from tests.support.command import FIXTURES  # noqa: E402
@@ -64,6 +65,12 @@ MATRIX: dict[str, tuple[tuple[str, str, str], str]] = {
     "tf-archive-keras3": (REFUSED, "error"),
     "h5-tf-keras": (REFUSED, "error"),
     "tf-h5-keras3": (REFUSED, "error"),
+    # a file that has only the edge `iterations`
+    "counter-same": (WEIGHTS_ALONE, "later"),
+    "counter-unbuilt": (WEIGHTS_ALONE, "later"),
+    "counter-into-tf-keras": (NOTHING, "later"),
+    "counter-into-legacy": (NOTHING, "later"),
+    "counter-alone": (("restored", "restored", "zero"), "none"),
     # files that do not hold the step
     "no-optimizer-tf-keras": (WEIGHTS_ALONE, "none"),
     "h5-weights-tf-keras": (WEIGHTS_ALONE, "none"),
@@ -246,20 +253,46 @@ def test_r6_numbers_that_torch_s_own_tool_made_texts(tmp_path: Path) -> None:
     assert_all_of_it(again, saved.weights, saved.state)
 
 
+OF_KERAS_3_3 = FIXTURES / "keras3/keras-3.3-amsgrad/artifact/ckpt-1"
+"""By the real Keras 3.3, whose edge is `iterations`; the first of its `_variables` is the same variable."""
+
+
+def model_of_the_fixture(generation: str, seed: int = 1, *, built: bool = False) -> files.Run:
+    keras = files.keras_of("keras3" if generation == "keras3" else "tf_keras")
+    keras.utils.set_random_seed(seed)
+    norm = keras.layers.BatchNormalization()
+    dense = [keras.layers.Dense(units) for units in (4, 4, 2)]
+    model = keras.Sequential([keras.Input((4,)), dense[0], norm, *dense[1:]])
+    legacy = generation == "tf_keras_legacy"
+    optimizers = keras.optimizers.legacy if legacy else keras.optimizers
+    run = files.Run(model, optimizers.Adam(0.01, amsgrad=True))
+    if built:
+        files.build(run)
+    return run
+
+
 @pytest.mark.slow
-def test_a_counter_under_its_name_of_before_keras_3_5(tmp_path: Path) -> None:
-    """Keras 3.0 to 3.4 call it `iterations`; it comes back by its other name, `_variables/0`."""
+@pytest.mark.parametrize("said", doctor.diagnose(OF_KERAS_3_3).restores, ids=lambda said: said.name)
+def test_a_counter_under_its_name_of_before_keras_3_5(said: Restore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keras 3.1 to 3.4 call it `iterations`; it comes back by its other name, `_variables/0`."""
     import tensorflow as tf
 
-    keras = files.keras_of("keras3")
-    path = FIXTURES / "keras3/keras-3.3-amsgrad/artifact/ckpt-1"
-    found = doctor.diagnose(path)
+    found = doctor.diagnose(OF_KERAS_3_3)
     assert isinstance(found.step, Known)
     assert found.step.source == "optimizer/iterations"
-    model, optimizer = twins_of_files.keras_twin(ckptconv.open(path), "keras3")
-    optimizer.build(model.trainable_variables)
-    assert isinstance(optimizer, keras.optimizers.Adam)
-    tf.train.Checkpoint(optimizer=optimizer).restore(str(path)).expect_partial()
-    assert int(optimizer.iterations.numpy()) == found.step.value > 0
-    (said,) = [row for row in found.restores if row.name == "keras3-same"]
-    assert said.step == "restored"
+    reader = tf.train.load_checkpoint(str(OF_KERAS_3_3))
+
+    def stored(path: str) -> np.ndarray:
+        return reader.get_tensor(f"{path}/.ATTRIBUTES/VARIABLE_VALUE")
+
+    trained = [stored(f"optimizer/_trainable_variables/{number}") for number in range(8)]
+    seen = [stored(f"model/_functional/_operations/2/moving_{what}") for what in ("mean", "variance")]
+    moments = [stored(f"optimizer/_variables/{2 + 2 * i + which}") for which in (0, 1) for i in range(8)]
+    monkeypatch.setattr(calls, "fresh", model_of_the_fixture)
+    monkeypatch.setattr(calls, "STEPS", found.step.value)
+    saved = files.Run(None, None, [*trained[:4], *seen, *trained[4:]], moments)
+    happened = calls.observed(said.name, OF_KERAS_3_3, saved)
+    if said.signal == "error":
+        assert happened == outcome.REFUSED
+    else:
+        assert happened == Outcome(said.step, said.weights, said.state, said.signal)
