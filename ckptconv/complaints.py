@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ckptconv.dialects import torch_adapter
 from ckptconv.dialects.torch_objects import NAMES_CODE
 from ckptconv.document import Checkpoint, Known, Optimizer, Unknown
 from ckptconv.rawtree import Lifted, walk
@@ -29,6 +30,9 @@ def _all(checkpoint: Checkpoint, container: str) -> Iterator[str]:
             "There is no optimizer in the file: whoever goes on from it counts from step 0, and Adam's "
             "averages (or the momentum) begin at zero"
         )
+    if torch_adapter.EXTENSION not in checkpoint.extensions and (parts := torch_adapter.parts(checkpoint)):
+        yield f"Weights of an adapter ({', '.join(parts)}) are among those in the file"
+        yield torch_adapter.UNMERGED
     yield from _of_numbers(checkpoint.optimizers, container)
     for optimizer in checkpoint.optimizers:
         yield from _of_counts(optimizer)

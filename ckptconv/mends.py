@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckptconv.catalog.optimizers import row
 from ckptconv.catalog.restores import KindOfFile, TemplateRecipe, frameworks, recipe_for
-from ckptconv.dialects.torch_adapter import EXTENSION as ADAPTER
+from ckptconv.dialects import torch_adapter
 from ckptconv.dialects.torch_objects import NAMES_CODE
 from ckptconv.document import Checkpoint, Known, Optimizer, Unknown, value_of
 from ckptconv.formats.bundle_path import is_saved_model, locate
@@ -76,8 +76,6 @@ def mends(checkpoint: Checkpoint, kind: KindOfFile | None, named: Named) -> Iter
                 command=named.command("doctor", more=("--select", f"optimizer:{position}")),
             )
         return
-    if ADAPTER in checkpoint.extensions:
-        return  # no other framework has a place for it before it is merged, which is said
     for recipes in _recipes(checkpoint, kind):
         yield _conversion(recipes, checkpoint, named, unknown=unknown)
     if unknown and checkpoint.optimizers:
@@ -119,6 +117,8 @@ def _recipes(checkpoint: Checkpoint, kind: KindOfFile | None) -> Iterator[tuple[
     own = {optimizer.framework for optimizer in checkpoint.optimizers}
     others = tuple(name for name in frameworks() if own and name not in own)
     recipes = [recipe_for(name) for name in (others if kind is None else kind.goes_on_in)]
+    if torch_adapter.is_in(checkpoint):  # no other framework has a place for it before it is merged
+        recipes = [recipe for recipe in recipes if recipe.framework == "torch"]
     for _, alike in groupby(recipes, key=lambda recipe: (recipe.target, recipe.template, recipe.code)):
         yield tuple(alike)
 

@@ -17,13 +17,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ckptconv.document import Value
-from ckptconv.rawtree import DictNode, ListNode, Node
+from ckptconv.document import Checkpoint, Value
+from ckptconv.rawtree import DictNode, Lifted, ListNode, Node, walk
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"
 EXTENSION = "peft/adapter"
 """Key of `Checkpoint.extensions` for what the config says."""
+
+UNMERGED = (
+    "An adapter is not merged into its base model here: call peft's merge_and_unload() before you save."
+)
 
 _TUNERS = (
     r"adamss|beft|boft|c3a|deft|delora|fourierft|frod|glora|gralora|hada|hira|hra|ia3|lily|ln_tuning|lokr|lora"
@@ -35,6 +39,11 @@ _BASE, _SAVED = "base_layer", "modules_to_save"
 _TUNED = re.compile(rf"(?:^|\.)(?:(?:{_TUNERS})_\w+|{_SAVED})\.([^.]+)")
 _PLAIN = frozenset({"weight", "bias"})
 """Names of parameters, which no adapter is called by."""
+_MARKS = (PREFIX, f".{_BASE}.", f".{_SAVED}.")
+"""What names have that PEFT alone gives."""
+_PART = re.compile(rf"(?:^|\.)((?:{_TUNERS})_\w+|{_SAVED})(?:\.|$)")
+_LOW_RANK = re.compile(r"lora_(?:embedding_)?[AB]")
+"""Parts that nobody calls so but for what they are, PEFT or not."""
 
 
 def saved_names(names: Sequence[str]) -> Sequence[str]:
@@ -67,6 +76,24 @@ def trained(names: Sequence[str]) -> Mapping[str, bool]:
     return {name: tuned for name, tuned in told.items() if tuned or not name.endswith(".bias")}
 
 
+def parts(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the parameters of adapters are called, `lora_A` and the like, where the file has any.
+
+    By the names in the file, whatever its dialect: those of the document are without PEFT's prefix.
+    """
+    leaves = walk(checkpoint.residue.root) if checkpoint.residue else ()
+    taken = (path for path, leaf in leaves if isinstance(leaf, Lifted) and leaf.to[0] == "param")
+    names = [".".join(map(str, path)) for path in taken]
+    marked = any(mark in name for name in names for mark in _MARKS)
+    found = dict.fromkeys(match[1] for match in map(_PART.search, names) if match is not None)
+    return tuple(part for part in found if marked or _LOW_RANK.fullmatch(part))
+
+
+def is_in(checkpoint: Checkpoint) -> bool:
+    """Whether there is an adapter in it, by its configuration or by the names in the file."""
+    return EXTENSION in checkpoint.extensions or bool(parts(checkpoint))
+
+
 def settings(root: Node) -> dict[str, object]:
     """What a folder's config says of its adapter: plain values and lists that are not empty."""
     config = root.get(CONFIG) if isinstance(root, DictNode) else None
@@ -91,5 +118,5 @@ def said(told: Mapping[str, object]) -> tuple[str, ...]:
     base = told.get("base_model_name_or_path") or "a base model that it does not name"
     return (
         f"These are weights of an adapter ({', '.join([kind, *numbers])}) for {base}, not of a whole model.",
-        "An adapter is not merged into its base model here: call merge_and_unload() of peft before you save.",
+        UNMERGED,
     )

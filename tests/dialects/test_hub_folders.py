@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import ckptconv
+from ckptconv import doctor
+from ckptconv.dialects import torch_adapter
 from ckptconv.document import Known, Unknown
 from ckptconv.errors import CkptError
 from tests.dialects.test_trainer_folders import digest, expected
@@ -91,6 +93,47 @@ def test_its_state_is_matched_by_a_skeleton_and_never_by_guess(tmp_path: Path) -
     checkpoint = ckptconv.open(tmp_path / "kept")
     assert checkpoint.optimizers[0].param_order == "skeleton"
     assert slots(checkpoint) == TRUTH["trainer"]["slots"]
+
+
+def to_keras(path: Path) -> list[str]:
+    """The commands of `doctor` that carry a file into Keras."""
+    return [mend.command for mend in doctor.diagnose(path).mends if "Keras" in mend.text and mend.command]
+
+
+LOW_RANK = ("lora_A", "lora_B")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("peft/lora/run.pt", (*LOW_RANK, "modules_to_save")),
+        ("peft/lora/adapter", LOW_RANK),
+        ("peft/lora/trainer", LOW_RANK),
+        ("hf-trainer/fsdp-adapter-full/checkpoint", LOW_RANK),
+        ("hf-trainer/fsdp-adapter-sharded/checkpoint", LOW_RANK),  # has no adapter_config.json
+    ],
+)
+def test_the_doctor_carries_no_adapter_into_keras_by_itself(name: str, parts: tuple[str, ...]) -> None:
+    assert torch_adapter.parts(ckptconv.open(FIXTURES / name)) == parts
+    assert to_keras(FIXTURES / name) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (("net.base_model.model.q.weight", "net.base_model.model.q.ia3_l.default"), ("ia3_l",)),
+        (("q.base_layer.weight", "q.vera_lambda_b.default"), ("vera_lambda_b",)),  # inject_adapter_in_model
+        (("base_model.model.e.lora_embedding_A",), ("lora_embedding_A",)),
+        (("q.weight", "q.lora_A", "q.lora_B"), LOW_RANK),  # loralib
+        (("road_net.weight", "poly_head.0.weight", "lora_gateway.weight"), ()),
+    ],
+)
+def test_an_adapter_is_known_by_its_names(
+    names: tuple[str, ...], parts: tuple[str, ...], tmp_path: Path
+) -> None:
+    torch.save({name: torch.ones(2, 3) for name in names}, tmp_path / "x.pt")
+    assert torch_adapter.parts(ckptconv.open(tmp_path / "x.pt")) == parts
+    assert bool(to_keras(tmp_path / "x.pt")) == (not parts)
 
 
 def test_the_models_of_a_pipeline() -> None:
