@@ -21,6 +21,8 @@ from ckptconv import Checkpoint
 
 Array = np.ndarray[Any, np.dtype[Any]]
 DECAY, EPSILON = 0.01, 1e-8
+"""Adam minds the size of gradients beside its epsilon alone, which Keras adds to a root not yet corrected for
+bias. So losses are sums: a mean over the logits of GPT-2 leaves gradients of the size of epsilon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ class TorchSide:
         losses = []
         for x, y in batches:
             self.optimizer.zero_grad()
-            loss = torch.square(self.model(*self._given(x)) - torch.from_numpy(channels_first(y))).mean()
+            loss = torch.square(self.model(*self._given(x)) - torch.from_numpy(channels_first(y))).sum()
             loss.backward()
             self.optimizer.step()
             losses.append(float(loss.detach()))
@@ -145,7 +147,7 @@ class KerasSide:
         losses = []
         for x, y in batches:
             with tf.GradientTape() as tape:
-                loss = tf.reduce_mean(tf.square(self.model(x, training=True) - y))
+                loss = tf.reduce_sum(tf.square(self.model(x, training=True) - y))
             variables = self.model.trainable_variables
             self.optimizer.apply(tape.gradient(loss, [v.value for v in variables]), variables)
             losses.append(float(loss))
