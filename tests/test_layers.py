@@ -10,7 +10,7 @@ import pytest
 
 from ckptconv.catalog import layers
 from ckptconv.catalog.axes import bind, expand
-from ckptconv.ops import Permute, Reshape
+from ckptconv.ops import Permute, Reorder, Reshape
 from ckptconv.tensor import StoredTensor, TensorRef
 
 DENSE, GPT2 = ("dense", "kernel", ("out", "in")), ("gpt2_conv1d", "kernel", ("in", "out"))
@@ -140,6 +140,14 @@ def test_layout_ops() -> None:
     assert layers.layout_ops(("a*b", "c"), (6, 2), ("c", "a*b"), (2, 6)) == (Permute((1, 0)),)
     assert layers.layout_ops(("a*b",), (6,), ("a", "b"), (4, 2)) is None
     assert layers.layout_ops(("1", "a"), (1, 3), ("a",), (3,)) == (Reshape((1, 3), (3,)),)
+    turned = layers.layout_ops(("-h", "in"), (3, 2), ("in", "h"), (2, 3))
+    assert turned == (Reorder(0, (2, 1, 0)), Permute((1, 0)))
+    assert layers.layout_ops(("in", "h"), (2, 3), ("-h", "in"), (3, 2)) == (
+        Reorder(1, (2, 1, 0)),
+        Permute((1, 0)),
+    )
+    assert layers.layout_ops(("-h", "in"), (3, 2), ("-h", "in"), (3, 2)) == ()
+    assert layers.layout_ops(("-h", "in"), (1, 2), ("in", "h"), (2, 1)) == (Reshape((1, 2), (2, 1)),)
     assert layers.layout_ops(("a", "b"), (2, 3), ("a",), (2,)) is None
 
 

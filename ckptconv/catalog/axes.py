@@ -2,7 +2,7 @@
 
 An axis is one atom, or several that are merged (`in*multiplier`, outermost first), or `1`. An atom may list
 its entries: `gate(reset,update,new)` has three, in this order, and another order is another layout.
-`units'` is another axis than `units` and of its size.
+`units'` is another axis than `units` and of its size; `-h` is `h` counted from its end.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def entries(atom: str) -> tuple[str, tuple[str, ...]]:
 
 def _sized(atom: str) -> str:
     """The name under which the atom's size is known."""
-    return entries(atom)[0].rstrip("'")
+    return entries(atom)[0].removeprefix("-").rstrip("'")
 
 
 def expand(axes: Axes, rank: int) -> Axes | None:
@@ -119,6 +119,9 @@ def layout_ops(
     if any(sizes[atom] != 1 for atom in set(before) ^ set(after)):
         return None
     shared = set(before) & set(after)
+    for atom in shared & (_turned(source_full) ^ _turned(target_full)):
+        had[atom] = tuple(map(str, range(sizes[atom])))
+        wants[atom] = had[atom][::-1]
     kept, wanted = [a for a in before if a in shared], [a for a in after if a in shared]
     ops: list[Op] = []
     shape = source_shape
@@ -143,8 +146,13 @@ def layout_ops(
 
 def _named(axes: Axes) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Names of the atoms in their order, and the entries of those that list them."""
-    found = [entries(atom) for axis in axes for atom in atoms(axis)]
+    found = [entries(atom.removeprefix("-")) for axis in axes for atom in atoms(axis)]
     return [name for name, _ in found], {name: listed for name, listed in found if listed}
+
+
+def _turned(axes: Axes) -> set[str]:
+    """Names of the atoms that are counted from their end."""
+    return {atom[1:] for axis in axes for atom in atoms(axis) if atom.startswith("-")}
 
 
 def element_order(ops: Iterable[Op], shape: Shape) -> tuple[object, ...]:

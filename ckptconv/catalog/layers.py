@@ -2,7 +2,8 @@
 
 `data/layers.json` names axes so that equal names are equal numbers on both sides; a layout op follows from
 two lists of axes and never from a shape alone. `out*in` is a merged axis (the first atom outermost), `1` a
-singleton, `x...` any number of axes.
+singleton, `x...` any number of axes. Where a framework has several variables for another's one (a gate each),
+its column lists them as `parts`, each with its entry of the axis that they share: `gate(input)*units`.
 
 A kind is possible for a variable where all that is known of its layer fits: every variable of the layer
 is one of the kind's, no obligatory one is missing, and an axis has the same size wherever it occurs. Where
@@ -18,9 +19,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ckptconv.catalog.axes import bind, expand, layout_ops
-from ckptconv.catalog.einsum import contraction
-from ckptconv.catalog.layer_settings import Settings, settings_of
-from ckptconv.catalog.loading import Record, load
+from ckptconv.catalog.layer_rows import FRAMEWORKS, Kind, Variable, kind_row
+from ckptconv.catalog.layer_settings import Settings
+from ckptconv.catalog.loading import load
 
 __all__ = [
     "Candidate",
@@ -46,12 +47,10 @@ __all__ = [
     "torch_candidates",
 ]
 
-_FRAMEWORKS = frozenset({"torch", "keras3", "tf_keras", "flax"})
 _COLUMN = {"tf_keras_legacy": "tf_keras"}
 """Frameworks whose layers are another one's: the legacy optimizers train tf_keras' layers."""
 
 Shape = tuple[int, ...]
-Scalar = bool | int | float | str | None
 
 
 class Candidate(NamedTuple):
@@ -63,55 +62,8 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Variable:
-    role: str
-    axes: tuple[str, ...]
-    optional: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    name: str
-    counterpart: str
-    """The kind whose output it equals; its own name where it has no namesake."""
-    counterpart_axes: Mapping[str, str]
-    """Axis of the counterpart -> the same in this kind's terms, where it is not called the same."""
-    only_declared: bool
-    """Whether shapes alone never lead to it."""
-    variables: Mapping[str, Mapping[str, _Variable]]
-    """Framework -> key of the variable -> what it is."""
-    classes: Mapping[str, tuple[str, ...]]
-    sizes: Mapping[str, float]
-    """Atoms of its axes that have one size in every layer of the kind."""
-    equal_attributes: tuple[str, ...]
-    """Attributes of the live layer that are equal and above 1 where a class stands for two kinds."""
-    attributes: Mapping[str, Scalar]
-    """Attributes of the layer with these values where a class stands for two kinds."""
-    equation: tuple[str, ...]
-    """Axes of an einsum layer's kernel (`catalog.einsum`) where the class stands for several kinds."""
-    settings: Mapping[str, Settings]
-    """Framework -> the numbers that a layer computes with beside its variables."""
-    lacking: Mapping[str, str]
-    """Family of frameworks that has no such layer -> what its nearest does."""
-
-    def means(self, read: Callable[[str], object]) -> bool:
-        """Whether a layer of the kind's class is of this kind and not of another; `read`: its attributes."""
-        if self.equation:
-            return contraction(read("equation")) == self.equation
-        equal = {read(name) for name in self.equal_attributes}
-        if len(self.equal_attributes) > 1:
-            return len(equal) == 1 and all(isinstance(value, int) and value > 1 for value in equal)
-        return bool(self.attributes) and all(read(n) == value for n, value in self.attributes.items())
-
-    @property
-    def is_special(self) -> bool:
-        """Whether it is one of two kinds of a class, the one that its attributes must tell."""
-        return bool(self.equal_attributes or self.attributes or self.equation)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Table:
-    kinds: Mapping[str, _Kind]
+    kinds: Mapping[str, Kind]
     only: Mapping[str, str]
     """Role -> the one framework that has it."""
     inits: Mapping[str, float]
@@ -136,55 +88,18 @@ def _table() -> _Table:
         if entry.has("init"):
             inits[role] = entry.number("init")
         entry.close()
-    found = {name: _kind(name, entry, names) for name, entry in record.records("kinds")}
+    found = {name: kind_row(name, entry, names) for name, entry in record.records("kinds")}
     foreign = record.record("foreign_keys")
     keys = {
         framework: frozenset(foreign.texts(framework)).union(
             *(kind.variables.get(framework, {}) for kind in found.values())
         )
-        for framework in sorted(_FRAMEWORKS)
+        for framework in sorted(FRAMEWORKS)
     }
     foreign.close()
     table = _Table(kinds=found, only=only, inits=inits, roles=tuple(names), keys=keys)
     record.close()
     return table
-
-
-def _kind(name: str, record: Record, names: Collection[str]) -> _Kind:
-    record.text("source")
-    variables: dict[str, dict[str, _Variable]] = {}
-    for role, entry in record.records("roles"):
-        if role not in names:
-            raise ValueError(f"{entry.where}: the role is not defined")
-        optional = entry.flag("optional", False)
-        for framework in sorted(_FRAMEWORKS):
-            if not entry.has(framework):
-                continue
-            column = entry.record(framework)
-            variable = _Variable(role=role, axes=column.texts("axes"), optional=optional)
-            variables.setdefault(framework, {})[column.text("key")] = variable
-            column.close()
-        entry.close()
-    classes = {}
-    if record.has("classes"):
-        inner = record.record("classes")
-        classes = {framework: inner.texts(framework) for framework in inner.keys}
-    kind = _Kind(
-        name=name,
-        counterpart=record.text("counterpart", name),
-        counterpart_axes=record.text_map("counterpart_axes"),
-        only_declared=record.flag("only_declared", False),
-        variables=variables,
-        classes=classes,
-        sizes=record.number_map("sizes"),
-        equal_attributes=record.texts("equal_attributes"),
-        attributes=record.scalar_map("attributes"),
-        equation=record.texts("equation"),
-        settings=settings_of(record),
-        lacking=record.text_map("lacking"),
-    )
-    record.close()
-    return kind
 
 
 def kinds() -> tuple[str, ...]:
@@ -222,11 +137,12 @@ def in_terms_of(kind: str, reading: Candidate) -> Candidate:
 
 
 def axes_of(framework: str, kind: str, role: str, rank: int) -> tuple[str, ...] | None:
-    """The axes of a kind's variable by its role; None where the framework has none of that rank."""
+    """The axes of a kind's variable by its role; None where the framework has none of that rank, or several."""
     framework = _COLUMN.get(framework, framework)
     entry = _table().kinds.get(kind)
     variables = entry.variables.get(framework, {}).values() if entry else ()
-    return next((expand(variable.axes, rank) for variable in variables if variable.role == role), None)
+    found = [expand(variable.axes, rank) for variable in variables if variable.role == role]
+    return found[0] if len(found) == 1 else None
 
 
 def candidates(
@@ -290,7 +206,7 @@ def _readings(
 
 
 def _is_uniform(
-    variables: Mapping[str, _Variable], key: str, rank: int, siblings: Mapping[str, Shape | None]
+    variables: Mapping[str, Variable], key: str, rank: int, siblings: Mapping[str, Shape | None]
 ) -> bool:
     """Whether variables with any number of axes have the same ones; more than one axis needs a witness."""
     open_ended = [
@@ -335,11 +251,15 @@ def kind_of_class(framework: str, cls: type, layer: object = None) -> str | None
     `layer` is the live object: it tells a depthwise convolution from others of its class.
     """
     framework = _COLUMN.get(framework, framework)
+
+    def read(attribute: str) -> object:
+        return getattr(layer, attribute, None)
+
     for base in cls.__mro__:
         name = f"{base.__module__.partition('.')[0]}.{base.__qualname__}"
-        fitting = [kind for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
+        fitting = [kind for kind in _table().kinds.values() if kind.is_of_class(framework, name, read)]
         if fitting:
-            return _chosen(fitting, lambda attribute: getattr(layer, attribute, None)).name
+            return _chosen(fitting, read).name
     return None
 
 
@@ -347,11 +267,11 @@ def kind_of_class_name(
     framework: str, name: str, settings: Mapping[str, object] = MappingProxyType({})
 ) -> str | None:
     """The kind of a class by its name in a file (`keras.Dense`) and the layer's settings there, if any."""
-    found = [kind for kind in _table().kinds.values() if name in kind.classes.get(framework, ())]
+    found = [kind for kind in _table().kinds.values() if kind.is_of_class(framework, name, settings.get)]
     return _chosen(found, settings.get).name if found else None
 
 
-def _chosen(kinds: list[_Kind], read: Callable[[str], object]) -> _Kind:
+def _chosen(kinds: list[Kind], read: Callable[[str], object]) -> Kind:
     """Of the kinds of one class the special one that the layer's attributes tell, else the ordinary one."""
     special = [kind for kind in kinds if kind.is_special and kind.means(read)]
     return next(iter(special), next((kind for kind in kinds if not kind.is_special), kinds[0]))
