@@ -137,7 +137,7 @@ def in_terms_of(kind: str, reading: Candidate) -> Candidate:
 
 
 def axes_of(framework: str, kind: str, role: str, rank: int) -> tuple[str, ...] | None:
-    """The axes of a kind's variable by its role; None where the framework has none of that rank, or several."""
+    """The axes of a kind's variable by its role; None where a framework has none of that rank, or several."""
     framework = _COLUMN.get(framework, framework)
     entry = _table().kinds.get(kind)
     variables = entry.variables.get(framework, {}).values() if entry else ()
